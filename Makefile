@@ -1,0 +1,45 @@
+# Everything a fresh machine with Python 3.11+ and make needs.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# The MLX back end to install on Linux: cpu, cuda12 or cuda13. macOS brings Metal by itself.
+BACKEND ?= cpu
+ARGS   ?=
+
+.PHONY: help run test check bench fmt clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(VENV)/.installed: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(BACKEND)]'
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(BACKEND),dev]'
+	@touch $@ $(VENV)/.installed
+
+run: $(VENV)/.installed  ## install what is needed and serve the bundled model (ARGS="--model ..." for another)
+	$(BIN)/mlx-lm-server $(if $(findstring --model,$(ARGS)),,--model nano) $(ARGS)
+
+test: $(VENV)/.installed-dev  ## install and run the tests
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-dev  ## lint, types, import directions, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/.installed-dev  ## print the numbers that the README claims
+	$(BIN)/python -m benchmarks $(ARGS)
+
+fmt: $(VENV)/.installed-dev  ## format and fix what can be fixed
+	$(BIN)/ruff check --fix . || true
+	$(BIN)/ruff format .
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,177 @@
+"""Messages between the server process and an engine process.
+
+A frame is a 4-byte little-endian length and a msgpack body: one message of a tagged union. The
+first message to an engine is `LoadModel`; the first from it `LoadProgress`, and after that either
+`Ready` or `LoadFailed`. Every `AddRequest` is answered by exactly one `RequestOutput` whose
+`finish_reason` is set, also after an `Abort`.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+CpuWeights = Literal["auto", "float32", "native"]
+
+LENGTH = struct.Struct("<I")
+MAX_FRAME_BYTES = 256 * 1024 * 1024
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, array_like=True):
+    """Base of all messages."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """How one request draws its tokens; resolved by the server, nothing is left to default here.
+
+    `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off.
+    `seed` is a 64-bit unsigned number: the server draws one where the client gave none.
+    `stop_token_ids` holds the model's EOS ids too; such a token ends the request, is counted and
+    is sent, and the server leaves it out of the text.
+    """
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: dict[int, float] = {}
+    stop_token_ids: tuple[int, ...] = ()
+
+
+# ---- server → engine
+
+
+class LoadModel(Message, frozen=True):
+    """What to serve and within which bounds. None means: the engine chooses by measuring."""
+
+    model_path: str
+    adapter_path: str | None = None
+    trust_remote_code: bool = False
+    cpu_weights: CpuWeights = "auto"
+    num_threads: int | None = None
+    max_batch_size: int = 32
+    max_num_batched_tokens: int | None = None
+    prefill_step_size: int | None = None
+    prefill_batch_size: int | None = None
+    itl_goal_s: float | None = None
+    max_kv_tokens: int | None = None
+    memory_limit_bytes: int | None = None
+
+
+class AddRequest(Message, frozen=True):
+    req_id: str
+    prompt_ids: list[int]
+    sampling: SamplingParams
+    priority: int = 0
+    client_key: str = ""
+
+
+class Abort(Message, frozen=True):
+    """End a request now. Unknown ids are ignored: the request may just have ended by itself."""
+
+    req_id: str
+
+
+class Shutdown(Message, frozen=True):
+    """End the engine process; the server has drained it before."""
+
+
+# ---- engine → server
+
+
+class LoadProgress(Message, frozen=True):
+    """`fraction` of the load that is done, 0 to 1; `stage` says in words what comes now."""
+
+    stage: str
+    fraction: float
+
+
+class Ready(Message, frozen=True):
+    """The model is loaded and the engine takes requests."""
+
+    model_type: str
+    device: str
+    blas: str
+    weights: str
+    weights_bytes: int
+    vocab_size: int
+    context_tokens: int
+    kv_bytes_per_token: int
+    kv_limit_bytes: int
+    memory_limit_bytes: int
+    load_s: float
+
+
+class LoadFailed(Message, frozen=True):
+    """`kind` is the name of a class in `errors`, so that the server raises the same type."""
+
+    kind: str
+    message: str
+
+
+class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
+    """New tokens of one request, and its end where `finish_reason` is set."""
+
+    req_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """Gauges at the end of a step; totals count from the engine's start."""
+
+    num_running: int
+    num_waiting: int
+    kv_used_bytes: int
+    kv_limit_bytes: int
+    kv_live_tokens: int
+    num_steps_total: int
+    num_preemptions_total: int
+    prompt_tokens_total: int
+    generation_tokens_total: int
+    forecast_step_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    peak_memory_bytes: int
+
+
+class Outputs(Message, frozen=True):
+    """What one step gave. Sent after each step with output, and about once a second when idle:
+    its arrival is the engine's heartbeat."""
+
+    outputs: list[RequestOutput]
+    stats: EngineStats
+
+
+ToEngine = LoadModel | AddRequest | Abort | Shutdown
+ToServer = LoadProgress | Ready | LoadFailed | Outputs
+
+_encoder = msgspec.msgpack.Encoder()
+_to_engine = msgspec.msgpack.Decoder(ToEngine)
+_to_server = msgspec.msgpack.Decoder(ToServer)
+
+
+def encode_frame(message: Message) -> bytes:
+    """One message as length and body."""
+    body = _encoder.encode(message)
+    return LENGTH.pack(len(body)) + body
+
+
+def decode_to_engine(body: bytes | memoryview) -> ToEngine:
+    """Raises msgspec.ValidationError for anything that is no message to an engine."""
+    return _to_engine.decode(body)
+
+
+def decode_to_server(body: bytes | memoryview) -> ToServer:
+    """Raises msgspec.ValidationError for anything that is no message to the server."""
+    return _to_server.decode(body)
