@@ -1,0 +1,117 @@
+"""What the core decides and the runner executes: one frozen StepPlan per step.
+
+The KV memory of all rows lives in *slabs*: per layer and per K or V one array
+`[num_slots, kv_heads, capacity, head_dim]`. A row sits in one slot of one slab:
+
+    slab 3, capacity 256     slot 0   ████████████░░░░     row 7, 190 tokens
+                             slot 1   ██████████████░░     row 2, 230 tokens
+                             slot 2   (free)
+
+Slots in use are always the first ones of their slab. The KV operations of a plan are executed in
+their order before its forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_lm_server.protocol import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class CreateSlab:
+    slab_id: int
+    num_slots: int
+    capacity: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResizeSlab:
+    """Give the slab another number of slots; the content of the slots that stay is kept."""
+
+    slab_id: int
+    num_slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropSlab:
+    slab_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoveRow:
+    """Copy the first `num_tokens` tokens of a slot to a slot of the same or another slab."""
+
+    from_slab: int
+    from_slot: int
+    to_slab: int
+    to_slot: int
+    num_tokens: int
+
+
+KVOp = CreateSlab | ResizeSlab | DropSlab | MoveRow
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedRow:
+    """A request that gets row number `row` with this plan (first admission or after preemption).
+
+    `output_ids` are the tokens it had sampled before it was preempted; the draw of the next token
+    and the penalties go on from there.
+    """
+
+    req_id: str
+    row: int
+    prompt_ids: tuple[int, ...]
+    output_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """One token of a row: the one it sampled last, which may still be on the device only.
+
+    `position` is where its K and V go, which is also how many tokens the row holds before.
+    """
+
+    row: int
+    slab_id: int
+    slot: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Known tokens of a row, written at `start`, `start + 1`, …
+
+    `samples` is true where the chunk ends the row's known tokens, so that its last position gives
+    the next token.
+    """
+
+    row: int
+    slab_id: int
+    slot: int
+    start: int
+    token_ids: tuple[int, ...]
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward. `decodes` are ordered by (slab_id, slot). Rows that sample, in the order in
+    which the runner returns their tokens: every decode, then the prefills with `samples`."""
+
+    step: int
+    left_rows: tuple[int, ...]
+    joined_rows: tuple[JoinedRow, ...]
+    kv_ops: tuple[KVOp, ...]
+    decodes: tuple[DecodeRow, ...]
+    prefills: tuple[PrefillChunk, ...]
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        return sum(len(chunk.token_ids) for chunk in self.prefills)
+
+    @property
+    def sampling_rows(self) -> tuple[int, ...]:
+        return tuple(d.row for d in self.decodes) + tuple(p.row for p in self.prefills if p.samples)
