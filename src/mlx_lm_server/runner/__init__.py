@@ -1,0 +1,1 @@
+"""All of mlx: loading models, holding KV memory, running forwards, sampling. One thread."""
