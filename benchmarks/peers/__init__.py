@@ -1,0 +1,1 @@
+"""Launchers for the servers we compare with."""

@@ -1,0 +1,21 @@
+"""`mlx_lm.server` with the BLAS that our engine uses, so that only the serving differs.
+
+Takes the arguments of `mlx_lm.server`.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from mlx_lm_server.runner import blas
+
+
+def main() -> None:
+    print(f"BLAS: {blas.preload().name}", file=sys.stderr)
+    from mlx_lm.server import main as serve
+
+    serve()
+
+
+if __name__ == "__main__":
+    main()
