@@ -1,0 +1,308 @@
+"""Where the rows' K and V lie: a pure allocator of slabs and slots (the picture is in plan.py).
+
+During a step rows are placed, grown and released on paper. `settle` then chooses the slots and
+returns the operations that lead from the layout before to the layout now, so that a slot that one
+row leaves and another takes costs no copy. What `settle` keeps true:
+
+- the slots in use are the first ones of their slab;
+- a row that leaves makes at most one other row move;
+- a slab doubles its slots when it is full, up to `max_slab_bytes`, halves them at a quarter's use,
+  and goes when it is empty;
+- `used_bytes` is never over `limit_bytes`. What an operation needs while it runs is not counted:
+  the runner works layer by layer, so it is at most one layer of the slabs that change.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from mlx_lm_server.core.plan import CreateSlab, DropSlab, KVOp, MoveRow, ResizeSlab
+
+SMALL_CAPACITIES = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+STEPS_PER_OCTAVE = 8
+MAX_SHARED_CAPACITY_RATIO = 1.5
+DEFAULT_MAX_SLAB_BYTES = 64 * 1024 * 1024
+
+
+def capacity_for(num_tokens: int) -> int:
+    """The smallest capacity class that holds `num_tokens`; at most 12.5 % over it above 4096."""
+    if num_tokens <= SMALL_CAPACITIES[-1]:
+        return SMALL_CAPACITIES[bisect_left(SMALL_CAPACITIES, num_tokens)]
+    octave = 1 << ((num_tokens - 1).bit_length() - 1)
+    step = octave // STEPS_PER_OCTAVE
+    return -(-num_tokens // step) * step
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    slab_id: int
+    slot: int
+
+
+@dataclass(slots=True, eq=False)
+class _Slab:
+    """`num_slots` is what the runner holds (0: not made yet), `rows` who is in it on paper."""
+
+    slab_id: int
+    capacity: int
+    num_slots: int = 0
+    rows: dict[int, None] = field(default_factory=dict)  # an ordered set
+
+    @property
+    def has_free_slot(self) -> bool:
+        return len(self.rows) < self.num_slots
+
+    def num_spare_tokens(self, num_slots: int) -> int:
+        return (num_slots - len(self.rows)) * self.capacity
+
+
+class KVLayout:
+    """Slabs, slots and the row in each. Owned by the scheduler.
+
+    `bytes_per_token` is K and V of all layers, `limit_bytes` what all slabs together may hold,
+    `max_rows` how many rows there can be. A row number that is released may be placed again only
+    after the next `settle`.
+    """
+
+    def __init__(
+        self,
+        bytes_per_token: int,
+        limit_bytes: int,
+        max_slab_bytes: int = DEFAULT_MAX_SLAB_BYTES,
+        max_rows: int = 32,
+    ) -> None:
+        self.bytes_per_token = bytes_per_token
+        self.limit_bytes = limit_bytes
+        self._limit_tokens = limit_bytes // bytes_per_token
+        self._max_slab_tokens = max_slab_bytes // bytes_per_token
+        self._max_rows = max_rows
+        self._slabs: dict[int, _Slab] = {}
+        self._slab_of: dict[int, _Slab] = {}
+        self._num_tokens: dict[int, int] = {}
+        self._settled: dict[int, Location] = {}
+        self._needed_tokens = 0  # capacity of all rows without any free slot
+        self._next_slab_id = 0
+        self._is_settled = True
+
+    # ---- what is held
+
+    @property
+    def used_bytes(self) -> int:
+        """What the runner holds after the operations of the last `settle`."""
+        slots = sum(slab.num_slots * slab.capacity for slab in self._slabs.values())
+        return slots * self.bytes_per_token
+
+    @property
+    def live_tokens(self) -> int:
+        return sum(self._num_tokens.values())
+
+    @property
+    def num_slabs(self) -> int:
+        return len(self._slabs)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._slab_of)
+
+    @property
+    def max_tokens_that_fit(self) -> int:
+        """The longest row that fits if it is alone."""
+        return self._limit_tokens
+
+    def capacity(self, row: int) -> int:
+        return self._slab_of[row].capacity
+
+    def location(self, row: int) -> Location:
+        """Where the row is since the last `settle`."""
+        return self._settled[row]
+
+    def set_num_tokens(self, row: int, num_tokens: int) -> None:
+        """What the row will hold when the step that is planned now has run."""
+        assert num_tokens <= self.capacity(row), "a row may not outgrow its slot"
+        self._num_tokens[row] = num_tokens
+
+    # ---- ask, then do
+
+    def can_place(self, num_tokens: int) -> bool:
+        return self._fits(self._capacity_for(num_tokens))
+
+    def place(self, row: int, num_tokens: int) -> None:
+        """Give the row a slot for `num_tokens` tokens; it holds none yet."""
+        assert row not in self._slab_of, "the row has a slot"
+        assert row not in self._settled, "the row was released in this step"
+        self._enter(row, self._choose_slab(self._capacity_for(num_tokens)))
+        self._num_tokens[row] = 0
+
+    def can_grow(self, row: int, num_tokens: int) -> bool:
+        return self._fits(self._capacity_for(num_tokens) - self.capacity(row))
+
+    def grow(self, row: int, num_tokens: int) -> None:
+        """Move the row to a slot for `num_tokens` tokens, which is more than it has."""
+        assert num_tokens > self.capacity(row), "the row fits where it is"
+        self._exit(row)
+        self._enter(row, self._choose_slab(self._capacity_for(num_tokens)))
+
+    def release(self, row: int) -> None:
+        self._exit(row)
+        del self._num_tokens[row]
+
+    def settle(self) -> tuple[KVOp, ...]:
+        """Choose slots for all rows and say what the runner has to do for it, in order."""
+        if self._is_settled:
+            return ()
+        self._is_settled = True
+        sizes = self._choose_sizes()
+        moves = self._choose_slots()
+        sources = {move.from_slab for move in moves}
+        emptied = [slab for slab in self._slabs.values() if not slab.rows]
+        ops: list[KVOp] = []
+        ops += self._drop(slab for slab in emptied if slab.slab_id not in sources)
+        ops += self._enlarge(sizes)
+        ops += moves
+        ops += self._drop(slab for slab in emptied if slab.slab_id in sources)
+        ops += self._shrink(sizes)
+        return tuple(ops)
+
+    # ---- on paper
+
+    def _capacity_for(self, num_tokens: int) -> int:
+        if num_tokens > self._limit_tokens:
+            return num_tokens
+        return min(capacity_for(num_tokens), self._limit_tokens)
+
+    def _max_slots(self, capacity: int) -> int:
+        return max(1, self._max_slab_tokens // capacity)
+
+    def _fits(self, more_tokens: int) -> bool:
+        return self._needed_tokens + more_tokens <= self._limit_tokens
+
+    def _choose_slab(self, capacity: int) -> _Slab:
+        """A free slot nearby, else one more slot in a slab of this class, else a new slab."""
+        assert self._fits(capacity), "ask before you place or grow"
+        most = capacity * MAX_SHARED_CAPACITY_RATIO
+        free = [
+            slab
+            for slab in self._slabs.values()
+            if slab.has_free_slot
+            and capacity <= slab.capacity <= most
+            and self._fits(slab.capacity)
+        ]
+        if free:
+            return min(free, key=lambda slab: (slab.capacity, -len(slab.rows), slab.slab_id))
+        for slab in self._slabs.values():
+            if slab.capacity == capacity and len(slab.rows) < self._max_slots(capacity):
+                return slab
+        return self._new_slab(capacity)
+
+    def _new_slab(self, capacity: int) -> _Slab:
+        slab = _Slab(self._next_slab_id, capacity)
+        self._next_slab_id += 1
+        self._slabs[slab.slab_id] = slab
+        return slab
+
+    def _enter(self, row: int, slab: _Slab) -> None:
+        slab.rows[row] = None
+        self._slab_of[row] = slab
+        self._needed_tokens += slab.capacity
+        self._is_settled = False
+
+    def _exit(self, row: int) -> None:
+        slab = self._slab_of.pop(row)
+        del slab.rows[row]
+        self._needed_tokens -= slab.capacity
+        self._is_settled = False
+
+    # ---- settling
+
+    def _choose_sizes(self) -> dict[int, int]:
+        """Slots per slab: with room to spare where the limit allows it."""
+        sizes = {slab.slab_id: self._comfortable_size(slab) for slab in self._slabs.values()}
+        held = sum(sizes[slab.slab_id] * slab.capacity for slab in self._slabs.values())
+        excess = held - self._limit_tokens
+        by_spare = sorted(
+            self._slabs.values(), key=lambda slab: -slab.num_spare_tokens(sizes[slab.slab_id])
+        )
+        for slab in by_spare:
+            if excess <= 0:
+                break
+            num_spare = sizes[slab.slab_id] - len(slab.rows)
+            cut = min(num_spare, -(-excess // slab.capacity))
+            sizes[slab.slab_id] -= cut
+            excess -= cut * slab.capacity
+        assert excess <= 0, "the rows alone are over the limit"
+        return sizes
+
+    def _comfortable_size(self, slab: _Slab) -> int:
+        needed = len(slab.rows)
+        if needed > slab.num_slots:
+            most = min(self._max_slots(slab.capacity), needed + self._max_rows - self.num_rows)
+            return max(needed, min(2 * slab.num_slots, most))
+        if 4 * needed <= slab.num_slots:
+            return 2 * needed
+        return slab.num_slots
+
+    def _choose_slots(self) -> list[MoveRow]:
+        """Into the largest capacities first: rows only ever move to a larger one, so every slot
+        that is overwritten has been read before."""
+        moves: list[MoveRow] = []
+        settled: dict[int, Location] = {}
+        for slab in sorted(self._slabs.values(), key=lambda slab: -slab.capacity):
+            for row, slot in self._slots_in(slab):
+                settled[row] = Location(slab.slab_id, slot)
+                moves += self._move_of(row, settled[row])
+        self._settled = settled
+        return moves
+
+    def _slots_in(self, slab: _Slab) -> list[tuple[int, int]]:
+        """Rows below the new end stay; the others and those that come fill the holes."""
+        end = len(slab.rows)
+        staying: dict[int, int] = {}
+        to_fill_holes: list[int] = []
+        for row in slab.rows:
+            before = self._settled.get(row)
+            if before is not None and before.slab_id == slab.slab_id and before.slot < end:
+                staying[before.slot] = row
+            else:
+                to_fill_holes.append(row)
+        holes = (slot for slot in range(end) if slot not in staying)
+        kept = [(row, slot) for slot, row in staying.items()]
+        return kept + list(zip(to_fill_holes, holes, strict=True))
+
+    def _move_of(self, row: int, to: Location) -> list[MoveRow]:
+        before = self._settled.get(row)
+        num_tokens = self._num_tokens[row]
+        if before is None or before == to or num_tokens == 0:
+            return []
+        return [MoveRow(before.slab_id, before.slot, to.slab_id, to.slot, num_tokens)]
+
+    def _enlarge(self, sizes: dict[int, int]) -> list[KVOp]:
+        ops: list[KVOp] = []
+        for slab in self._slabs.values():
+            size = sizes[slab.slab_id]
+            if size <= slab.num_slots:
+                continue
+            if slab.num_slots == 0:
+                ops.append(CreateSlab(slab.slab_id, size, slab.capacity))
+            else:
+                ops.append(ResizeSlab(slab.slab_id, size))
+            slab.num_slots = size
+        return ops
+
+    def _shrink(self, sizes: dict[int, int]) -> list[KVOp]:
+        ops: list[KVOp] = []
+        for slab in self._slabs.values():
+            size = sizes[slab.slab_id]
+            if size < slab.num_slots:
+                ops.append(ResizeSlab(slab.slab_id, size))
+                slab.num_slots = size
+        return ops
+
+    def _drop(self, slabs: Iterable[_Slab]) -> list[KVOp]:
+        ops: list[KVOp] = []
+        for slab in slabs:
+            del self._slabs[slab.slab_id]
+            if slab.num_slots:
+                ops.append(DropSlab(slab.slab_id))
+        return ops

@@ -1,0 +1,100 @@
+"""One request on its way through the engine. The scheduler owns it; nobody else writes to it.
+
+tokens      prompt prompt prompt | out out out | pending
+            └── num_computed_tokens ──┘             on the device, not read yet
+            └────── num_known_tokens ──────┘
+            └──────────────── num_tokens ─────────┘
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from mlx_lm_server.protocol import AddRequest, FinishReason, SamplingParams
+
+
+class RequestStatus(Enum):
+    WAITING = auto()  # in the queue, never had a row
+    RUNNING = auto()  # has a row
+    PREEMPTED = auto()  # in the queue again; computes prompt and output anew
+    DRAINING = auto()  # its last token is planned and its row given back, the token not read yet
+    FINISHED = auto()  # its terminal output is made
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A request and how far it is.
+
+    `max_new_tokens` is `sampling.max_tokens`, or less where memory ends before. `prefill_until` is
+    how many tokens were known when it got its row: below it the row prefills, from it on it
+    decodes tokens that it sampled itself. `arrival_order` counts requests as they come.
+    """
+
+    req_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    priority: int = 0
+    client_key: str = ""
+    arrival_s: float = 0.0
+    arrival_order: int = 0
+    max_new_tokens: int = 0
+    status: RequestStatus = RequestStatus.WAITING
+    output_ids: list[int] = field(default_factory=list)
+    row: int | None = None
+    num_computed_tokens: int = 0
+    num_pending_tokens: int = 0
+    prefill_until: int = 0
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    admitted_s: float | None = None
+    first_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.max_new_tokens = self.max_new_tokens or self.sampling.max_tokens
+
+    @classmethod
+    def from_message(cls, message: AddRequest, arrival_s: float) -> Request:
+        return cls(
+            req_id=message.req_id,
+            prompt_ids=tuple(message.prompt_ids),
+            sampling=message.sampling,
+            priority=message.priority,
+            client_key=message.client_key,
+            arrival_s=arrival_s,
+        )
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Prompt and output tokens that the host has read."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_known_tokens + self.num_pending_tokens
+
+    @property
+    def num_tokens_to_plan(self) -> int:
+        """How many more tokens may be sampled for it."""
+        return self.max_new_tokens - len(self.output_ids) - self.num_pending_tokens
+
+    @property
+    def num_prefill_tokens_left(self) -> int:
+        return max(0, self.prefill_until - self.num_computed_tokens)
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.num_computed_tokens < self.prefill_until
+
+    @property
+    def urgency(self) -> tuple[int, int]:
+        """Sorts the most urgent first: higher priority number, then earlier arrival."""
+        return (-self.priority, self.arrival_order)
+
+    def known_ids(self, start: int, stop: int) -> tuple[int, ...]:
+        """Tokens `start` to `stop - 1` of prompt and output."""
+        split = len(self.prompt_ids)
+        if stop <= split:
+            return self.prompt_ids[start:stop]
+        output = self.output_ids[max(0, start - split) : stop - split]
+        return self.prompt_ids[start:split] + tuple(output)

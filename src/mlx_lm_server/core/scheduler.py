@@ -1,0 +1,351 @@
+"""Who runs in the next step. There are no phases: each request's `num_computed_tokens` catches up
+with its `num_tokens` within the step's budget of tokens, time and memory.
+
+The engine plans one step ahead of what it has read:
+
+    schedule(1)  schedule(2)  update(1)  schedule(3)  update(2)  …
+
+so a row may be planned on a token that is still on the device (pending). Invariants:
+
+- a row is never planned past `max_new_tokens`; it leaves with the plan after its last token;
+- a stop token is seen one step late: the token of the step in between is dropped, and the row
+  leaves with the next plan;
+- a row number that is given back is used again in later plans only;
+- the most urgent running request always goes on; when a row cannot grow, the least urgent one is
+  preempted and computes its tokens anew later (recompute), once nothing of it is pending;
+- each request gets exactly one output with a finish reason.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Sequence
+from operator import attrgetter
+
+from mlx_lm_server.core.cost_model import CostModel, StepFeatures
+from mlx_lm_server.core.fair_queue import FairQueue
+from mlx_lm_server.core.kv_layout import KVLayout
+from mlx_lm_server.core.memory_ledger import request_arithmetic
+from mlx_lm_server.core.plan import DecodeRow, JoinedRow, PrefillChunk, StepPlan
+from mlx_lm_server.core.prefill import PrefillPlan, SchedulerLimits
+from mlx_lm_server.core.request import Request, RequestStatus
+from mlx_lm_server.errors import InvalidRequestError, RequestTooLargeError
+from mlx_lm_server.protocol import EngineStats, FinishReason, RequestOutput
+
+__all__ = ["Scheduler", "SchedulerLimits"]
+
+
+class Scheduler:
+    """Owns all requests, the rows and the layout of their memory. Lives on the engine's thread."""
+
+    def __init__(self, limits: SchedulerLimits, layout: KVLayout, cost_model: CostModel) -> None:
+        self._limits = limits
+        self._layout = layout
+        self._cost_model = cost_model
+        self._requests: dict[str, Request] = {}  # all unfinished ones
+        self._queue = FairQueue()
+        self._running: list[Request] = []  # the most urgent first
+        self._leaving: list[Request] = []  # finished, and still in a row
+        self._free_rows = list(reversed(range(limits.max_batch_size)))
+        self._left_rows: list[int] = []  # given back by the plan in the making
+        self._in_flight: dict[int, tuple[Request, ...]] = {}
+        self._num_arrived = 0
+        self._num_steps = 0
+        self._num_preemptions = 0
+        self._num_prompt_tokens = 0
+        self._num_output_tokens = 0
+        self._forecast_step_s = 0.0
+
+    # ---- requests come and go
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestTooLargeError where its prompt can never fit the memory;
+        where only its answer may not fit, it will end with `length` at the last token that does."""
+        if not request.prompt_ids:
+            raise InvalidRequestError("the prompt has no tokens", param="prompt")
+        if request.sampling.max_tokens < 1:
+            raise InvalidRequestError("max_tokens must be at least 1", param="max_tokens")
+        if request.req_id in self._requests:
+            raise InvalidRequestError(f"{request.req_id} is in work already", param="req_id")
+        request.max_new_tokens = self._max_new_tokens(request)
+        request.arrival_order = self._num_arrived
+        self._num_arrived += 1
+        self._requests[request.req_id] = request
+        self._queue.push(request)
+
+    def abort(self, req_id: str) -> RequestOutput | None:
+        """End a request now; None where it is unknown or has ended by itself. Its row, if it has
+        one, leaves with the next plan."""
+        request = self._requests.get(req_id)
+        if request is None:
+            return None
+        self._finish(request, "abort")
+        return RequestOutput(req_id=req_id, token_ids=[], finish_reason="abort")
+
+    def _max_new_tokens(self, request: Request) -> int:
+        """The last token that is sampled is never computed, so it needs no memory."""
+        num_prompt = len(request.prompt_ids)
+        most = self._layout.max_tokens_that_fit
+        if num_prompt > most:
+            size = self._layout.bytes_per_token
+            raise RequestTooLargeError(
+                f"the prompt can never fit: {request_arithmetic(num_prompt, size)}, but the limit "
+                f"is {request_arithmetic(most, size)}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        return min(request.sampling.max_tokens, most - num_prompt + 1)
+
+    def _finish(self, request: Request, reason: FinishReason) -> None:
+        if request.status is RequestStatus.RUNNING:
+            self._running.remove(request)
+            self._leaving.append(request)
+        elif request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
+            self._queue.remove(request)
+        request.status = RequestStatus.FINISHED
+        request.finish_reason = reason
+        del self._requests[request.req_id]
+
+    # ---- plan a step
+
+    def schedule(self, now_s: float) -> StepPlan | None:
+        """The next step, or None where there is nothing to do before the next `add` or `update`.
+        A plan without decodes and prefills only gives rows and memory back."""
+        assert len(self._in_flight) <= 1, "read a step before you plan the next but one"
+        self._free_rows += reversed(self._left_rows)
+        self._left_rows = []
+        self._give_back_rows()
+        num_preemptions = self._num_preemptions
+        decoding = self._choose_decodes()
+        joined = self._admit(now_s) if self._num_preemptions == num_preemptions else []
+        chunks = self._choose_chunks(decoding)
+        if not (self._left_rows or joined or decoding or chunks):
+            return None
+        return self._make_plan(joined, decoding, chunks)
+
+    def _give_back_rows(self) -> None:
+        """Rows of finished requests, and of those whose last token is planned."""
+        for request in self._leaving:
+            self._leave_row(request)
+        self._leaving = []
+        for request in [r for r in self._running if r.num_tokens_to_plan == 0]:
+            self._running.remove(request)
+            self._leave_row(request)
+            request.status = RequestStatus.DRAINING
+
+    def _leave_row(self, request: Request) -> None:
+        row = _row_of(request)
+        self._layout.release(row)
+        self._left_rows.append(row)
+        request.row = None
+
+    def _choose_decodes(self) -> list[Request]:
+        decoding = []
+        for request in list(self._running):
+            if request.row is None or request.is_prefilling:
+                continue
+            if self._make_room(request):
+                decoding.append(request)
+        return decoding
+
+    def _make_room(self, request: Request) -> bool:
+        """Have a place for one more token, if need be at the cost of less urgent requests; False
+        where the request itself is the least urgent and had to give way."""
+        row = _row_of(request)
+        needed = request.num_computed_tokens + 1
+        if needed <= self._layout.capacity(row):
+            return True
+        while not self._layout.can_grow(row, needed):
+            victim = self._running[-1]
+            self._preempt(victim)
+            if victim is request:
+                return False
+        self._layout.grow(row, needed)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        self._running.remove(request)
+        self._leave_row(request)
+        request.num_computed_tokens = 0
+        request.prefill_until = 0
+        request.num_preemptions += 1
+        request.status = RequestStatus.PREEMPTED
+        self._num_preemptions += 1
+        self._queue.push(request)
+
+    def _admit(self, now_s: float) -> list[Request]:
+        """Requests from the queue that get a row now, in the queue's order: nobody overtakes one
+        that waits for memory."""
+        joined = []
+        while self._free_rows and (request := self._queue.peek()) is not None:
+            num_tokens = self._num_tokens_soon(request)
+            if request.num_pending_tokens or not self._layout.can_place(num_tokens):
+                break
+            joined.append(self._queue.pop())
+            self._join(request, num_tokens, now_s)
+        return joined
+
+    def _num_tokens_soon(self, request: Request) -> int:
+        """How many tokens its row will hold before long."""
+        num_more = min(request.num_tokens_to_plan - 1, self._limits.lookahead_tokens)
+        return request.num_known_tokens + max(0, num_more)
+
+    def _join(self, request: Request, num_tokens: int, now_s: float) -> None:
+        if request.status is RequestStatus.WAITING:
+            num_prompt = len(request.prompt_ids)
+            self._queue.charge(request.client_key, prompt_tokens=num_prompt)
+            self._num_prompt_tokens += num_prompt
+            request.admitted_s = now_s
+        request.row = self._free_rows.pop()
+        request.prefill_until = request.num_known_tokens
+        request.status = RequestStatus.RUNNING
+        self._layout.place(request.row, num_tokens)
+        insort(self._running, request, key=attrgetter("urgency"))
+
+    def _choose_chunks(self, decoding: Sequence[Request]) -> list[tuple[Request, int]]:
+        decode = StepFeatures(
+            rows=len(decoding), kv_tokens=sum(r.num_computed_tokens + 1 for r in decoding)
+        )
+        prefilling = [r for r in self._running if r.is_prefilling]
+        return PrefillPlan(self._limits, self._cost_model, decode).share_out(prefilling)
+
+    def _make_plan(
+        self,
+        joined: Sequence[Request],
+        decoding: Sequence[Request],
+        chunks: Sequence[tuple[Request, int]],
+    ) -> StepPlan:
+        kv_ops = self._layout.settle()
+        self._num_steps += 1
+        plan = StepPlan(
+            step=self._num_steps,
+            left_rows=tuple(self._left_rows),
+            joined_rows=tuple(_joined_row(request) for request in joined),
+            kv_ops=kv_ops,
+            decodes=tuple(sorted(map(self._decode_row, decoding), key=_by_place)),
+            prefills=tuple(sorted((self._chunk(r, n) for r, n in chunks), key=_by_place)),
+        )
+        self._advance(plan, [(request, 1) for request in decoding] + list(chunks))
+        self._forecast_step_s = self._cost_model.forecast_s(StepFeatures.of(plan))
+        return plan
+
+    def _decode_row(self, request: Request) -> DecodeRow:
+        row = _row_of(request)
+        place = self._layout.location(row)
+        return DecodeRow(row, place.slab_id, place.slot, request.num_computed_tokens)
+
+    def _chunk(self, request: Request, num_tokens: int) -> PrefillChunk:
+        row = _row_of(request)
+        place = self._layout.location(row)
+        start = request.num_computed_tokens
+        return PrefillChunk(
+            row=row,
+            slab_id=place.slab_id,
+            slot=place.slot,
+            start=start,
+            token_ids=request.known_ids(start, start + num_tokens),
+            samples=start + num_tokens == request.prefill_until,
+        )
+
+    def _advance(self, plan: StepPlan, scheduled: Sequence[tuple[Request, int]]) -> None:
+        """Count the plan's tokens as computed and its samples as pending."""
+        by_row = {_row_of(request): request for request, _ in scheduled}
+        for request, num_tokens in scheduled:
+            request.num_computed_tokens += num_tokens
+            self._layout.set_num_tokens(_row_of(request), request.num_computed_tokens)
+        sampling = tuple(by_row[row] for row in plan.sampling_rows)
+        for request in sampling:
+            request.num_pending_tokens += 1
+        self._in_flight[plan.step] = sampling
+
+    # ---- read a step
+
+    def update(
+        self, plan: StepPlan, sampled_tokens: Sequence[int], step_s: float | None, now_s: float
+    ) -> list[RequestOutput]:
+        """Take in the tokens of a plan, in the order of its `sampling_rows`. `step_s` is how long
+        the step took, None where that would teach nothing (a first, compiling step)."""
+        if step_s is not None and (plan.decodes or plan.prefills):
+            self._cost_model.observe(StepFeatures.of(plan), step_s)
+        outputs = []
+        sampling = self._in_flight.pop(plan.step)
+        for request, token in zip(sampling, sampled_tokens, strict=True):
+            request.num_pending_tokens -= 1
+            if request.status is not RequestStatus.FINISHED:
+                outputs.append(self._append_token(request, token, now_s))
+        return outputs
+
+    def _append_token(self, request: Request, token: int, now_s: float) -> RequestOutput:
+        if not request.output_ids:
+            request.first_token_s = now_s
+        request.output_ids.append(token)
+        self._num_output_tokens += 1
+        self._queue.charge(request.client_key, output_tokens=1)
+        reason = _finish_reason(request, token)
+        if reason is not None:
+            self._finish(request, reason)
+        return RequestOutput(req_id=request.req_id, token_ids=[token], finish_reason=reason)
+
+    # ---- what is going on
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that have a row or wait for their last token only."""
+        return len(self._requests) - len(self._queue)
+
+    def stats(self, peak_memory_bytes: int = 0) -> EngineStats:
+        decoding = [request for request in self._running if not request.is_prefilling]
+        return EngineStats(
+            num_running=self.num_running,
+            num_waiting=self.num_waiting,
+            kv_used_bytes=self._layout.used_bytes,
+            kv_limit_bytes=self._layout.limit_bytes,
+            kv_live_tokens=self._layout.live_tokens,
+            num_steps_total=self._num_steps,
+            num_preemptions_total=self._num_preemptions,
+            prompt_tokens_total=self._num_prompt_tokens,
+            generation_tokens_total=self._num_output_tokens,
+            forecast_step_s=self._forecast_step_s,
+            prefill_tokens_per_s=self._cost_model.prefill_tokens_per_s(
+                self._limits.max_num_batched_tokens
+            ),
+            decode_tokens_per_s=self._cost_model.decode_tokens_per_s(
+                len(decoding), sum(request.num_computed_tokens for request in decoding)
+            ),
+            peak_memory_bytes=peak_memory_bytes,
+        )
+
+
+def _row_of(request: Request) -> int:
+    assert request.row is not None, "the request has no row"
+    return request.row
+
+
+def _by_place(place: DecodeRow | PrefillChunk) -> tuple[int, int]:
+    return (place.slab_id, place.slot)
+
+
+def _joined_row(request: Request) -> JoinedRow:
+    return JoinedRow(
+        req_id=request.req_id,
+        row=_row_of(request),
+        prompt_ids=request.prompt_ids,
+        output_ids=tuple(request.output_ids),
+        sampling=request.sampling,
+    )
+
+
+def _finish_reason(request: Request, token: int) -> FinishReason | None:
+    if token in request.sampling.stop_token_ids:
+        return "stop"
+    if len(request.output_ids) >= request.max_new_tokens:
+        return "length"
+    return None

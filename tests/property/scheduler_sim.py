@@ -1,0 +1,267 @@
+"""A runner of tuples in place of arrays: it executes plans and checks that each is possible.
+
+Every slot holds the token ids that were written to it. The token that a request samples at an
+index depends on its seed and that index only, so what it should give is known beforehand.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from mlx_lm_server.core.cost_model import CostModel
+from mlx_lm_server.core.kv_layout import KVLayout
+from mlx_lm_server.core.plan import (
+    CreateSlab,
+    DropSlab,
+    JoinedRow,
+    KVOp,
+    MoveRow,
+    ResizeSlab,
+    StepPlan,
+)
+from mlx_lm_server.core.request import Request
+from mlx_lm_server.core.scheduler import Scheduler, SchedulerLimits
+from mlx_lm_server.protocol import RequestOutput, SamplingParams
+
+STOP_TOKEN = 7
+GARBAGE = -1
+
+
+def token_at(seed: int, index: int) -> int:
+    """What the request with this seed samples as its token `index`; one in 16 is a stop token."""
+    return (seed * 2654435761 + index * 40503 + (seed ^ index) * 97) % 1009 % 16
+
+
+def expected_output(seed: int, num_tokens: int) -> list[int]:
+    tokens = []
+    for index in range(num_tokens):
+        tokens.append(token_at(seed, index))
+        if tokens[-1] == STOP_TOKEN:
+            break
+    return tokens
+
+
+def make_request(
+    req_id: str,
+    num_prompt: int,
+    max_tokens: int,
+    *,
+    seed: int = 0,
+    priority: int = 0,
+    client_key: str = "",
+    stops: bool = True,
+) -> Request:
+    return Request(
+        req_id=req_id,
+        prompt_ids=tuple(100 + (seed + i) % 900 for i in range(num_prompt)),
+        sampling=SamplingParams(
+            max_tokens=max_tokens, seed=seed, stop_token_ids=(STOP_TOKEN,) if stops else ()
+        ),
+        priority=priority,
+        client_key=client_key,
+    )
+
+
+@dataclass
+class SlabStore:
+    """Executes KV operations on lists of token ids."""
+
+    slabs: dict[int, list[list[int]]] = field(default_factory=dict)
+    capacities: dict[int, int] = field(default_factory=dict)
+    num_moves: int = 0
+
+    @property
+    def held_tokens(self) -> int:
+        return sum(len(slots) * self.capacities[sid] for sid, slots in self.slabs.items())
+
+    def apply(self, ops: tuple[KVOp, ...]) -> None:
+        for op in ops:
+            self._apply_one(op)
+
+    def _apply_one(self, op: KVOp) -> None:
+        match op:
+            case CreateSlab(slab_id, num_slots, capacity):
+                assert slab_id not in self.capacities, "slab ids are never used again"
+                assert num_slots > 0
+                self.capacities[slab_id] = capacity
+                self.slabs[slab_id] = [[GARBAGE] * capacity for _ in range(num_slots)]
+            case ResizeSlab(slab_id, num_slots):
+                assert num_slots > 0
+                assert num_slots != len(self.slabs[slab_id])
+                kept = self.slabs[slab_id][:num_slots]
+                capacity = self.capacities[slab_id]
+                more = [[GARBAGE] * capacity for _ in range(num_slots - len(kept))]
+                self.slabs[slab_id] = kept + more
+            case DropSlab(slab_id):
+                del self.slabs[slab_id]
+            case MoveRow(from_slab, from_slot, to_slab, to_slot, num_tokens):
+                assert num_tokens > 0
+                source = self.slabs[from_slab][from_slot]
+                rest = [GARBAGE] * (self.capacities[to_slab] - num_tokens)
+                self.slabs[to_slab][to_slot] = source[:num_tokens] + rest
+                self.slabs[from_slab][from_slot] = [GARBAGE] * len(source)
+                self.num_moves += 1
+
+
+@dataclass
+class _Row:
+    joined: JoinedRow
+    tokens: list[int]
+    num_held: int = 0
+
+
+class FakeRunner:
+    """Executes plans; `execute` gives the tokens that `Scheduler.update` is to get for the plan."""
+
+    def __init__(self, limits: SchedulerLimits, limit_tokens: int) -> None:
+        self.limits = limits
+        self.limit_tokens = limit_tokens
+        self.store = SlabStore()
+        self.rows: dict[int, _Row] = {}
+        self.last_step = 0
+
+    def execute(self, plan: StepPlan) -> list[int]:
+        assert plan.step == self.last_step + 1
+        self.last_step = plan.step
+        self._check_bounds(plan)
+        for row in plan.left_rows:
+            del self.rows[row]
+        for joined in plan.joined_rows:
+            assert joined.row not in self.rows
+            assert joined.row not in plan.left_rows
+            assert 0 <= joined.row < self.limits.max_batch_size
+            self.rows[joined.row] = _Row(joined, [*joined.prompt_ids, *joined.output_ids])
+        self.store.apply(plan.kv_ops)
+        assert self.store.held_tokens <= self.limit_tokens
+        return self._decode(plan) + self._prefill(plan)
+
+    def _check_bounds(self, plan: StepPlan) -> None:
+        num_tokens = len(plan.decodes) + plan.num_prefill_tokens
+        assert num_tokens <= self.limits.max_num_batched_tokens
+        places = [(d.slab_id, d.slot) for d in plan.decodes]
+        assert places == sorted(places)
+        places += [(p.slab_id, p.slot) for p in plan.prefills]
+        assert len(places) == len(set(places))
+        if self.limits.prefill_batch_size is not None:
+            assert len(plan.prefills) <= self.limits.prefill_batch_size
+        if self.limits.prefill_step_size is not None:
+            assert all(len(p.token_ids) <= self.limits.prefill_step_size for p in plan.prefills)
+
+    def _decode(self, plan: StepPlan) -> list[int]:
+        sampled = []
+        for decode in plan.decodes:
+            row = self.rows[decode.row]
+            assert decode.position == row.num_held == len(row.tokens) - 1
+            assert len(row.tokens) > len(row.joined.prompt_ids) + len(row.joined.output_ids)
+            self._write(decode.slab_id, decode.slot, row, 1)
+            sampled.append(self._sample(row))
+        return sampled
+
+    def _prefill(self, plan: StepPlan) -> list[int]:
+        sampled = []
+        for chunk in plan.prefills:
+            row = self.rows[chunk.row]
+            end = chunk.start + len(chunk.token_ids)
+            assert chunk.token_ids
+            assert chunk.start == row.num_held
+            assert list(chunk.token_ids) == row.tokens[chunk.start : end]
+            assert chunk.samples == (end == len(row.tokens))
+            self._write(chunk.slab_id, chunk.slot, row, len(chunk.token_ids))
+            if chunk.samples:
+                sampled.append(self._sample(row))
+        return sampled
+
+    def _write(self, slab_id: int, slot: int, row: _Row, num_tokens: int) -> None:
+        end = row.num_held + num_tokens
+        slot_tokens = self.store.slabs[slab_id][slot]
+        assert end <= len(slot_tokens)
+        slot_tokens[row.num_held : end] = row.tokens[row.num_held : end]
+        row.num_held = end
+        assert slot_tokens[:end] == row.tokens[:end], "the row lost or mixed up tokens"
+
+    def _sample(self, row: _Row) -> int:
+        index = len(row.tokens) - len(row.joined.prompt_ids)
+        token = token_at(row.joined.sampling.seed, index)
+        row.tokens.append(token)
+        return token
+
+
+class Simulation:
+    """An engine loop that reads each step one step late."""
+
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        limit_tokens: int = 1 << 20,
+        max_slab_tokens: int = 4096,
+        cost_model: CostModel | None = None,
+    ) -> None:
+        self.layout = KVLayout(
+            bytes_per_token=1,
+            limit_bytes=limit_tokens,
+            max_slab_bytes=max_slab_tokens,
+            max_rows=limits.max_batch_size,
+        )
+        self.cost_model = cost_model or CostModel()
+        self.scheduler = Scheduler(limits, self.layout, self.cost_model)
+        self.runner = FakeRunner(limits, limit_tokens)
+        self.in_flight: deque[tuple[StepPlan, list[int]]] = deque()
+        self.outputs: dict[str, list[RequestOutput]] = {}
+        self.plans: list[StepPlan] = []
+        self.now_s = 0.0
+
+    def add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self.outputs[request.req_id] = []
+
+    def abort(self, req_id: str) -> bool:
+        output = self.scheduler.abort(req_id)
+        if output is not None:
+            self.outputs[req_id].append(output)
+        return output is not None
+
+    def step(self, *, read_at_once: bool = False) -> StepPlan | None:
+        """One turn of the engine: plan, execute, read the step before."""
+        plan = self.scheduler.schedule(self.now_s)
+        if plan is not None:
+            self.plans.append(plan)
+            self.in_flight.append((plan, self.runner.execute(plan)))
+            self.check_prefixes()
+        keep = 0 if read_at_once or plan is None else 1
+        while len(self.in_flight) > keep:
+            self.read()
+        return plan
+
+    def read(self) -> None:
+        plan, tokens = self.in_flight.popleft()
+        self.now_s += 0.01
+        for output in self.scheduler.update(plan, tokens, 0.01, self.now_s):
+            self.outputs[output.req_id].append(output)
+
+    def run(self, max_steps: int = 10_000) -> None:
+        """Until nothing is left to do."""
+        for _ in range(max_steps):
+            if self.step() is None and not self.in_flight:
+                return
+        raise AssertionError("the scheduler does not come to an end")
+
+    def check_prefixes(self) -> None:
+        """The slots in use are the first ones of their slab, one row in each."""
+        used: dict[int, list[int]] = {sid: [] for sid in self.runner.store.slabs}
+        for row in self.runner.rows:
+            place = self.layout.location(row)
+            used[place.slab_id].append(place.slot)
+        for slots in used.values():
+            assert sorted(slots) == list(range(len(slots)))
+            assert slots, "an empty slab is dropped"
+        assert self.layout.used_bytes == self.runner.store.held_tokens
+
+    def tokens_of(self, req_id: str) -> list[int]:
+        return [token for output in self.outputs[req_id] for token in output.token_ids]
+
+    def finish_reason(self, req_id: str) -> str:
+        reasons = [o.finish_reason for o in self.outputs[req_id] if o.finish_reason]
+        assert len(reasons) == 1, f"{req_id} ended {len(reasons)} times"
+        assert self.outputs[req_id][-1].finish_reason, "no output comes after the end"
+        return reasons[0]
