@@ -6,8 +6,9 @@ token, so a prompt of n words has about n tokens and the calibration has little 
 
 from __future__ import annotations
 
-WORDS: tuple[str, ...] = tuple(
-    """
+from random import Random
+
+_TEXT = """
 able about above across act action add after again age ago air all almost alone along also
 always among animal another answer any appear area arm around art ask away back bad ball bank
 base be bear beat beautiful bed before began begin behind believe best better between big bird
@@ -24,5 +25,10 @@ dream dress drink drive drop dry during each ear early earth ease east eat edge 
 eight either electric element else end enemy energy engine enough enter equal especially even
 evening event ever every exact example except excite exercise expect experience experiment eye
 face fact fair fall
-    """.split()
-)
+"""
+WORDS = tuple(_TEXT.split())
+
+
+def make_text(rng: Random, num_words: int) -> str:
+    """`num_words` words, each with a space before it."""
+    return "".join(f" {word}" for word in rng.choices(WORDS, k=num_words))

@@ -1,0 +1,139 @@
+"""`mlx-lm-server bench`: measure any OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from mlx_lm_server.bench.client import Target
+from mlx_lm_server.bench.plans import Shape
+from mlx_lm_server.bench.report import as_json, print_table
+from mlx_lm_server.bench.session import Outcome, Session, Settings, TargetUnusableError
+from mlx_lm_server.bench.workloads import WORKLOADS
+
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def bench(
+    url: Annotated[str, typer.Option(help="The server to measure (A).")] = DEFAULT_URL,
+    compare: Annotated[
+        str | None, typer.Option(help="A second server (B); rounds are interleaved A B A B.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model name to ask for; left out of the requests if not set.")
+    ] = None,
+    compare_model: Annotated[
+        str | None, typer.Option(help="The same for the second server.")
+    ] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option(help=f"One of {', '.join(WORKLOADS)}; repeatable. Default: all."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, max=1000)] = 3,
+    requests: Annotated[int, typer.Option(min=1, help="Requests per client and round.")] = 2,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    output_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    long_prompt_tokens: Annotated[int, typer.Option(min=1, help="Of `long-prompt`.")] = 3000,
+    decoder_tokens: Annotated[
+        int,
+        typer.Option(min=32, help="Answer length of the decoders that newcomers arrive beside."),
+    ] = 1024,
+    seed: Annotated[
+        int | None, typer.Option(help="Makes the prompts repeatable; a server may know them then.")
+    ] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds of silence after which a request has failed.")
+    ] = 120.0,
+    max_round_s: Annotated[float, typer.Option(min=1, help="Longest time of a round.")] = 600.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers to this file.")
+    ] = None,
+) -> None:
+    """Measure throughput and latencies of an OpenAI-compatible server."""
+    shape = Shape(
+        prompt_tokens, output_tokens, requests, long_prompt_tokens, decoder_tokens=decoder_tokens
+    )
+    settings = Settings(
+        _known_workloads(workload),
+        rounds,
+        secrets.randbits(32) if seed is None else seed,
+        shape,
+        timeout,
+        max_round_s,
+    )
+    targets = [Target(url, model, api_key)]
+    if compare is not None:
+        targets.append(Target(compare, compare_model, api_key))
+    raise typer.Exit(_measure(targets, settings, json_file))
+
+
+def _known_workloads(names: list[str] | None) -> tuple[str, ...]:
+    for name in names or ():
+        if name not in WORKLOADS:
+            raise typer.BadParameter(
+                f"{name!r} is none of {', '.join(WORKLOADS)}", param_hint="--workload"
+            )
+    return tuple(dict.fromkeys(names)) if names else tuple(WORKLOADS)
+
+
+def _measure(targets: list[Target], settings: Settings, json_file: Path | None) -> int:
+    """The exit code: 0, or 1 where a request failed or the run was cut off."""
+    console = Console()
+    bar = RoundBar(len(settings.workloads) * settings.rounds * len(targets), console)
+    session = Session(targets, settings, bar)
+    is_whole = False
+    try:
+        with bar.progress:
+            _run_loop(session)
+        is_whole = True
+    except TargetUnusableError as error:
+        console.print(str(error), style="red", markup=False, highlight=False)
+    except KeyboardInterrupt:
+        console.print("interrupted; this is what was measured so far")
+    if session.outcomes:
+        print_table(session, console)
+    if json_file is not None:
+        json_file.write_text(json.dumps(as_json(session), indent=1) + "\n")
+    has_errors = any(outcome.summary.num_errors for outcome in session.outcomes)
+    return 0 if is_whole and not has_errors else 1
+
+
+def _run_loop(session: Session) -> None:
+    """uvloop halves what the client costs, where it is installed."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(session.run())
+    else:
+        uvloop.run(session.run())
+
+
+class RoundBar:
+    """Shows which round runs; redrawn seldom, for drawing takes CPU from what is measured."""
+
+    def __init__(self, num_rounds: int, console: Console) -> None:
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            refresh_per_second=2,
+            transient=True,
+        )
+        self._task = self.progress.add_task("counting tokens", total=num_rounds)
+
+    def round_started(self, workload: str, round_index: int, target: Target) -> None:
+        text = f"{workload} round {round_index + 1} {target.url}"
+        self.progress.update(self._task, description=text)
+
+    def round_ended(self, outcome: Outcome) -> None:
+        self.progress.advance(self._task)

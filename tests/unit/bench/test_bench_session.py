@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import asyncio
+import json
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import typer
+from fake_openai import FakeServer
+from rich.console import Console
+from typer.testing import CliRunner
+
+from mlx_lm_server.bench.cli import bench
+from mlx_lm_server.bench.client import Target
+from mlx_lm_server.bench.plans import Calibration, Shape
+from mlx_lm_server.bench.report import as_json, print_table
+from mlx_lm_server.bench.session import (
+    Outcome,
+    Session,
+    Settings,
+    TargetUnusableError,
+    calibrate,
+)
+from mlx_lm_server.bench.workloads import WORKLOADS
+
+SMALL = Shape(
+    prompt_tokens=16,
+    output_tokens=6,
+    num_requests=2,
+    long_prompt_tokens=50,
+    decoder_tokens=60,
+    shared_tokens=20,
+    turns=3,
+    idle_samples=2,
+    busy_samples=2,
+)
+
+
+class Log:
+    """A watcher that remembers the order of the rounds."""
+
+    def __init__(self) -> None:
+        self.rounds: list[tuple[str, int, str | None]] = []
+
+    def round_started(self, workload: str, round_index: int, target: Target) -> None:
+        self.rounds.append((workload, round_index, target.model))
+
+    def round_ended(self, outcome: Outcome) -> None:
+        assert len(outcome.rounds) > 0
+
+
+def settings(*workloads: str, rounds: int = 1, round_s: float = 30.0) -> Settings:
+    return Settings(workloads, rounds, seed=7, shape=SMALL, silence_s=5.0, round_s=round_s)
+
+
+async def run(server: FakeServer, *workloads: str, rounds: int = 1) -> Session:
+    session = Session([server.target()], settings(*workloads, rounds=rounds), Log())
+    await session.run()
+    return session
+
+
+def rendered(session: Session) -> str:
+    text = StringIO()
+    print_table(session, Console(file=text, width=100))
+    return text.getvalue()
+
+
+async def test_every_workload_runs_without_error_and_is_reported(server: FakeServer) -> None:
+    session = await run(server, *WORKLOADS)
+    results = as_json(session)["results"]
+    assert [r["workload"] for r in results] == list(WORKLOADS)
+    for result in results:
+        assert result["num_errors"] == 0, result
+        assert result["output_tokens_per_s"] > 0
+        assert result["ttft_s"]["p50"] > 0
+        assert result["client_cpu_per_token_s"] > 0
+    json.dumps(results)
+    table = rendered(session)
+    assert all(name in table for name in WORKLOADS)
+
+
+async def test_calibration_finds_how_the_target_counts(server: FakeServer) -> None:
+    assert await calibrate(server.target(), settings()) == Calibration(2.0, 3.0)
+    session = await run(server, "single")
+    assert session.outcomes[0].summary.prompt_tokens == pytest.approx(2 * 16, abs=2)
+
+
+async def test_rounds_of_two_targets_are_interleaved_and_ask_the_same(server: FakeServer) -> None:
+    log = Log()
+    targets = [server.target("a"), server.target("b")]
+    session = Session(targets, settings("single", "clients8", rounds=2), log)
+    await session.run()
+    expected = [
+        (name, i, target)
+        for name in ("single", "clients8")
+        for i in range(2)
+        for target in ("a", "b")
+    ]
+    assert log.rounds == expected
+    prompts = {model: [] for model in "ab"}
+    for body in server.bodies:
+        prompts[body["model"]].append(body["prompt"])
+    assert sorted(prompts["a"]) == sorted(prompts["b"])
+    assert set(as_json(session)["ratios"]) == {"single", "clients8"}
+    assert "A / B" in rendered(session)
+
+
+async def test_newcomers_are_measured_beside_decoders_which_are_stopped(
+    server: FakeServer,
+) -> None:
+    session = await run(server, "ttft")
+    summary = session.outcomes[0].summary
+    assert {"idle_ttft_p50_s", "busy_ttft_p95_s", "gap_over_itl"} <= set(summary.extras)
+    assert summary.ttft_s is not None
+    assert summary.ttft_s.count == SMALL.busy_samples
+    decoders = [t for t in session.outcomes[0].rounds[0] if t.role == "decoder"]
+    assert len(decoders) >= 8
+    assert sum(t.was_stopped for t in decoders) <= 8
+
+
+async def test_a_conversation_sends_the_answers_back(server: FakeServer) -> None:
+    await run(server, "conversation")
+    last = server.bodies[-1]["messages"]
+    assert [m["role"] for m in last] == ["system", *["user", "assistant"] * 2, "user"]
+    assert last[2]["content"] == "".join(f" w{i}" for i in range(SMALL.output_tokens))
+
+
+async def test_a_target_that_refuses_a_probe_is_named_at_once(server: FakeServer) -> None:
+    session = Session([server.target("refuses")], settings("single"), Log())
+    with pytest.raises(TargetUnusableError, match="no such model"):
+        await session.run()
+
+
+async def test_a_round_that_takes_too_long_is_cut_off_and_blamed(server: FakeServer) -> None:
+    session = Session([server.target()], settings("clients8", round_s=0.005), Log())
+    await session.run()
+    summary = session.outcomes[0].summary
+    assert summary.num_errors > 0
+    assert "cut off" in rendered(session)
+
+
+async def test_short_answers_are_told(server: FakeServer) -> None:
+    session = Session([server.target("shortens")], settings("single"), Log())
+    await session.run()
+    assert "2 answers ended early" in rendered(session)
+
+
+def command(*arguments: str) -> tuple[int, str]:
+    app = typer.Typer()
+    app.command()(bench)
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.output
+
+
+async def test_the_command_prints_a_table_and_writes_json(
+    server: FakeServer, tmp_path: Path
+) -> None:
+    file = tmp_path / "numbers.json"
+    options = ["--workload", "single", "--rounds", "2", "--output-tokens", "4", "--seed", "3"]
+    code, output = await asyncio.to_thread(
+        command, "--url", server.url, *options, "--json", str(file)
+    )
+    assert code == 0, output
+    assert "single" in output
+    written = json.loads(file.read_text())
+    assert written["settings"]["seed"] == 3
+    assert len(written["results"][0]["rounds"]) == 2
+
+
+async def test_the_command_fails_where_requests_fail(server: FakeServer) -> None:
+    options = ["--url", server.url, "--model", "stalls", "--timeout", "0.2", "--workload", "single"]
+    code, output = await asyncio.to_thread(command, *options, "--rounds", "1")
+    assert code == 1
+    assert "stalled" in output
+
+
+def test_an_unknown_workload_is_a_usage_error() -> None:
+    code, output = command("--workload", "nonsense")
+    assert code == 2
+    assert "nonsense" in output
