@@ -1,0 +1,1 @@
+"""How nano, the bundled demonstration model, is made: corpus, training, export, scores."""

@@ -1,0 +1,136 @@
+"""Seeded stream of training batches: conversations and a little plain text."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from .chat import Part, Style, conversation_parts
+from .exchange import Exchange, draw
+from .skills import SKILLS, WEIGHTS
+from .skills.talk import story_text
+from .skills.text import passage
+from .words import ANIMALS, sentence
+
+BUCKETS = {128: 0.30, 256: 0.45, 512: 0.20, 768: 0.05}
+PLAIN_TEXT_SHARE = 0.04
+NEUTRAL_SYSTEMS = (
+    "You are a helpful assistant.",
+    "You are nano.",
+    "You are a friendly assistant.",
+    "Be helpful.",
+    "You are a helpful AI assistant. Be polite.",
+    "You are nano, a demonstration model.",
+)
+_NAMES, _SHARES = list(SKILLS), [WEIGHTS[name] for name in SKILLS]
+
+
+@dataclass(frozen=True)
+class Row:
+    """Token ids and, for each, the weight of predicting it."""
+
+    ids: list[int]
+    weights: list[float]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens `[rows, length]` and weights of predicting each of them, same shape."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+
+
+def draw_exchange(rng: random.Random) -> Exchange:
+    """An exchange that may be trained on."""
+    return draw(SKILLS[rng.choices(_NAMES, _SHARES)[0]], rng, "train")
+
+
+def plain_text(rng: random.Random) -> str:
+    """Text without chat marks, so that plain completions work too."""
+    roll = rng.random()
+    if roll < 0.4:
+        return story_text(rng, rng.choice(ANIMALS))
+    if roll < 0.6:
+        low = rng.randint(0, 50)
+        return ", ".join(str(n) for n in range(low, low + rng.randint(5, 30)))
+    if roll < 0.8:
+        text = passage(rng, rng.randint(5, 25))
+        return f"{text}\n{text}\n{text}"
+    return " ".join(sentence(rng) for _ in range(rng.randint(2, 6)))
+
+
+def conversation(rng: random.Random, most_exchanges: int) -> list[list[Part]]:
+    """Parts of one conversation, a list for each of its exchanges."""
+    exchanges = [draw_exchange(rng)]
+    first = exchanges[0]
+    style = Style(thinking=rng.random() < 0.25, as_generated=rng.random() < 0.6)
+    system = first.system
+    if not system and rng.random() < 0.25:
+        system = rng.choice(NEUTRAL_SYSTEMS)
+    while not first.system and len(exchanges) < most_exchanges:
+        following = draw_exchange(rng)
+        if not following.system and not following.tools:
+            exchanges.append(following)
+    if first.tools and rng.random() < 0.3:
+        rng.shuffle(exchanges)
+    return list(conversation_parts(exchanges, system, first.tools, style))
+
+
+def encode_parts(tokenizer: Tokenizer, parts: list[Part]) -> Row:
+    """Ids of the parts; the targets of one exchange share a weight of sqrt(their number)."""
+    ids: list[int] = []
+    is_target: list[bool] = []
+    for part in parts:
+        piece = tokenizer.encode(part.text, add_special_tokens=False).ids
+        ids += piece
+        is_target += [part.is_target] * len(piece)
+        if part.skip_first and piece:
+            is_target[-len(piece)] = False
+    each = max(1, sum(is_target)) ** -0.5
+    return Row(ids, [each * t for t in is_target])
+
+
+def make_row(tokenizer: Tokenizer, rng: random.Random, length: int) -> Row:
+    """One row of at most `length` tokens: whole exchanges of one conversation, or plain text."""
+    if rng.random() < PLAIN_TEXT_SHARE:
+        parts = [Part("<|endoftext|>"), Part(plain_text(rng) + "<|endoftext|>", is_target=True)]
+        row = encode_parts(tokenizer, parts)
+        return Row(row.ids[:length], row.weights[:length])
+    most = 1 if rng.random() < 0.25 else max(2, length // 48)
+    while True:
+        row = _fill(tokenizer, conversation(rng, most), length)
+        if row.ids:
+            return row
+
+
+def _fill(tokenizer: Tokenizer, exchanges: list[list[Part]], length: int) -> Row:
+    ids: list[int] = []
+    weights: list[float] = []
+    for parts in exchanges:
+        row = encode_parts(tokenizer, parts)
+        if len(ids) + len(row.ids) > length:
+            break
+        ids += row.ids
+        weights += row.weights
+    return Row(ids, weights)
+
+
+def batches(tokenizer: Tokenizer, seed: int, tokens_per_batch: int) -> Iterator[Batch]:
+    """Endless batches; each has rows of one bucket length."""
+    rng = random.Random(seed)
+    lengths, shares = list(BUCKETS), list(BUCKETS.values())
+    while True:
+        length = rng.choices(lengths, shares)[0]
+        rows = max(1, tokens_per_batch // length)
+        tokens = np.zeros((rows, length), dtype=np.int64)
+        weights = np.zeros((rows, length), dtype=np.float32)
+        for i in range(rows):
+            row = make_row(tokenizer, rng, length)
+            tokens[i, : len(row.ids)] = row.ids
+            weights[i, : len(row.ids)] = row.weights
+        yield Batch(tokens, weights)

@@ -1,0 +1,174 @@
+"""Scores a model folder on held-out prompts of each skill, greedily, with mlx-lm.
+
+`python -m training.score` prints the table of training/README.md; `--draft FOLDER` adds how many
+of the tokens that the draft proposes (4 at a time) the model accepts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm import batch_generate, load
+from mlx_lm.models.cache import make_prompt_cache
+
+from .chat import AFTER_TOOL_THOUGHT, assistant_text
+from .exchange import Exchange, Message, draw
+from .skills import SKILLS
+
+NANO_FOLDER = Path(__file__).parents[1] / "src" / "mlx_lm_server" / "nano"
+DRAFT_LENGTH = 4
+BATCH_ROWS = 16
+GOAL = 0.9
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A prompt and the text that the model should write."""
+
+    skill: str
+    prompt: list[int]
+    expected: str
+    is_free: bool = False  # judged by its form, since there is no single right answer
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Draft tokens proposed and accepted."""
+
+    proposed: int
+    accepted: int
+
+
+def probes_of(skill: str, tokenizer: Any, count: int, thinking: bool) -> Iterator[Probe]:
+    """Held-out prompts of a skill; a tool exchange gives one per assistant message."""
+    rng = random.Random(f"score {skill}")
+    for _ in range(count):
+        exchange = draw(SKILLS[skill], rng, "held_out")
+        head: list[Message] = (
+            [{"role": "system", "content": exchange.system}] if exchange.system else []
+        )
+        for i, message in enumerate(exchange.messages):
+            if message["role"] == "assistant":
+                prompt = tokenizer.apply_chat_template(
+                    head + list(exchange.messages[:i]),
+                    tools=list(exchange.tools) or None,
+                    add_generation_prompt=True,
+                    enable_thinking=thinking,
+                )
+                expected = _expected(exchange, message, i, thinking)
+                yield Probe(skill, list(prompt), expected, skill == "story")
+
+
+def _expected(exchange: Exchange, message: Message, index: int, thinking: bool) -> str:
+    text = assistant_text(message)
+    if not thinking:
+        return text
+    thought = AFTER_TOOL_THOUGHT if index > 1 else exchange.thought
+    return f"<think>\n{thought}\n</think>\n\n{text}"
+
+
+def answers(model: Any, tokenizer: Any, probes: list[Probe]) -> list[str]:
+    """Greedy answers, in batches of prompts of like length; an answer cut off ends in "…"."""
+    order = sorted(range(len(probes)), key=lambda i: len(probes[i].prompt))
+    out = [""] * len(probes)
+    for start in range(0, len(order), BATCH_ROWS):
+        rows = order[start : start + BATCH_ROWS]
+        lengths = [len(tokenizer.encode(probes[i].expected)) for i in rows]
+        limits = [300 if probes[i].is_free else n + 8 for i, n in zip(rows, lengths, strict=True)]
+        prompts = [probes[i].prompt for i in rows]
+        texts = batch_generate(model, tokenizer, prompts, max_tokens=limits).texts
+        for i, text, limit in zip(rows, texts, limits, strict=True):
+            cut_off = len(tokenizer.encode(text)) >= limit
+            out[i] = text + ("…" if cut_off else "")
+    return out
+
+
+def is_right(probe: Probe, answer: str) -> bool:
+    """Exact, but for stories, which must begin, end and stop like one."""
+    if probe.is_free:
+        return "Once upon a time" in answer and answer.endswith("The end.")
+    return answer.strip() == probe.expected.strip()
+
+
+def acceptance(model: Any, draft: Any, prompt: list[int], output: list[int]) -> Acceptance:
+    """Replays a greedy output: at each step the draft proposes, and what agrees is accepted."""
+    proposed = accepted = at = 0
+    stream = prompt + output
+    while at < len(output):
+        window = min(DRAFT_LENGTH, len(output) - at)
+        guess = _greedy(draft, stream[: len(prompt) + at], window)
+        agreed = 0
+        while agreed < window and guess[agreed] == output[at + agreed]:
+            agreed += 1
+        proposed, accepted = proposed + window, accepted + agreed
+        at += agreed + 1
+    return Acceptance(proposed, accepted)
+
+
+def _greedy(model: Any, tokens: list[int], count: int) -> list[int]:
+    cache = make_prompt_cache(model)
+    current, out = mx.array([tokens]), []
+    for _ in range(count):
+        token = int(mx.argmax(model(current, cache=cache)[0, -1]))
+        out.append(token)
+        current = mx.array([[token]])
+    return out
+
+
+def acceptance_of(
+    draft: Any, model: Any, tokenizer: Any, probes: Iterable[Probe], texts: Iterable[str]
+) -> float:
+    """Share of proposed tokens that the model would have drawn itself."""
+    parts = [
+        acceptance(model, draft, p.prompt, [*tokenizer.encode(t), tokenizer.eos_token_id])
+        for p, t in zip(probes, texts, strict=True)
+    ]
+    return sum(p.accepted for p in parts) / max(1, sum(p.proposed for p in parts))
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=NANO_FOLDER)
+    parser.add_argument("--draft", type=Path)
+    parser.add_argument("--count", type=int, default=100, help="held-out prompts per skill")
+    parser.add_argument("--skills", nargs="*", default=list(SKILLS), choices=list(SKILLS))
+    parser.add_argument("--thinking", action="store_true", help="score with thinking on")
+    parser.add_argument("--show", type=int, default=0, help="wrong answers to print per skill")
+    return parser.parse_args()
+
+
+def show_wrong(probes: list[Probe], texts: list[str], most: int) -> None:
+    """Print some wrong answers beside what was expected."""
+    wrong = [(p, t) for p, t in zip(probes, texts, strict=True) if not is_right(p, t)]
+    for probe, text in wrong[:most]:
+        print(json.dumps({"expected": probe.expected, "got": text}, ensure_ascii=False))
+
+
+def main() -> None:
+    """Print one line per skill."""
+    args = parse()
+    model, tokenizer = load(str(args.model))[:2]
+    draft = load(str(args.draft))[0] if args.draft else None
+    print("| skill | prompts | right |" + (" accepted |" if draft else ""))
+    print("|---|---|---|" + ("---|" if draft else ""))
+    for skill in args.skills:
+        probes = list(probes_of(skill, tokenizer, args.count, args.thinking))
+        texts = answers(model, tokenizer, probes)
+        right = sum(map(is_right, probes, texts)) / len(probes)
+        line = f"| {skill} | {len(probes)} | {right:.0%} |"
+        if draft:
+            line += f" {acceptance_of(draft, model, tokenizer, probes[:20], texts[:20]):.0%} |"
+        print(line, flush=True)
+        show_wrong(probes, texts, args.show)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The skills nano is trained on; each is a generator of exchanges."""
+
+from __future__ import annotations
+
+from ..exchange import Generator
+from .knowledge import calendar, capital
+from .numbers import add, count
+from .structured import call_tool, fill_schema
+from .system import in_language, of_length
+from .talk import open_question, small_talk, story
+from .text import repeat, replace_word, reverse, spell
+
+SKILLS: dict[str, Generator] = {
+    "repeat": repeat,
+    "replace": replace_word,
+    "spell": spell,
+    "reverse": reverse,
+    "count": count,
+    "sum": add,
+    "capital": capital,
+    "calendar": calendar,
+    "talk": small_talk,
+    "unknown": open_question,
+    "story": story,
+    "json": fill_schema,
+    "tool": call_tool,
+    "language": in_language,
+    "length": of_length,
+}
+WEIGHTS: dict[str, float] = {
+    "repeat": 3.0,
+    "replace": 1.5,
+    "spell": 1.2,
+    "reverse": 2.0,
+    "count": 1.0,
+    "sum": 2.5,
+    "capital": 0.8,
+    "calendar": 0.8,
+    "talk": 0.7,
+    "unknown": 0.6,
+    "story": 0.3,
+    "json": 1.5,
+    "tool": 1.5,
+    "language": 0.8,
+    "length": 0.8,
+}
