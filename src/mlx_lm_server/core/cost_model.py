@@ -3,10 +3,15 @@
     step_s = base + per_prefill_token · prefill_tokens + per_row · rows
            + per_kv_token · kv_tokens + per_prefill_pair · prefill_pairs
 
-Recursive least squares on the relative error, with directional forgetting (Kulhavý and Kárný
-1984): what the last steps say nothing about, such as prefill during an hour of decoding, is not
-forgotten. Residuals are clipped at a few times their running scale (Huber), so that one stall moves
-a forecast by little, while a lasting change widens the scale and is followed. No cost is negative.
+Least squares of the relative error with exponential forgetting and no negative cost, solved by
+warm-started coordinate descent. Two things keep it sane:
+
+- The regulariser pulls each cost to its present value, with a small constant weight (as in
+  leaky, regularised RLS; Gunnarsson 1996). So what the last steps say nothing about, such as
+  prefill during an hour of decoding, stays as it was.
+- A step that took several times longer or shorter than forecast is believed by a part only (Huber
+  weights on the logarithm of the ratio, against its running scale). One stall hardly moves a
+  forecast; a lasting change widens the scale and is followed within some twenty steps.
 """
 
 from __future__ import annotations
@@ -18,10 +23,11 @@ from typing import NamedTuple
 from mlx_lm_server.core.plan import PrefillChunk, StepPlan
 
 FORGETTING = 0.99
-INITIAL_VARIANCE = 50.0
+PRIOR_WEIGHT = 0.1  # in observations
+DESCENT_SWEEPS = 3
 INITIAL_SCALE = 0.2
-MIN_SCALE, MAX_SCALE = 0.02, 2.0
-SCALE_GROWTH = 1.05
+MIN_SCALE, MAX_SCALE = 0.02, 3.0
+SCALE_GROWTH, SCALE_DECAY = 1.25, 0.95
 CLIP_AT_SCALES = 3.0
 MIN_STEP_S = 1e-6
 
@@ -94,13 +100,17 @@ class CostModel:
 
     def __init__(self, initial: StepCosts | None = None) -> None:
         initial = initial or StepCosts()
-        self._costs = initial.as_list()
         self._units = _learning_units(initial)
-        size = len(self._costs)
-        self._covariance = [
-            [INITIAL_VARIANCE if i == j else 0.0 for j in range(size)] for i in range(size)
+        self._multiples = [
+            cost / unit for cost, unit in zip(initial.as_list(), self._units, strict=True)
         ]
-        self._residual_scale = INITIAL_SCALE
+        self._costs = initial.as_list()
+        size = len(self._units)
+        self._information = [
+            [PRIOR_WEIGHT if i == j else 0.0 for j in range(size)] for i in range(size)
+        ]
+        self._target = [PRIOR_WEIGHT * multiple for multiple in self._multiples]
+        self._scale = INITIAL_SCALE
 
     @property
     def costs(self) -> StepCosts:
@@ -115,36 +125,30 @@ class CostModel:
         """Learn from a step that took `step_s` seconds."""
         if not (math.isfinite(step_s) and step_s > 0):
             return
-        forecast = self.forecast_s(features)
-        residual = step_s / forecast - 1
-        clipped = self._clip(residual)
-        trust = clipped / residual if residual else 1.0
-        inputs = [
-            unit * x / forecast for unit, x in zip(self._units, (1.0, *features), strict=True)
+        surprise = math.log(step_s / self.forecast_s(features))
+        believed, weight = self._believe(surprise)
+        believed_s = step_s * math.exp(believed - surprise)
+        shares = [
+            unit * x / believed_s for unit, x in zip(self._units, (1.0, *features), strict=True)
         ]
-        self._learn(inputs, clipped, trust)
+        self._remember(shares, weight)
+        self._solve()
 
-    def max_prefill_tokens(
-        self,
-        goal_s: float,
-        rows: int,
-        kv_tokens: int,
-        context: int,
-        others: StepFeatures | None = None,
-    ) -> int:
-        """The longest chunk after `context` tokens that keeps the step within `goal_s` seconds,
-        beside `rows` decoding rows over `kv_tokens` tokens and the prefill in `others`."""
-        features = (others or StepFeatures())._replace(rows=rows, kv_tokens=kv_tokens)
-        return self.max_chunk_tokens(goal_s - self.forecast_s(features), context)
+    def max_prefill_tokens(self, goal_s: float, rows: int, kv_tokens: int, context: int) -> int:
+        """The chunk after `context` tokens that makes a step take `goal_s` seconds beside `rows`
+        decoding rows over `kv_tokens` tokens."""
+        decode = StepFeatures(rows=rows, kv_tokens=kv_tokens)
+        return self.max_chunk_tokens(goal_s - self.forecast_s(decode), context)
 
     def max_chunk_tokens(self, slack_s: float, context: int) -> int:
-        """The longest chunk after `context` tokens that adds at most `slack_s` seconds: the root
-        of per_pair / 2 · n² + (per_token + per_pair · (context + 1/2)) · n = slack_s."""
+        """The chunk after `context` tokens that adds `slack_s` seconds, to the nearest token: the
+        root of per_pair / 2 · n² + (per_token + per_pair · (context + 1/2)) · n = slack_s."""
         if slack_s <= 0:
             return 0
         _, per_token, _, _, per_pair = self._costs
         linear = max(per_token + per_pair * (context + 0.5), 1e-12)
-        return int(2 * slack_s / (linear + math.sqrt(linear * linear + 2 * per_pair * slack_s)))
+        root = math.sqrt(linear * linear + 2 * per_pair * slack_s)
+        return round(2 * slack_s / (linear + root))
 
     def prefill_tokens_per_s(self, chunk_tokens: int) -> float:
         """Prompt throughput in chunks of this size, alone."""
@@ -155,26 +159,31 @@ class CostModel:
         """Output throughput of so many rows, without prefill beside them."""
         return rows / self.forecast_s(StepFeatures(rows=rows, kv_tokens=kv_tokens))
 
-    def _clip(self, residual: float) -> float:
-        """Bound the residual and let its scale follow the median of its size."""
-        bound = CLIP_AT_SCALES * self._residual_scale
-        grows = abs(residual) > self._residual_scale
-        scale = self._residual_scale * (SCALE_GROWTH if grows else 1 / SCALE_GROWTH)
-        self._residual_scale = min(MAX_SCALE, max(MIN_SCALE, scale))
-        return max(-bound, min(bound, residual))
+    def _believe(self, surprise: float) -> tuple[float, float]:
+        """How much of the surprise to take and with what weight; its scale follows."""
+        bound = CLIP_AT_SCALES * self._scale
+        is_outlier = abs(surprise) > self._scale
+        scale = self._scale * (SCALE_GROWTH if is_outlier else SCALE_DECAY)
+        self._scale = min(MAX_SCALE, max(MIN_SCALE, scale))
+        if abs(surprise) <= bound:
+            return surprise, 1.0
+        return math.copysign(bound, surprise), bound / abs(surprise)
 
-    def _learn(self, inputs: list[float], residual: float, trust: float) -> None:
-        """One step of recursive least squares. Clipped observations (`trust` < 1) shrink the
-        covariance less: they say that something changed, not by how much."""
-        gains = [sum(p * x for p, x in zip(row, inputs, strict=True)) for row in self._covariance]
-        gain = sum(g * x for g, x in zip(gains, inputs, strict=True))
-        if gain < 1e-12:
-            return
-        for i, unit in enumerate(self._units):
-            cost = self._costs[i] + unit * gains[i] * residual / (1 + gain)
-            self._costs[i] = max(0.0, cost)
-        shrunk = gain * trust / (FORGETTING + FORGETTING * gain * trust) / trust
-        factor = (gain - shrunk) / (gain * gain)
-        for i, row in enumerate(self._covariance):
-            for j in range(len(row)):
-                row[j] -= factor * gains[i] * gains[j]
+    def _remember(self, shares: list[float], weight: float) -> None:
+        """Add an observation: the shares, each times its multiple, should sum up to 1."""
+        leak = (1 - FORGETTING) * PRIOR_WEIGHT
+        for i, row in enumerate(self._information):
+            weighted = weight * shares[i]
+            for j, share in enumerate(shares):
+                row[j] = FORGETTING * row[j] + weighted * share
+            row[i] += leak
+            self._target[i] = FORGETTING * self._target[i] + weighted + leak * self._multiples[i]
+
+    def _solve(self) -> None:
+        multiples = self._multiples
+        for _ in range(DESCENT_SWEEPS):
+            for i, row in enumerate(self._information):
+                predicted = sum(a * m for a, m in zip(row, multiples, strict=True))
+                step = (self._target[i] - predicted) / row[i]
+                multiples[i] = max(0.0, multiples[i] + step)
+        self._costs = [m * unit for m, unit in zip(multiples, self._units, strict=True)]

@@ -16,6 +16,8 @@ from mlx_lm_server.core.request import Request
 from mlx_lm_server.errors import ConfigError
 
 OLDEST_PROMPT_SHARE = 0.25
+MIN_GOAL_FACTOR = 1.5
+MAX_TAIL_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +26,11 @@ class SchedulerLimits:
 
     `max_num_batched_tokens` bounds decode and prefill tokens of a step together,
     `prefill_batch_size` the prompts in it and `prefill_step_size` the tokens of each.
-    `itl_goal_s` is how long a step with decoding rows may take; without it the goal is
-    `auto_goal_factor` times the step without prefill, at least `auto_goal_floor_s`, and
-    `short_prompt_factor` times that for prompts of at most `short_prompt_tokens`.
+    `itl_goal_s` is how long a step with decoding rows may take, where that leaves prefill at least
+    a third of the step; without it the goal is `auto_goal_factor` times the step without prefill,
+    at least `auto_goal_floor_s`, and `short_prompt_factor` times that for prompts of at most
+    `short_prompt_tokens`. A chunk has at least `min_chunk_tokens`, whatever the goal. A row gets
+    room for `lookahead_tokens` of its answer when it joins.
     """
 
     max_batch_size: int = 32
@@ -34,11 +38,11 @@ class SchedulerLimits:
     prefill_step_size: int | None = None
     prefill_batch_size: int | None = None
     itl_goal_s: float | None = None
-    auto_goal_factor: float = 2.5
+    auto_goal_factor: float = 2.6
     auto_goal_floor_s: float = 0.03
     short_prompt_tokens: int = 256
     short_prompt_factor: float = 1.5
-    min_chunk_tokens: int = 16
+    min_chunk_tokens: int = 4
     lookahead_tokens: int = 256
 
     def __post_init__(self) -> None:
@@ -53,7 +57,7 @@ class SchedulerLimits:
     def step_goal_s(self, decode_step_s: float, *, is_short: bool) -> float:
         """How long a step may take whose decode part takes `decode_step_s`."""
         if self.itl_goal_s is not None:
-            return self.itl_goal_s
+            return max(self.itl_goal_s, MIN_GOAL_FACTOR * decode_step_s)
         goal_s = max(self.auto_goal_floor_s, self.auto_goal_factor * decode_step_s)
         return goal_s * self.short_prompt_factor if is_short else goal_s
 
@@ -92,28 +96,32 @@ class PrefillPlan:
     def _grant(self, request: Request, share: float) -> None:
         """Let the request have up to this share of what the step has left."""
         had = self._granted.get(request, 0)
-        left = request.num_prefill_tokens_left - had
-        most = min(left, self._tokens_left, (self._limits.prefill_step_size or left + had) - had)
+        most = self._most_tokens(request, had)
         num_tokens = min(most, int(share * self._tokens_left), self._affordable(request, share))
-        minimum = self._limits.min_chunk_tokens
-        if num_tokens < minimum:
-            num_tokens = minimum if not self._granted else 0
-        if left - num_tokens < minimum and (num_tokens or had):
-            num_tokens = left
-        num_tokens = min(num_tokens, most)
+        if num_tokens < self._limits.min_chunk_tokens:
+            num_tokens = 0 if self._granted else min(most, self._limits.min_chunk_tokens)
+        if self._is_short(request) and most - num_tokens <= MAX_TAIL_SHARE * (had + num_tokens):
+            num_tokens = most
         if num_tokens > 0:
             self._granted[request] = had + num_tokens
             self._tokens_left -= num_tokens
+
+    def _most_tokens(self, request: Request, had: int) -> int:
+        left = request.num_prefill_tokens_left
+        chunk = min(left, self._limits.prefill_step_size or left)
+        return min(chunk - had, self._tokens_left)
 
     def _affordable(self, request: Request, share: float) -> int:
         """Tokens that keep the step within its goal; unbounded where nobody decodes."""
         if self._decode.rows == 0:
             return self._tokens_left
-        is_short = request.prefill_until <= self._limits.short_prompt_tokens
-        goal_s = self._limits.step_goal_s(self._decode_step_s, is_short=is_short)
+        goal_s = self._limits.step_goal_s(self._decode_step_s, is_short=self._is_short(request))
         slack_s = share * (goal_s - self._cost_model.forecast_s(self._features()))
         context = request.num_computed_tokens + self._granted.get(request, 0)
         return self._cost_model.max_chunk_tokens(slack_s, context)
+
+    def _is_short(self, request: Request) -> bool:
+        return request.prefill_until <= self._limits.short_prompt_tokens
 
     def _features(self) -> StepFeatures:
         features = self._decode

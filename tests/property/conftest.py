@@ -1,0 +1,5 @@
+import sys
+from pathlib import Path
+
+# The simulators live beside the unit tests of the core.
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "core"))
