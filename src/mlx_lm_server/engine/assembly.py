@@ -1,0 +1,87 @@
+"""Builds an engine from what the server ordered: model, memory ledger, scheduler, runner."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from mlx_lm_server.core.cost_model import CostModel
+from mlx_lm_server.core.kv_layout import KVLayout
+from mlx_lm_server.core.memory_ledger import MemoryLedger
+from mlx_lm_server.core.scheduler import Scheduler, SchedulerLimits
+from mlx_lm_server.engine.engine_core import EngineCore
+from mlx_lm_server.protocol import LoadModel, Ready
+from mlx_lm_server.runner import host_memory, loader
+from mlx_lm_server.runner.model_runner import ModelRunner
+
+Progress = Callable[[str, float], None]
+
+DEFAULT_BATCHED_TOKENS = 2048
+MIN_KV_TOKENS = 1024
+# Logits and the sampler's arrays of the same size, in float32, per row that samples.
+SAMPLER_ARRAYS = 8
+
+
+def assemble(order: LoadModel, blas: str, progress: Progress) -> tuple[EngineCore, Ready]:
+    """A ready engine and the message that says so. Raises the classes of ModelError."""
+    begun_s = time.monotonic()
+    if mx.default_device() == mx.Device(mx.cpu):
+        host_memory.keep_freed_blocks()
+    memory_limit_bytes = loader.memory_limit(order.memory_limit_bytes)
+    loaded = loader.load(order, memory_limit_bytes, progress)
+    runner = ModelRunner(loaded, order.max_batch_size)
+    progress("comparing with mlx-lm", 0.85)
+    runner.probe()
+    progress("measuring", 0.9)
+    limits = _limits(order)
+    ledger = MemoryLedger(
+        memory_limit_bytes=memory_limit_bytes,
+        weights_bytes=loaded.weights_bytes,
+        activation_bytes_per_token=runner.activation_bytes_per_token(),
+        max_step_tokens=limits.max_num_batched_tokens,
+        kv_bytes_per_token=runner.kv_bytes_per_token,
+        max_kv_tokens=order.max_kv_tokens,
+        reserve_bytes=order.max_batch_size * loaded.vocab_size * 4 * SAMPLER_ARRAYS,
+    )
+    ledger.check_model_fits(min(MIN_KV_TOKENS, order.max_kv_tokens or MIN_KV_TOKENS))
+    layout = KVLayout(
+        bytes_per_token=runner.kv_bytes_per_token,
+        limit_bytes=ledger.kv_limit_bytes,
+        max_rows=order.max_batch_size,
+    )
+    scheduler = Scheduler(limits, layout, CostModel(runner.calibrate()))
+    mx.reset_peak_memory()
+    core = EngineCore(scheduler, runner, time.monotonic, mx.get_peak_memory)
+    ready = Ready(
+        model_type=loaded.model_type,
+        device=_device_name(),
+        blas=blas if mx.default_device() == mx.Device(mx.cpu) else "",
+        weights=loaded.weights,
+        weights_bytes=loaded.weights_bytes,
+        vocab_size=loaded.vocab_size,
+        context_tokens=loaded.context_tokens,
+        kv_bytes_per_token=runner.kv_bytes_per_token,
+        kv_limit_bytes=ledger.kv_limit_bytes,
+        memory_limit_bytes=memory_limit_bytes,
+        load_s=time.monotonic() - begun_s,
+    )
+    return core, ready
+
+
+def _limits(order: LoadModel) -> SchedulerLimits:
+    return SchedulerLimits(
+        max_batch_size=order.max_batch_size,
+        max_num_batched_tokens=order.max_num_batched_tokens
+        or max(DEFAULT_BATCHED_TOKENS, order.max_batch_size),
+        prefill_step_size=order.prefill_step_size,
+        prefill_batch_size=order.prefill_batch_size,
+        itl_goal_s=order.itl_goal_s,
+    )
+
+
+def _device_name() -> str:
+    if mx.default_device() == mx.Device(mx.cpu):
+        return "CPU"
+    return str(mx.device_info().get("device_name", "GPU"))

@@ -1,0 +1,86 @@
+"""The step loop: decide, compute, tell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+from mlx_lm_server.core.plan import StepPlan
+from mlx_lm_server.core.request import Request
+from mlx_lm_server.core.scheduler import Scheduler
+from mlx_lm_server.errors import RequestError
+from mlx_lm_server.protocol import Abort, AddRequest, EngineStats, RequestOutput
+
+
+class Runner(Protocol):
+    """What executes plans; `runner.ModelRunner` is the real one."""
+
+    def execute(self, plan: StepPlan) -> None: ...
+
+    def sample(self) -> None: ...
+
+    def read(self) -> list[int]: ...
+
+
+class EngineCore:
+    """Scheduler and runner, one step ahead of each other. Lives on the engine's main thread.
+
+    A step submits the draw of the forward that is running, plans and submits the next forward, and
+    only then waits for the drawn tokens: the device never waits for the host.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        clock: Callable[[], float],
+        peak_memory: Callable[[], int] = lambda: 0,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._clock = clock
+        self._peak_memory = peak_memory
+        self._running: StepPlan | None = None
+        self._running_since_s = 0.0
+        self._is_warm = False
+
+    @property
+    def has_work(self) -> bool:
+        return self._running is not None or self._scheduler.has_unfinished_requests
+
+    def stats(self) -> EngineStats:
+        return self._scheduler.stats(self._peak_memory())
+
+    def handle(self, messages: Iterable[AddRequest | Abort]) -> list[RequestOutput]:
+        """Take in what clients want; the outputs are the ends of what ended by it."""
+        outputs = []
+        for message in messages:
+            match message:
+                case AddRequest():
+                    outputs += self._add(message)
+                case Abort():
+                    ended = self._scheduler.abort(message.req_id)
+                    outputs += [ended] if ended else []
+        return outputs
+
+    def _add(self, message: AddRequest) -> Sequence[RequestOutput]:
+        try:
+            self._scheduler.add(Request.from_message(message, self._clock()))
+        except RequestError as error:
+            return [RequestOutput(message.req_id, [], finish_reason="error", error=error.message)]
+        return ()
+
+    def step(self) -> list[RequestOutput]:
+        """One forward further; the outputs are those of the forward before."""
+        self._runner.sample()
+        plan = self._scheduler.schedule(self._clock())
+        if plan is not None:
+            self._runner.execute(plan)
+        finished, self._running = self._running, plan
+        if finished is None:
+            self._running_since_s = self._clock()
+            return []
+        tokens = self._runner.read()
+        now_s = self._clock()
+        step_s, self._running_since_s = now_s - self._running_since_s, now_s
+        return self._scheduler.update(finished, tokens, step_s, now_s)

@@ -1,0 +1,133 @@
+"""The entry of an engine process: `python -m mlx_lm_server.engine.engine_main --fd N`.
+
+The server starts it with one end of a socket pair and speaks first (`LoadModel`). The engine ends
+when the socket closes; a thread watches for the server's death, because the main thread may be in
+the middle of a long forward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Sequence
+
+from mlx_lm_server import errors
+from mlx_lm_server.engine.engine_core import EngineCore
+from mlx_lm_server.engine.link import LinkClosed, ServerLink
+from mlx_lm_server.protocol import (
+    Abort,
+    AddRequest,
+    LoadFailed,
+    LoadModel,
+    LoadProgress,
+    Outputs,
+    RequestOutput,
+    Shutdown,
+    ToEngine,
+)
+
+HEARTBEAT_S = 1.0
+IDLE_BEFORE_TRIM_S = 5.0
+PARENT_CHECK_S = 1.0
+
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--fd", type=int, required=True)
+    fd = arguments.parse_args().fd
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    _watch_parent(os.getppid())
+    logging.basicConfig(format="engine %(levelname)s %(message)s")
+    try:
+        serve(ServerLink(socket.socket(fileno=fd)))
+    except LinkClosed:
+        pass
+
+
+def serve(link: ServerLink) -> None:
+    """Load what the server orders, then step until it says stop. Raises LinkClosed."""
+    messages = link.receive(wait_s=3600)
+    order, rest = messages[0], messages[1:]
+    if not isinstance(order, LoadModel):
+        raise LinkClosed(f"expected LoadModel first, got {type(order).__name__}")
+    core = _load(link, order)
+    if core is not None:
+        EngineLoop(link, core).run(rest)
+
+
+def _load(link: ServerLink, order: LoadModel) -> EngineCore | None:
+    # The BLAS must be in the process before mlx is, so nothing above may import the runner.
+    from mlx_lm_server.runner import blas
+
+    chosen = blas.preload(order.num_threads)
+    from mlx_lm_server.engine.assembly import assemble
+
+    def progress(stage: str, fraction: float) -> None:
+        link.send(LoadProgress(stage, fraction))
+
+    try:
+        core, ready = assemble(order, chosen.name, progress)
+    except errors.ServerError as error:
+        link.send(LoadFailed(type(error).__name__, str(error)))
+        return None
+    link.send(ready)
+    return core
+
+
+class EngineLoop:
+    """Steps as long as there is work and listens in between. The border of the engine: what no
+    one expected ends the process here, and the server restarts it."""
+
+    def __init__(self, link: ServerLink, core: EngineCore) -> None:
+        self._link = link
+        self._core = core
+        self._idle_since_s: float | None = None
+
+    def run(self, messages: Sequence[ToEngine]) -> None:
+        """Until Shutdown. Raises LinkClosed."""
+        while not any(isinstance(message, Shutdown) for message in messages):
+            outputs = self._core.handle(
+                [m for m in messages if isinstance(m, AddRequest | Abort)]
+            )
+            if self._core.has_work:
+                outputs += self._core.step()
+                self._idle_since_s = None
+            elif not messages:
+                self._rest()
+            if outputs or not self._core.has_work:
+                self._tell(outputs)
+            messages = self._link.receive(wait_s=0 if self._core.has_work else HEARTBEAT_S)
+
+    def _tell(self, outputs: list[RequestOutput]) -> None:
+        self._link.send(Outputs(outputs, self._core.stats()))
+
+    def _rest(self) -> None:
+        """After a while without work, give memory back, once."""
+        now_s = time.monotonic()
+        if self._idle_since_s is None:
+            self._idle_since_s = now_s
+        elif self._idle_since_s >= 0 and now_s - self._idle_since_s > IDLE_BEFORE_TRIM_S:
+            from mlx_lm_server.runner import host_memory
+
+            host_memory.give_back_freed_blocks()
+            self._idle_since_s = -1.0
+
+
+def _watch_parent(parent: int) -> None:
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_CHECK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""exp, log and SiLU from additions and multiplications, for MLX's CPU back end on x86.
+
+There `mx.exp` calls the C library once per element (13 ns); these are plain arithmetic that the
+compiler vectorises (about 2 ns fused by `mx.compile`, 5 ns without a C++ compiler at run time).
+Relative errors stay below 3e-7. Other back ends keep mlx's own functions.
+
+The reductions are the classic ones (Cody & Waite 1980): exp(x) = 2^n · exp(r) with n whole and
+|r| ≤ ln 2 / 2; log(x) = e·ln 2 + log(m) with m in [1/√2, √2).
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+
+import mlx.core as mx
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+# Adding and subtracting 1.5 · 2^23 rounds a float32 to a whole number.
+ROUND = 12582912.0
+# ln 2 in two parts: whole multiples of the first are exact in float32.
+LN_2_HIGH = 0.693359375
+LN_2_LOW = -2.12194440e-4
+# (exp(r) - 1 - r) / r² on [-ln 2 / 2, ln 2 / 2] (Cephes expf), highest power first.
+EXP_TERMS = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
+# log(1 + t) / t on [1/√2 - 1, √2 - 1] (Cephes logf), highest power first.
+LOG_TERMS = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+SQRT_HALF_BITS = 0x3F3504F3
+
+Unary = Callable[[mx.array], mx.array]
+
+
+def _horner(terms: tuple[float, ...], x: mx.array) -> mx.array:
+    total = x * terms[0] + terms[1]
+    for term in terms[2:]:
+        total = total * x + term
+    return total
+
+
+def arithmetic_exp(x: mx.array) -> mx.array:
+    """exp of float32, with x held in [-87, 88]: also -inf gives about 1e-38."""
+    x = mx.minimum(mx.maximum(x, -87.0), 88.0)
+    whole = (x * LOG2_E + ROUND) - ROUND
+    rest = (x - whole * LN_2_HIGH) - whole * LN_2_LOW
+    power = (whole.astype(mx.int32) + 127) << 23
+    return (_horner(EXP_TERMS, rest) * rest * rest + rest + 1.0) * power.view(mx.float32)
+
+
+def arithmetic_log(x: mx.array) -> mx.array:
+    """log of positive, normal float32."""
+    bits = x.view(mx.int32) - SQRT_HALF_BITS
+    exponent = (bits >> 23).astype(mx.float32)
+    t = ((bits & 0x7FFFFF) + SQRT_HALF_BITS).view(mx.float32) - 1.0
+    square = t * t
+    series = _horner(LOG_TERMS, t) * t * square - 0.5 * square + t
+    return series + exponent * LN_2
+
+
+def is_slow_cpu() -> bool:
+    """True where the default device is a CPU whose `mx.exp` is not vectorised."""
+    return mx.default_device() == mx.Device(mx.cpu) and platform.machine() in ("x86_64", "AMD64")
+
+
+def exp_of(use_arithmetic: bool) -> Unary:
+    return arithmetic_exp if use_arithmetic else mx.exp
+
+
+def log_of(use_arithmetic: bool) -> Unary:
+    return arithmetic_log if use_arithmetic else mx.log
+
+
+class BoundedCompile:
+    """`mx.compile` for functions that meet ever new shapes.
+
+    A compiled function keeps one trace per combination of input shapes for as long as it lives;
+    this one is made anew after `max_shapes` of them.
+    """
+
+    def __init__(self, function: Callable[..., mx.array], max_shapes: int = 512) -> None:
+        self._function = function
+        self._max_shapes = max_shapes
+        self._seen: set[tuple[tuple[int, ...], ...]] = set()
+        self._compiled = mx.compile(function)
+
+    def __call__(self, *inputs: mx.array) -> mx.array:
+        shapes = tuple(x.shape for x in inputs)
+        if shapes not in self._seen:
+            if len(self._seen) >= self._max_shapes:
+                self._seen.clear()
+                self._compiled = mx.compile(self._function)
+            self._seen.add(shapes)
+        return self._compiled(*inputs)
+
+
+def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    return gate * x / (1.0 + arithmetic_exp(-gate))
+
+
+_compiled_swiglu = BoundedCompile(_swiglu)
+
+
+def swiglu(gate: mx.array, x: mx.array) -> mx.array:
+    """SiLU(gate) · x, for float32; stands in for mlx-lm's where `is_slow_cpu`."""
+    return _compiled_swiglu(gate, x)

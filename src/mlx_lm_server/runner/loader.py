@@ -1,0 +1,241 @@
+"""From a model folder to a model that takes packed tokens.
+
+What is asked of a family is found out at load time, not believed: a recording cache shows the
+shape of each layer's K and V, and `ModelRunner.probe` compares packed tokens with mlx-lm's own
+forward.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import psutil
+from mlx.utils import tree_flatten
+
+from mlx_lm_server.core.memory_ledger import format_bytes
+from mlx_lm_server.errors import ModelNotFoundError, ModelTooLargeError, UnsupportedModelError
+from mlx_lm_server.protocol import CpuWeights, LoadModel
+from mlx_lm_server.runner import attention, fast_math
+from mlx_lm_server.runner.kv_storage import LayerShape
+
+SERVED_FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_moe")
+# Rope scalings that take one offset for the whole batch.
+UNBATCHED_ROPES = ("dynamic",)
+# Of the memory limit, what float32 weights may take when nobody asked for them.
+FLOAT32_SHARE = 0.5
+CPU_MEMORY_SHARE = 0.75
+GPU_MEMORY_SHARE = 0.9
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model in memory. `backbone` maps packed ids to hidden states, `head` those to logits."""
+
+    model: nn.Module
+    model_type: str
+    vocab_size: int
+    context_tokens: int
+    layers: list[LayerShape]
+    kv_dtype: mx.Dtype
+    weights: str
+    weights_bytes: int
+
+    def backbone(self, ids: mx.array, caches: list[attention.LayerCache]) -> mx.array:
+        """ids `[T, 1]` → hidden states `[T, 1, hidden]`."""
+        hidden: mx.array = self.model.model(ids, cache=caches)
+        return hidden
+
+    def head(self, hidden: mx.array) -> mx.array:
+        """hidden `[n, hidden]` → logits `[n, vocab]`."""
+        if "lm_head" in self.model:
+            return self.model.lm_head(hidden)  # type: ignore[no-any-return]
+        return self.model.model.embed_tokens.as_linear(hidden)  # type: ignore[no-any-return]
+
+
+def load(order: LoadModel, memory_limit_bytes: int, progress: Progress) -> LoadedModel:
+    """Read the model that `order` names; raises the classes of `ModelError`."""
+    path = Path(order.model_path)
+    config = read_config(path)
+    _check_family(config)
+    attention.install(use_arithmetic_swiglu=fast_math.is_slow_cpu())
+    progress("reading weights", 0.1)
+    model = _read_model(path, order)
+    weights = _settle_weights(model, order.cpu_weights, memory_limit_bytes)
+    _materialise(model, progress)
+    weights_bytes = _num_bytes(model)
+    layers, kv_dtype, vocab_size = _record_layers(model)
+    return LoadedModel(
+        model=model,
+        model_type=config["model_type"],
+        vocab_size=vocab_size,
+        context_tokens=int(config.get("max_position_embeddings", 32768)),
+        layers=layers,
+        kv_dtype=kv_dtype,
+        weights=weights,
+        weights_bytes=weights_bytes,
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The folder's config.json. Raises ModelNotFoundError."""
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(f"{path} has no config.json") from error
+    except json.JSONDecodeError as error:
+        raise UnsupportedModelError(f"{path / 'config.json'} is no valid JSON: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise UnsupportedModelError(f"{path / 'config.json'} names no model_type")
+    return config
+
+
+def memory_limit(asked_bytes: int | None) -> int:
+    """What the engine may use, in bytes: as asked, else a share of what the device has."""
+    if asked_bytes is not None:
+        return asked_bytes
+    if mx.default_device() == mx.Device(mx.cpu):
+        return int(psutil.virtual_memory().available * CPU_MEMORY_SHARE)
+    info = mx.device_info()
+    recommended = info.get("max_recommended_working_set_size") or info.get("memory_size")
+    if not recommended:
+        recommended = psutil.virtual_memory().total
+    return int(int(recommended) * GPU_MEMORY_SHARE)
+
+
+def _check_family(config: dict[str, Any]) -> None:
+    family = config["model_type"]
+    if family not in SERVED_FAMILIES:
+        raise UnsupportedModelError(
+            f"models of type {family!r} are not served yet; served are {', '.join(SERVED_FAMILIES)}"
+        )
+    sliding = set(config.get("layer_types") or ()) - {"full_attention"}
+    if sliding:
+        raise UnsupportedModelError(f"layers of type {sorted(sliding)} are not served yet")
+    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope_type = scaling.get("rope_type") or scaling.get("type")
+    if rope_type in UNBATCHED_ROPES:
+        raise UnsupportedModelError(f"rope scaling of type {rope_type!r} is not served yet")
+
+
+def _read_model(path: Path, order: LoadModel) -> nn.Module:
+    from mlx_lm.utils import load_adapters, load_model
+
+    try:
+        model, _ = load_model(path, lazy=True, trust_remote_code=order.trust_remote_code)
+        if order.adapter_path is not None:
+            model = load_adapters(model, order.adapter_path)
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(str(error)) from error
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UnsupportedModelError(f"{path} cannot be loaded: {error}") from error
+    model.eval()
+    return model  # type: ignore[no-any-return]
+
+
+def _settle_weights(model: nn.Module, asked: CpuWeights, memory_limit_bytes: int) -> str:
+    """Choose what the weights are held in, and say it."""
+    is_cpu = mx.default_device() == mx.Device(mx.cpu)
+    size = _float32_bytes(model)
+    fits = size <= FLOAT32_SHARE * memory_limit_bytes
+    if asked == "float32" and size > memory_limit_bytes:
+        raise ModelTooLargeError(
+            f"--cpu-weights float32 needs {format_bytes(size)}, "
+            f"the memory limit is {format_bytes(memory_limit_bytes)}"
+        )
+    if is_cpu and (asked == "float32" or (asked == "auto" and fits)):
+        _to_float32(model)
+        return "float32"
+    if min(_num_bytes(model), size) > memory_limit_bytes:
+        raise ModelTooLargeError(
+            f"the weights take {format_bytes(_num_bytes(model))}, "
+            f"the memory limit is {format_bytes(memory_limit_bytes)}"
+        )
+    return _describe_weights(model)
+
+
+def _to_float32(model: nn.Module) -> None:
+    from mlx_lm.utils import dequantize_model
+
+    dequantize_model(model)
+    model.set_dtype(mx.float32)
+    fused = [(name, m.fuse()) for name, m in model.named_modules() if hasattr(m, "fuse")]
+    if fused:
+        from mlx.utils import tree_unflatten
+
+        model.update_modules(tree_unflatten(fused))
+
+
+def _describe_weights(model: nn.Module) -> str:
+    bits = sorted({m.bits for _, m in model.named_modules() if hasattr(m, "bits")})
+    if bits:
+        return "/".join(f"{b}-bit" for b in bits)
+    dtypes = {str(w.dtype).removeprefix("mlx.core.") for _, w in _parameters(model)}
+    return "/".join(sorted(dtypes))
+
+
+def _materialise(model: nn.Module, progress: Progress) -> None:
+    """Evaluate the weights in small lots, so that a conversion never holds two whole models."""
+    parameters = list(_parameters(model))
+    total = sum(w.nbytes for _, w in parameters) or 1
+    done = 0
+    for _, weight in parameters:
+        mx.eval(weight)
+        done += weight.nbytes
+        progress("reading weights", 0.1 + 0.7 * done / total)
+
+
+def _parameters(model: nn.Module) -> Iterator[tuple[str, mx.array]]:
+    yield from tree_flatten(model.parameters())
+
+
+def _num_bytes(model: nn.Module) -> int:
+    return sum(w.nbytes for _, w in _parameters(model))
+
+
+def _float32_bytes(model: nn.Module) -> int:
+    total = 0
+    for _, module in model.named_modules():
+        scale = 32 // module.bits if hasattr(module, "bits") else 1
+        for name, value in module.items():
+            if isinstance(value, mx.array):
+                total += value.size * 4 * (scale if name == "weight" else 1)
+    return total
+
+
+class _RecordingCache:
+    """Sees the K and V of one token go by."""
+
+    offset = 0
+
+    def __init__(self) -> None:
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def make_mask(self, *_args: Any, **_kwargs: Any) -> None:
+        return None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def _record_layers(model: nn.Module) -> tuple[list[LayerShape], mx.Dtype, int]:
+    """Each layer's KV shape, the type of K and V, and how many logits there are."""
+    caches = [_RecordingCache() for _ in model.layers]
+    logits = model(mx.zeros((1, 1), mx.int32), cache=caches)
+    mx.eval(logits)
+    shapes = []
+    for number, cache in enumerate(caches):
+        if cache.keys is None or cache.values is None:
+            raise UnsupportedModelError(f"layer {number} keeps no K and V")
+        shapes.append(LayerShape(cache.keys.shape[1], cache.keys.shape[-1], cache.values.shape[-1]))
+    assert caches[0].keys is not None
+    return shapes, caches[0].keys.dtype, logits.shape[-1]

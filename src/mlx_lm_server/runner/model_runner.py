@@ -1,0 +1,261 @@
+"""Executes step plans: one forward for all rows, one sampler.
+
+Each step is two submissions to the device, so that tokens are readable while the next forward
+runs:
+
+    sample()      draws a token for each sampling row of the forward that was executed last
+    execute(plan) builds and submits the next forward, whose decode rows take those tokens while
+                  they are still on the device
+    read()        waits for the tokens of `sample`
+
+Invariants: everything here runs on the engine's main thread; `_last_tokens[row]` is the token that
+a row sampled last; no array of a slab is referenced across steps (see kv_storage).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_lm_server.core.cost_model import StepCosts
+from mlx_lm_server.core.plan import (
+    CreateSlab,
+    DecodeRow,
+    DropSlab,
+    JoinedRow,
+    PrefillChunk,
+    StepPlan,
+)
+from mlx_lm_server.errors import UnsupportedModelError
+from mlx_lm_server.runner.attention import CpuKernel, LayerCache, choose_kernel
+from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.loader import LoadedModel
+from mlx_lm_server.runner.sampler import RowSampling, Sampler, start_row
+from mlx_lm_server.runner.step_layout import layout_of
+
+PROBE_SLAB = -1
+PROBE_TOKENS = 12
+CALIBRATION_TOKENS = 64
+
+
+@dataclass(slots=True)
+class _Forward:
+    """A submitted forward. Its result is `[len(rows), vocab]` logits, or hidden states where no
+    row samples; then it is there to be waited for."""
+
+    result: mx.array
+    rows: tuple[int, ...]
+
+
+class ModelRunner:
+    """One model, the KV memory of its rows and their sampling state."""
+
+    def __init__(self, loaded: LoadedModel, max_batch_size: int) -> None:
+        self._loaded = loaded
+        self._storage = KVStorage(loaded.layers, loaded.kv_dtype)
+        kernel = choose_kernel(loaded.kv_dtype)
+        self._needs_bias = isinstance(kernel, CpuKernel)
+        self._caches = [
+            LayerCache(number, self._storage, kernel) for number in range(len(loaded.layers))
+        ]
+        self._sampler = Sampler(loaded.vocab_size)
+        self._sampling: dict[int, RowSampling] = {}
+        self._last_tokens = mx.zeros((max_batch_size,), mx.int32)
+        self._forward: _Forward | None = None
+        self._drawn: _Forward | None = None
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self._storage.bytes_per_token
+
+    @property
+    def kv_held_bytes(self) -> int:
+        return self._storage.nbytes
+
+    # ---- a step
+
+    def execute(self, plan: StepPlan) -> None:
+        """Submit the forward of a plan. The one before must have been sampled."""
+        assert self._forward is None, "sample the last forward before the next one"
+        for row in plan.left_rows:
+            self._sampling.pop(row, None)
+        for joined in plan.joined_rows:
+            self._join(joined)
+        for op in plan.kv_ops:
+            self._storage.apply(op)
+        if plan.decodes or plan.prefills:
+            self._submit(plan)
+
+    def _join(self, joined: JoinedRow) -> None:
+        self._sampling[joined.row] = start_row(
+            joined.sampling, joined.prompt_ids, joined.output_ids, self._loaded.vocab_size
+        )
+
+    def _submit(self, plan: StepPlan) -> None:
+        result = self._hidden(plan, self._input_ids(plan))
+        picked = _sampling_positions(plan)
+        if 0 < len(picked) < result.shape[0]:
+            result = result[mx.array(picked, mx.int32)]
+        if picked:
+            result = self._loaded.head(result[:, 0])
+        mx.async_eval(result)
+        self._forward = _Forward(result, plan.sampling_rows)
+
+    def _hidden(self, plan: StepPlan, ids: mx.array) -> mx.array:
+        """Hidden states of the packed tokens, `[T, 1, hidden]`."""
+        capacities = {slab_id: slab.capacity for slab_id, slab in self._storage.slabs.items()}
+        layout = layout_of(plan, capacities, self._needs_bias)
+        for cache in self._caches:
+            cache.begin(layout)
+        return self._loaded.backbone(ids[:, None], self._caches)
+
+    def _input_ids(self, plan: StepPlan) -> mx.array:
+        """The packed token ids `[T]`: of decode rows from the device, of chunks from the plan."""
+        parts = []
+        if plan.decodes:
+            rows = [decode.row for decode in plan.decodes]
+            parts.append(self._last_tokens[mx.array(rows, mx.int32)])
+        known = [token for chunk in plan.prefills for token in chunk.token_ids]
+        if known:
+            parts.append(mx.array(known, mx.int32))
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def sample(self) -> None:
+        """Submit the draw for the forward executed last, if there is one."""
+        assert self._drawn is None, "read the last tokens before the next ones are drawn"
+        self._drawn, self._forward = self._forward, None
+        if self._drawn is None or not self._drawn.rows:
+            return
+        logits, rows = self._drawn.result, self._drawn.rows
+        tokens = self._sampler.sample(logits, [self._sampling[row] for row in rows])
+        self._last_tokens[mx.array(rows, mx.int32)] = tokens
+        self._drawn.result = tokens
+        mx.async_eval(tokens, self._last_tokens)
+
+    def read(self) -> list[int]:
+        """Wait for the forward that `sample` took, and give its tokens in the order of its plan's
+        sampling rows."""
+        if self._drawn is None:
+            return []
+        drawn, self._drawn = self._drawn, None
+        mx.eval(drawn.result)
+        return drawn.result.tolist() if drawn.rows else []  # type: ignore[return-value]
+
+    # ---- at start
+
+    def probe(self) -> None:
+        """Compare packed tokens with mlx-lm's own forward; raises UnsupportedModelError where they
+        differ. A chunk, another row's chunk and decode rows share forwards, as when serving."""
+        from mlx_lm.models.cache import make_prompt_cache
+
+        ids = [(7 * i + 3) % self._loaded.vocab_size for i in range(PROBE_TOKENS)]
+        model = self._loaded.model
+        expected = model(mx.array([ids]), cache=make_prompt_cache(model))[0].astype(mx.float32)
+        actual = mx.concatenate(self._probe_packed(ids)).astype(mx.float32)
+        spread = mx.max(mx.abs(expected)).item()
+        error = mx.max(mx.abs(expected - actual)).item()
+        tolerance = 1e-4 if self._loaded.kv_dtype == mx.float32 else 0.06
+        if not error <= tolerance * max(1.0, float(spread)):  # type: ignore[arg-type]
+            raise UnsupportedModelError(
+                f"{self._loaded.model_type}: packed tokens give other logits than mlx-lm's forward "
+                f"(largest difference {error:.3g} of {spread:.3g})"
+            )
+
+    def _probe_packed(self, ids: Sequence[int]) -> list[mx.array]:
+        """Logits of all positions: half of the ids as a chunk, then one by one beside a chunk."""
+        half = len(ids) // 2
+        logits = []
+        with self._scratch_slab(num_slots=2, capacity=len(ids)):
+            plans = [_plan(prefills=[_chunk(0, 0, ids[:half])])]
+            plans += [
+                _plan([_decode(0, position)], [_chunk(1, position - half, ids[:1])])
+                for position in range(half, len(ids))
+            ]
+            for plan in plans:
+                chunk_ids = [t for c in plan.prefills for t in c.token_ids]
+                decode_ids = [ids[d.position] for d in plan.decodes]
+                hidden = self._hidden(plan, mx.array(decode_ids + chunk_ids, mx.int32))
+                num_compared = len(plan.decodes) or half
+                logits.append(self._loaded.head(hidden[:num_compared, 0]))
+                mx.eval(logits[-1])
+        return logits
+
+    def calibrate(self) -> StepCosts:
+        """First costs for the cost model, measured: a decode row and two sizes of chunk."""
+        size = CALIBRATION_TOKENS
+        with self._scratch_slab(num_slots=1, capacity=4 * size):
+            one_s = self._time(_plan([_decode(0, 0)]), size)
+            small_s = self._time(_plan(prefills=[_chunk(0, 0, [1] * size)]), size)
+            large_s = self._time(_plan(prefills=[_chunk(0, 0, [1] * 4 * size)]), size)
+        per_token_s = max(1e-7, (large_s - small_s) / (3 * size))
+        return StepCosts(
+            base_s=max(1e-5, one_s - per_token_s),
+            per_prefill_token_s=per_token_s,
+            per_row_s=per_token_s,
+            per_kv_token_s=per_token_s / 5000,
+            per_prefill_pair_s=per_token_s / 5000,
+        )
+
+    def activation_bytes_per_token(self) -> int:
+        """Peak memory of a forward beyond what it holds, per token, measured with one chunk."""
+        size = 4 * CALIBRATION_TOKENS
+        with self._scratch_slab(num_slots=1, capacity=size):
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            self._time(_plan(prefills=[_chunk(0, 0, [1] * size)]), size, repeats=1)
+            return max(1, (mx.get_peak_memory() - before) // size)
+
+    def _time(self, plan: StepPlan, num_ids: int, repeats: int = 2) -> float:
+        """Seconds of the fastest of some forwards of a scratch plan."""
+        num_ids = len(plan.decodes) + plan.num_prefill_tokens
+        best_s = float("inf")
+        for _ in range(repeats):
+            begun = time.perf_counter()
+            hidden = self._hidden(plan, mx.ones((num_ids,), mx.int32))
+            mx.eval(self._loaded.head(hidden[-1:, 0]))
+            best_s = min(best_s, time.perf_counter() - begun)
+        return best_s
+
+    def _scratch_slab(self, num_slots: int, capacity: int) -> _ScratchSlab:
+        return _ScratchSlab(self._storage, num_slots, capacity)
+
+
+class _ScratchSlab:
+    """A slab for the time of a `with`."""
+
+    def __init__(self, storage: KVStorage, num_slots: int, capacity: int) -> None:
+        self._storage = storage
+        self._create = CreateSlab(PROBE_SLAB, num_slots, capacity)
+
+    def __enter__(self) -> None:
+        self._storage.apply(self._create)
+
+    def __exit__(self, *_exc: object) -> None:
+        self._storage.apply(DropSlab(PROBE_SLAB))
+
+
+def _plan(decodes: Sequence[DecodeRow] = (), prefills: Sequence[PrefillChunk] = ()) -> StepPlan:
+    return StepPlan(0, (), (), (), tuple(decodes), tuple(prefills))
+
+
+def _decode(slot: int, position: int) -> DecodeRow:
+    return DecodeRow(slot, PROBE_SLAB, slot, position)
+
+
+def _chunk(slot: int, start: int, ids: Sequence[int]) -> PrefillChunk:
+    return PrefillChunk(slot, PROBE_SLAB, slot, start, tuple(ids), samples=True)
+
+
+def _sampling_positions(plan: StepPlan) -> list[int]:
+    """Where, among the packed tokens, the rows that sample have their last one."""
+    positions = list(range(len(plan.decodes)))
+    end = len(plan.decodes)
+    for chunk in plan.prefills:
+        end += len(chunk.token_ids)
+        if chunk.samples:
+            positions.append(end - 1)
+    return positions
+
