@@ -1,1 +1,1 @@
-"""Scripts that print the numbers this project claims; `python -m benchmarks` lists and runs them."""
+"""Scripts that print the numbers this project claims; `python -m benchmarks` runs them."""

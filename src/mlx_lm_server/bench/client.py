@@ -25,11 +25,12 @@ ERROR_TEXT_LIMIT = 300
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server to measure. `url` with or without a trailing `/v1`."""
+    """A server to measure. `url` with or without a trailing `/v1`; `name` is for the tables."""
 
     url: str
     model: str | None = None
     api_key: str | None = None
+    name: str = ""
 
     @property
     def host(self) -> str:

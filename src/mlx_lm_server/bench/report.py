@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from rich import box
@@ -11,10 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_lm_server import __version__
-from mlx_lm_server.bench.metrics import Spread, Summary, summarize
+from mlx_lm_server.bench.client import Target
+from mlx_lm_server.bench.metrics import Spread, Summary, summarize, throughput
 from mlx_lm_server.bench.session import Outcome, Session
 
 NOTHING = "–"
+LETTERS = "AB"
 
 
 def as_json(session: Session) -> dict[str, Any]:
@@ -22,16 +25,20 @@ def as_json(session: Session) -> dict[str, Any]:
     return {
         "version": __version__,
         "settings": dataclasses.asdict(session.settings),
-        "targets": [{"url": t.url, "model": t.model} for t in session.targets],
+        "targets": [_target_json(target) for target in session.targets],
         "results": [_outcome_json(outcome) for outcome in session.outcomes],
         "ratios": ratios(session.outcomes),
     }
 
 
+def _target_json(target: Target) -> dict[str, Any]:
+    return {"url": target.url, "model": target.model, "name": target.name}
+
+
 def _outcome_json(outcome: Outcome) -> dict[str, Any]:
     return {
         "workload": outcome.workload,
-        "url": outcome.target.url,
+        "target": outcome.target.name or outcome.target.url,
         **dataclasses.asdict(outcome.summary),
         "client_cpu_per_token_s": outcome.client_cpu_per_token_s,
         "rounds": [dataclasses.asdict(summarize([one])) for one in outcome.rounds],
@@ -42,16 +49,22 @@ def ratios(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
     """First target over second, by workload and number. Throughput: more is better; all else:
     less is better."""
     pairs = zip(outcomes[::2], outcomes[1::2], strict=False)
-    return {a.workload: _ratio(a.summary, b.summary) for a, b in pairs if a.target != b.target}
+    return {a.workload: _ratio(a, b) for a, b in pairs if a.target != b.target}
 
 
-def _ratio(ours: Summary, theirs: Summary) -> dict[str, float]:
-    ours_by_name, theirs_by_name = _numbers(ours), _numbers(theirs)
-    return {
+def _ratio(ours: Outcome, theirs: Outcome) -> dict[str, float]:
+    """Throughput is compared round by round, since only neighbours met the same machine."""
+    ours_by_name, theirs_by_name = _numbers(ours.summary), _numbers(theirs.summary)
+    ratio = {
         name: value / theirs_by_name[name]
         for name, value in ours_by_name.items()
         if theirs_by_name.get(name)
     }
+    pairs = [
+        (throughput(a), throughput(b)) for a, b in zip(ours.rounds, theirs.rounds, strict=False)
+    ]
+    by_round = [a / b for a, b in pairs if b > 0]
+    return ratio | ({"output_tokens_per_s": median(by_round)} if by_round else {})
 
 
 def _numbers(summary: Summary) -> dict[str, float]:
@@ -70,13 +83,15 @@ def _spreads(summary: Summary) -> dict[str, Spread]:
 def print_table(session: Session, console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("workload", no_wrap=True)
-    for name in ("tok/s", "TTFT ms", "ITL ms", "E2E ms", "gap ms", "n", "err"):
+    for name in ("tok/s", "TTFT ms", "ITL ms", "E2E ms", "n", "err"):
         table.add_column(name, justify="right", no_wrap=True)
     for outcome in session.outcomes:
         if outcome.rounds:
             table.add_row(*_cells(outcome, session))
     console.print(table)
-    console.print("TTFT, ITL, E2E: p50/p95/max; gap: the longest between two tokens", style="dim")
+    console.print("TTFT, ITL, E2E: p50/p95/max", style="dim")
+    if len(session.targets) > 1:
+        console.print(_legend(session), style="dim", markup=False, highlight=False)
     _print_extras(session, console)
     _print_ratios(session, console)
     _print_notes(session, console)
@@ -88,7 +103,6 @@ def _cells(outcome: Outcome, session: Session) -> list[str]:
         _label(outcome, session),
         f"{summary.output_tokens_per_s:.1f}",
         *(_milliseconds(s) for s in (summary.ttft_s, summary.itl_s, summary.e2e_s)),
-        NOTHING if summary.longest_gap_s is None else _millisecond(summary.longest_gap_s),
         str(summary.num_requests),
         str(summary.num_errors),
     ]
@@ -134,4 +148,9 @@ def _print_notes(session: Session, console: Console) -> None:
 def _label(outcome: Outcome, session: Session) -> str:
     if len(session.targets) == 1:
         return outcome.workload
-    return f"{outcome.workload} {'AB'[session.targets.index(outcome.target)]}"
+    return f"{outcome.workload} {LETTERS[session.targets.index(outcome.target)]}"
+
+
+def _legend(session: Session) -> str:
+    pairs = zip(LETTERS, session.targets, strict=False)
+    return "  ".join(f"{letter}: {target.name or target.url}" for letter, target in pairs)

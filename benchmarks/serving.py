@@ -1,0 +1,217 @@
+"""Our server and `mlx_lm.server` as real processes under the same load, round by round in turn.
+
+    python -m benchmarks.serving [throughput latency prefix shipped start …] [--quick]
+
+Without names all parts run. Each prints its table and claims and writes results/serving-PART.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import uvloop
+from rich.console import Console
+
+from benchmarks import claims, processes
+from benchmarks.claims import Claim
+from benchmarks.models import ensure_models
+from benchmarks.processes import Launch, Server
+from mlx_lm_server.bench.client import Target
+from mlx_lm_server.bench.plans import Shape
+from mlx_lm_server.bench.report import as_json, print_table, ratios
+from mlx_lm_server.bench.session import Outcome, Session, Settings
+
+console = Console(highlight=False)
+THROUGHPUT_RATIOS = {"single": 1.05, "clients8": 1.2, "clients32": 1.4, "mixed": 1.8}
+SHIPPED_RATIOS = {
+    "float32": {"single": 1.9, "clients32": 14.0},
+    "4bit": {"clients32": 12.0},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much to measure."""
+
+    is_quick: bool
+    rounds: int
+    shape: Shape
+
+    @classmethod
+    def of(cls, is_quick: bool, rounds: int | None) -> Effort:
+        if not is_quick:
+            return cls(False, rounds or 3, Shape())
+        small = Shape(64, 16, 1, 512, shared_tokens=128, turns=3, idle_samples=2, busy_samples=3)
+        return cls(True, rounds or 1, small)
+
+
+@dataclass(slots=True)
+class Printer:
+    """A watcher that prints a line per round."""
+
+    def round_started(self, workload: str, round_index: int, target: Target) -> None:
+        pass
+
+    def round_ended(self, outcome: Outcome) -> None:
+        summary, number = outcome.summary, len(outcome.rounds)
+        rate = f"{summary.output_tokens_per_s:7.1f} tok/s"
+        console.print(f"  {outcome.workload:14} {number} {outcome.target.name:26} {rate}")
+
+
+@contextlib.contextmanager
+def servers(*launches: Launch) -> Iterator[list[Server]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(processes.running(launch)) for launch in launches]
+
+
+def measure(running: Sequence[Server], workloads: Sequence[str], effort: Effort) -> Session:
+    targets = [Target(server.url, name=server.name) for server in running]
+    settings = Settings(tuple(workloads), effort.rounds, secrets.randbits(32), effort.shape)
+    session = Session(targets, settings, Printer())
+    uvloop.run(session.run())
+    print_table(session, console)
+    return session
+
+
+def details(session: Session) -> dict[str, Any]:
+    """The session as JSON; ports say nothing, so targets go by name."""
+    document = as_json(session)
+    document["targets"] = [target.name for target in session.targets]
+    return document
+
+
+def no_errors(*sessions: Session) -> Claim:
+    errors = sum(
+        outcome.summary.num_errors
+        for session in sessions
+        for outcome in session.outcomes
+        if outcome.target == session.targets[0]
+    )
+    return Claim("failed requests of ours", errors, at_most=0)
+
+
+def ratio_claims(session: Session, bounds: dict[str, float], suffix: str = "") -> list[Claim]:
+    rival = session.targets[1].name
+    measured = ratios(session.outcomes)
+    return [
+        Claim(
+            f"{workload}{suffix}: output tok/s over {rival}",
+            measured[workload]["output_tokens_per_s"],
+            at_least=bound,
+        )
+        for workload, bound in bounds.items()
+    ]
+
+
+def throughput(effort: Effort) -> tuple[list[Claim], Any]:
+    """Whole workloads against `mlx_lm.server` with the same BLAS."""
+    model = str(ensure_models()["float32"])
+    with servers(processes.ours(model), processes.peer(model)) as running:
+        session = measure(running, list(THROUGHPUT_RATIOS), effort)
+    return [*ratio_claims(session, THROUGHPUT_RATIOS), no_errors(session)], details(session)
+
+
+def latency(effort: Effort) -> tuple[list[Claim], Any]:
+    """New requests and a long prompt beside decoders."""
+    model = str(ensure_models()["float32"])
+    with servers(processes.ours(model), processes.peer(model)) as running:
+        session = measure(running, ["ttft", "long-prompt"], effort)
+    outcomes = [o for o in session.outcomes if o.target == session.targets[0]]
+    new, long = (outcome.summary.extras for outcome in outcomes)
+    made = [
+        Claim(
+            "ttft: p95 beside 8 decoders over (2 idle TTFT + 2 steps)",
+            new["ttft_over_bound"],
+            at_most=1.0,
+        ),
+        Claim("long-prompt: longest gap over median ITL", long["gap_over_itl"], at_most=3.0),
+        Claim(
+            "long-prompt: prefill speed over undisturbed", long["busy_prefill_share"], at_least=0.6
+        ),
+        no_errors(session),
+    ]
+    return made, details(session)
+
+
+def prefix(effort: Effort) -> tuple[list[Claim], Any]:
+    """Shared prefixes and conversations; no claim yet."""
+    model = str(ensure_models()["float32"])
+    with servers(processes.ours(model), processes.peer(model)) as running:
+        session = measure(running, ["shared-prefix", "conversation"], effort)
+    return [no_errors(session)], details(session)
+
+
+def shipped(effort: Effort) -> tuple[list[Claim], Any]:
+    """Against `mlx_lm.server` as its wheel ships: one request a client, for it takes long."""
+    effort = replace(effort, rounds=1, shape=replace(effort.shape, num_requests=1))
+    made: list[Claim] = []
+    found = {}
+    for variant, bounds in SHIPPED_RATIOS.items():
+        model = str(ensure_models()[variant])
+        with servers(processes.ours(model), processes.peer(model, has_blas=False)) as running:
+            session = measure(running, list(bounds), effort)
+        made += [*ratio_claims(session, bounds, f" {variant}"), no_errors(session)]
+        found[variant] = details(session)
+    return made, found
+
+
+def start(effort: Effort) -> tuple[list[Claim], Any]:
+    """From the start of the process to /readyz, and the server process's memory."""
+    found = []
+    for _ in range(2 if effort.is_quick else 5):
+        with processes.running(processes.ours("nano")) as server:
+            idle_bytes = server.rss_bytes()
+            uvloop.run(_session_of(server).run())
+            found.append((server.start_to_ready_s, idle_bytes, server.rss_bytes()))
+    start_s, idle, busy = (list(column) for column in zip(*found, strict=True))
+    made = [
+        Claim("nano: start to ready", median(start_s), at_most=4.0, unit="s"),
+        Claim("server process when idle", max(idle) / 1e6, at_most=150, unit="MB"),
+        Claim("server process after 32 clients", max(busy) / 1e6, at_most=150, unit="MB"),
+    ]
+    return made, {"start_to_ready_s": start_s, "idle_rss_bytes": idle, "busy_rss_bytes": busy}
+
+
+def _session_of(server: Server) -> Session:
+    shape = Shape(prompt_tokens=32, output_tokens=16, num_requests=1)
+    settings = Settings(("clients32",), 1, secrets.randbits(32), shape)
+    return Session([Target(server.url, name=server.name)], settings, Printer())
+
+
+Part = Callable[[Effort], tuple[list[Claim], Any]]
+PARTS: dict[str, Part] = {
+    "throughput": throughput,
+    "latency": latency,
+    "prefix": prefix,
+    "shipped": shipped,
+    "start": start,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="small and short; numbers mean little")
+    parser.add_argument("--rounds", type=int)
+    given = parser.parse_args()
+    effort = Effort.of(given.quick, given.rounds)
+    all_hold = True
+    for name in given.parts:
+        part = PARTS[name]
+        console.rule(f"serving {name}: {part.__doc__}", align="left")
+        made, found = part(effort)
+        claims.show(f"serving {name}", made, console)
+        claims.save(f"serving-{name}", made, found, is_quick=effort.is_quick)
+        all_hold &= all(claim.holds for claim in made)
+    return 0 if all_hold else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
