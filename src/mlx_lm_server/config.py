@@ -1,0 +1,346 @@
+"""What can be set, in one place.
+
+Each field of these frozen dataclasses is one setting. Its flag (`--max-batch-size`), its variable
+(`MLX_LM_SERVER_MAX_BATCH_SIZE`), its key in `--config FILE.toml` (`max-batch-size`) and its line in
+docs/reference/flags.md are generated from the field; config_loading.py reads and checks them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+NANO = "nano"
+
+
+@dataclass(frozen=True)
+class Option:
+    """How one setting is shown and checked. `unset` says what happens where the value is None."""
+
+    help: str
+    why: str
+    unit: str = ""
+    unset: str = ""
+    aliases: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    is_secret: bool = False
+    metavar: str = ""
+
+
+def option(default: Any, help: str, *, why: str, **how: Any) -> Any:
+    """A dataclass field that is also a flag."""
+    return field(default=default, metadata={"option": Option(help=help, why=why, **how)})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model: str = option(
+        "mlx-community/Qwen3-4B-4bit",
+        "Hub id, local folder, or `nano`: the bundled demo model, which works offline.",
+        why="A small, able model that fits an 8 GB Mac.",
+        metavar="ID_OR_PATH",
+    )
+    served_model_name: tuple[str, ...] = option(
+        (),
+        "Name that clients may use for the model; repeat it for several.",
+        why="The name a client sends should be the name of the model.",
+        unset="the model's id",
+        metavar="NAME",
+    )
+    adapter_path: str | None = option(
+        None,
+        "Folder of a LoRA adapter made by mlx-lm.",
+        why="Most models are served as they are.",
+        unset="none",
+        metavar="PATH",
+    )
+    trust_remote_code: bool = option(
+        False,
+        "Let the model's own Python files run.",
+        why="Code from a download runs only when somebody said so.",
+    )
+    chat_template: str | None = option(
+        None,
+        "Jinja chat template, as a file or as the text itself.",
+        why="A model knows best how it was trained to be asked.",
+        unset="the model's",
+        metavar="FILE_OR_TEXT",
+    )
+    chat_template_args: Mapping[str, Any] | None = option(
+        None,
+        "JSON object of variables for the chat template; a request's own go first.",
+        why="A template's own defaults are what its author tested.",
+        unset="none",
+        metavar="JSON",
+    )
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    host: str = option(
+        "127.0.0.1",
+        "Address to listen on.",
+        why="Nobody else on the network can use a server that was started without a thought.",
+    )
+    port: int = option(
+        8000, "Port to listen on; 0 takes a free one.", why="As vLLM.", low=0, high=65535
+    )
+    api_key: str | None = option(
+        None,
+        "Key that clients must send as `Authorization: Bearer KEY`. The environment variable keeps "
+        "it out of the list of processes.",
+        why="On the loopback address a key protects little.",
+        unset="none",
+        is_secret=True,
+        metavar="KEY",
+    )
+    api_key_file: str | None = option(
+        None,
+        "File with one `key [name]` a line; read again on SIGHUP.",
+        why="One key is enough for one user.",
+        unset="none",
+        metavar="FILE",
+    )
+    allow_unauthenticated: bool = option(
+        False,
+        "Listen on an address other than loopback without any key.",
+        why="An open model server is found within hours.",
+    )
+    max_request_bytes: int = option(
+        1048576,
+        "Largest request body; a larger one is refused with 413 before it is read.",
+        why="Eight times the text of a 32k-token prompt.",
+        unit="bytes",
+        low=1024,
+    )
+    cors_origins: tuple[str, ...] = option(
+        (),
+        "Web origin whose pages may call the server, or `*`; repeat it for several.",
+        why="A web page must not reach a local server unasked.",
+        unset="none",
+        metavar="ORIGIN",
+    )
+    ssl_certfile: str | None = option(
+        None, "TLS certificate (PEM).", why="Loopback needs none.", unset="no TLS", metavar="FILE"
+    )
+    ssl_keyfile: str | None = option(
+        None, "TLS key (PEM).", why="Loopback needs none.", unset="no TLS", metavar="FILE"
+    )
+    uds: str | None = option(
+        None,
+        "Listen on this Unix socket instead of host and port.",
+        why="Most clients speak TCP.",
+        unset="none",
+        metavar="PATH",
+    )
+    log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = option(
+        "info",
+        "Least severe messages to log. Prompts are logged at `trace` only.",
+        why="One line per request and nothing private.",
+    )
+    log_format: Literal["text", "json"] = option(
+        "text", "Log lines for people, or one JSON object a line.", why="People read it first."
+    )
+
+
+@dataclass(frozen=True)
+class KVConfig:
+    max_kv_size: int | None = option(
+        None,
+        "Cap on KV tokens over all rows.",
+        why="Memory is the real limit, and it is measured.",
+        unit="tokens",
+        unset="what the memory holds",
+        low=16,
+    )
+    memory_limit_gb: float | None = option(
+        None,
+        "Hard cap for model, KV and the peak of prefill.",
+        why="The device knows what it has.",
+        unit="GB (10^9 bytes)",
+        unset="from the device",
+        low=0.01,
+    )
+
+
+@dataclass(frozen=True)
+class BatchingConfig:
+    max_batch_size: int = option(
+        32,
+        "Rows that decode at once.",
+        why="Throughput still grows up to here on the machines measured.",
+        aliases=("completion_batch_size",),
+        low=1,
+        high=4096,
+    )
+    max_num_batched_tokens: int | None = option(
+        None,
+        "Token budget of one step, prefill and decode together.",
+        why="The engine learns what a step costs and plans for the ITL goal.",
+        unit="tokens",
+        unset="auto",
+        low=1,
+    )
+    prefill_batch_size: int | None = option(
+        None,
+        "Most prompts that prefill in one step.",
+        why="The scheduler packs as many as the budget holds.",
+        unset="auto",
+        low=1,
+    )
+    prefill_step_size: int | None = option(
+        None,
+        "Largest prefill chunk of a step.",
+        why="The scheduler sizes chunks so that decoding rows keep their pace.",
+        unit="tokens",
+        unset="auto",
+        low=1,
+    )
+    itl_goal_ms: float | None = option(
+        None,
+        "Longest step that the scheduler plans for while rows decode.",
+        why="It follows from the speed measured on this machine.",
+        unit="ms",
+        unset="auto",
+        low=1,
+    )
+    max_queue_size: int = option(
+        128,
+        "Requests that may wait for a row; beyond it: 429 with Retry-After.",
+        why="Four full batches: longer waits are better spent at the client.",
+        low=0,
+        high=1_000_000,
+    )
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    default_max_tokens: int | None = option(
+        None,
+        "max_tokens of a request that names none.",
+        why="An answer should end because it is finished.",
+        unit="tokens",
+        unset="what is left of the context",
+        low=1,
+    )
+    default_temperature: float | None = option(
+        None,
+        "temperature of a request that names none.",
+        why="The model's authors chose it.",
+        unset="the model's, else 1.0",
+        low=0,
+        high=2,
+    )
+    default_top_p: float | None = option(
+        None,
+        "top_p of a request that names none.",
+        why="The model's authors chose it.",
+        unset="the model's, else 1.0",
+        low=0,
+        high=1,
+    )
+    default_top_k: int | None = option(
+        None,
+        "top_k of a request that names none; 0 is off.",
+        why="The model's authors chose it.",
+        unset="the model's, else 0",
+        low=0,
+    )
+    default_min_p: float | None = option(
+        None,
+        "min_p of a request that names none.",
+        why="The model's authors chose it.",
+        unset="the model's, else 0.0",
+        low=0,
+        high=1,
+    )
+    default_repetition_penalty: float | None = option(
+        None,
+        "repetition_penalty of a request that names none.",
+        why="The model's authors chose it.",
+        unset="the model's, else 1.0",
+        low=0.01,
+        high=10,
+    )
+    max_prompt_tokens: int = option(
+        32768,
+        "Longest prompt; over it: 400 context_length_exceeded.",
+        why="One prompt must not starve the others; the model's context caps it too.",
+        unit="tokens",
+        low=1,
+    )
+    max_generation_tokens: int = option(
+        32768,
+        "Most tokens that one request may ask for.",
+        why="A runaway answer ends.",
+        unit="tokens",
+        low=1,
+    )
+    request_timeout_s: float = option(
+        120.0,
+        "Time without a new token after which a request ends; not the whole answer. 0 = off.",
+        why="Long answers live, stuck ones do not.",
+        unit="s",
+        low=0,
+    )
+    first_token_timeout_s: float = option(
+        300.0,
+        "Time to the first token, queue and prefill included. 0 = off.",
+        why="Prefill of a full context on a small machine takes minutes.",
+        unit="s",
+        low=0,
+    )
+
+
+@dataclass(frozen=True)
+class AdmissionConfig:
+    max_concurrent_requests: int = option(
+        0,
+        "Requests in work or queued; beyond it: 429. 0 = batch size + queue size.",
+        why="Batch and queue already bound it.",
+        low=0,
+    )
+
+
+@dataclass(frozen=True)
+class CpuConfig:
+    cpu_weights: Literal["auto", "float32", "native"] = option(
+        "auto",
+        "On a CPU: hold weights in float32 (`auto`: where memory allows), or as they are stored.",
+        why="A fast BLAS takes float32 only, and with it a CPU is ten times as fast.",
+    )
+    cpu_threads: int | None = option(
+        None,
+        "Threads for the BLAS.",
+        why="Oversubscribed cores cost it dearly, so it takes those that are free.",
+        unset="auto",
+        low=1,
+        high=1024,
+    )
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a server, checked and complete; nothing is written into it later."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    server: ServerConfig = field(default_factory=ServerConfig)
+    kv: KVConfig = field(default_factory=KVConfig)
+    batching: BatchingConfig = field(default_factory=BatchingConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    cpu: CpuConfig = field(default_factory=CpuConfig)
+
+
+# The help panels of the command line, in its order.
+PANELS = {
+    "model": "model",
+    "server": "server",
+    "kv": "kv cache",
+    "batching": "batching",
+    "generation": "generation",
+    "admission": "admission",
+    "cpu": "cpu",
+}

@@ -1,0 +1,1 @@
+"""Pure, incremental parsing of what a model says."""

@@ -1,0 +1,1 @@
+"""The server process: HTTP in front, engines behind. It never imports mlx."""

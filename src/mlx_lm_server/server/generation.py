@@ -1,0 +1,106 @@
+"""One HTTP request's way through the engine: submitted, read as text deltas, ended exactly once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mlx_lm_server.errors import ServerError
+from mlx_lm_server.protocol import FinishReason
+from mlx_lm_server.server.engine_client import EngineClient, Mailbox, OutputStream
+from mlx_lm_server.server.generate_request import Delta, GenerateRequest, Usage
+from mlx_lm_server.server.metrics import Metrics
+from mlx_lm_server.server.output_processor import OutputProcessor
+from mlx_lm_server.server.tokenizer import Tokenizer
+
+
+class ClientGoneError(ServerError):
+    """The client closed its connection; there is nobody left to answer."""
+
+
+class Generation:
+    """One or more sequences of one HTTP request, read by one task."""
+
+    def __init__(
+        self,
+        request_id: str,
+        requests: Sequence[GenerateRequest],
+        *,
+        client: EngineClient,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        arrival_s: float,
+        on_done: Callable[[Generation], None],
+    ) -> None:
+        """Submits at once. Raises EngineUnavailableError."""
+        self._client = client
+        self._metrics = metrics
+        self._on_done = on_done
+        self._mailbox = Mailbox()
+        self._streams = client.submit(request_id, requests, self._mailbox, arrival_s)
+        self._processors = [
+            OutputProcessor(
+                tokenizer.detokenizer(), request.stop_strings, request.sampling.stop_token_ids
+            )
+            for request in requests
+        ]
+        self._num_open = len(requests)
+        self._open = [True] * len(requests)
+
+    @property
+    def is_done(self) -> bool:
+        return self._num_open == 0
+
+    async def next(self) -> list[Delta]:
+        """What came since the last call, at least one delta unless done.
+
+        Raises what ended the request otherwise; all its sequences are released then.
+        """
+        deltas: list[Delta] = []
+        while not deltas and self._num_open:
+            for stream in await self._mailbox.take():
+                if self._open[stream.index]:
+                    self._read(stream, deltas)
+        return deltas
+
+    def _read(self, stream: OutputStream, deltas: list[Delta]) -> None:
+        try:
+            ids, reason = stream.read()
+        except ServerError as error:
+            self._close(stream, "abort" if isinstance(error, ClientGoneError) else "error")
+            self.close()
+            raise
+        text, finish_reason = self._processors[stream.index].push(ids, reason)
+        if finish_reason is not None:
+            self._close(stream, finish_reason)
+            if reason is None:  # a stop string: the engine does not know yet
+                self._client.release(stream)
+        if text or finish_reason is not None:
+            deltas.append(Delta(stream.index, text, finish_reason))
+
+    def _close(self, stream: OutputStream, reason: FinishReason) -> None:
+        self._open[stream.index] = False
+        self._num_open -= 1
+        stream.is_ended = True
+        self._metrics.observe_end(stream, self._processors[stream.index].num_tokens, reason)
+        if self.is_done:
+            self._on_done(self)
+
+    def cancel(self, error: ServerError) -> None:
+        """Ends what is still open; the reader gets `error`."""
+        for stream in self._streams:
+            if self._open[stream.index]:
+                self._client.abort(stream, error)
+
+    def close(self) -> None:
+        """The reader is leaving: what is still open ends without anybody to tell."""
+        for stream in self._streams:
+            if self._open[stream.index]:
+                self._client.abort(stream, ClientGoneError("nobody reads"))
+                self._close(stream, "abort")
+
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=sum(stream.num_prompt_tokens for stream in self._streams),
+            completion_tokens=sum(processor.num_tokens for processor in self._processors),
+            cached_tokens=sum(stream.num_cached_tokens for stream in self._streams),
+        )

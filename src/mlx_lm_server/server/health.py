@@ -1,0 +1,119 @@
+"""/livez: the process runs. /readyz: a request would be taken now. /health: how it is, and why."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from mlx_lm_server.protocol import EngineStats
+from mlx_lm_server.server.services import Services
+
+Status = Literal["ok", "degraded", "overloaded", "shutting_down"]
+# Shares of the KV memory: overloaded from the first, degraded from 72 % of it.
+OVERLOADED_KV = 0.9
+DEGRADED_KV = 0.72 * OVERLOADED_KV
+
+
+def kv_usage(stats: EngineStats | None) -> float:
+    """Share of the KV memory that is in use, 0 to 1."""
+    if stats is None or stats.kv_limit_bytes == 0:
+        return 0.0
+    return stats.kv_used_bytes / stats.kv_limit_bytes
+
+
+def judge(
+    *, is_draining: bool, engine_state: str, kv_share: float, num_waiting: int, max_queue: int
+) -> tuple[Status, str]:
+    """The status and the fact that decides it."""
+    if is_draining:
+        return "shutting_down", "running requests are being finished"
+    if engine_state != "ready":
+        return "degraded", f"the engine is not ready ({engine_state})"
+    if kv_share >= OVERLOADED_KV:
+        return "overloaded", f"{kv_share:.0%} of the KV memory is in use"
+    if num_waiting > 0 and num_waiting >= max_queue:
+        return "overloaded", f"{num_waiting} requests wait for a row"
+    if kv_share >= DEGRADED_KV:
+        return "degraded", f"{kv_share:.0%} of the KV memory is in use"
+    if num_waiting > max_queue / 2:
+        return "degraded", f"{num_waiting} requests wait for a row"
+    return "ok", ""
+
+
+class HealthRoutes:
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def routes(self) -> list[BaseRoute]:
+        return [
+            Route("/livez", self.livez, methods=["GET"]),
+            Route("/readyz", self.readyz, methods=["GET"]),
+            Route("/health", self.health, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
+        ]
+
+    async def livez(self, _: Request) -> Response:
+        return _json(200, {"status": "alive"})
+
+    async def readyz(self, _: Request) -> Response:
+        if self._services.is_ready:
+            return _json(200, {"status": "ready"})
+        return _json(503, {"status": "not ready", "engine": self._engine_state()})
+
+    async def health(self, _: Request) -> Response:
+        """503 where no request would get an answer: overloaded, shutting down, no engine."""
+        services = self._services
+        stats = services.client.stats
+        num_running = stats.num_running if stats else 0
+        num_waiting = max(services.client.num_live - num_running, 0)
+        status, reason = judge(
+            is_draining=services.admission.is_draining,
+            engine_state=self._engine_state(),
+            kv_share=kv_usage(stats),
+            num_waiting=num_waiting,
+            max_queue=services.config.batching.max_queue_size,
+        )
+        is_bad = status in ("overloaded", "shutting_down") or self._engine_state() != "ready"
+        facts = {
+            "status": status,
+            "reason": reason,
+            "model": services.names.shown[0],
+            "engine": self._engine_facts(),
+            "num_running": num_running,
+            "num_waiting": num_waiting,
+            "max_batch_size": services.config.batching.max_batch_size,
+            "max_queue_size": services.config.batching.max_queue_size,
+            "kv_used_bytes": stats.kv_used_bytes if stats else 0,
+            "kv_limit_bytes": stats.kv_limit_bytes if stats else 0,
+            "kv_usage": round(kv_usage(stats), 4),
+        }
+        return _json(503 if is_bad else 200, facts)
+
+    async def metrics(self, _: Request) -> Response:
+        body = self._services.metrics.exposition()
+        return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _engine_state(self) -> str:
+        services = self._services
+        if services.supervisor is None:
+            return "starting"
+        if services.supervisor.state == "ready" and not services.has_model:
+            return "starting"
+        return services.supervisor.state
+
+    def _engine_facts(self) -> dict[str, Any]:
+        supervisor = self._services.supervisor
+        facts: dict[str, Any] = {"state": self._engine_state()}
+        if supervisor is not None:
+            facts |= {"pid": supervisor.pid, "restarts": supervisor.num_restarts}
+            if supervisor.ready is not None:
+                facts |= {"device": supervisor.ready.device, "blas": supervisor.ready.blas}
+        return facts
+
+
+def _json(status: int, value: dict[str, Any]) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")

@@ -1,0 +1,93 @@
+"""A request body as a JSON object, and everything that JSON parsers let through refused.
+
+NaN and Infinity, numbers beyond a float, duplicate keys, lone surrogates, nesting without end: each
+would mean something else to somebody further on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any, NoReturn
+
+from mlx_lm_server.errors import InvalidRequestError
+
+MAX_DEPTH = 64
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """Raises InvalidRequestError."""
+    try:
+        value = _decoder.decode(body.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"the body is no UTF-8 (byte {error.start})") from error
+    except json.JSONDecodeError as error:
+        raise InvalidRequestError(
+            f"the body is no JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from error
+    except RecursionError as error:
+        raise InvalidRequestError("the body is nested too deeply") from error
+    except ValueError as error:
+        raise InvalidRequestError(f"the body is no JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidRequestError("the body must be a JSON object")
+    for name, item in value.items():
+        _check(item, name, _printable(name), MAX_DEPTH)
+    return value
+
+
+def _check(value: Any, name: str, field: str, depth: int) -> None:
+    """`field` is the top-level field that a complaint names."""
+    _encodable(name, field)
+    if isinstance(value, str):
+        _encodable(value, field)
+    elif isinstance(value, dict | list):
+        if depth == 0:
+            raise InvalidRequestError(f"`{field}` is nested too deeply", param=field)
+        if isinstance(value, dict):
+            for key, item in value.items():
+                _check(item, key, field, depth - 1)
+        else:
+            for item in value:
+                if not isinstance(item, int):
+                    _check(item, "", field, depth - 1)
+
+
+def _encodable(text: str, field: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequestError(
+            f"`{field}` is no valid Unicode: a lone surrogate", param=field
+        ) from error
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "backslashreplace").decode()[:100]
+
+
+def _refuse_constant(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise ValueError(f"duplicate key {_printable(name)!r}")
+            seen.add(name)
+    return found
+
+
+_decoder = json.JSONDecoder(
+    object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
+)

@@ -1,0 +1,1 @@
+"""The OpenAI API: schema → adapter → GenerateRequest, and events → chunks."""

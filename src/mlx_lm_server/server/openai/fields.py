@@ -1,0 +1,119 @@
+"""Fields that clients know and this server does not do.
+
+What would change the answer is refused by name; a value that changes nothing (`n: 1`,
+`logprobs: false`, null) is let through, since clients send such values unasked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from mlx_lm_server.errors import InvalidRequestError
+
+# name → values that change nothing; null never does
+COMMON: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "min_tokens": (0,),
+    "ignore_eos": (False,),
+    "typical_p": (1, 1.0),
+    "xtc_probability": (0, 0.0),
+    "xtc_threshold": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "early_stopping": (False,),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "truncate_prompt_tokens": (),
+    "prompt_logprobs": (),
+    "allowed_token_ids": (),
+    "bad_words": ([],),
+    "logits_processors": ([],),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "response_format": ({"type": "text"},),
+    "cache_salt": (),
+    "request_id": (),
+    "return_token_ids": (False,),
+    "store": (False,),
+    "metadata": ({},),
+    "service_tier": ("auto", "default"),
+}
+CHAT: dict[str, tuple[Any, ...]] = {
+    **COMMON,
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "reasoning_effort": (),
+    "reasoning": (),
+    "thinking_budget": (),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "prompt_cache_key": (),
+    "prompt_cache_retention": (),
+    "safety_identifier": (),
+    "documents": ([],),
+    "chat_template": (),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "add_special_tokens": (False,),
+}
+COMPLETION: dict[str, tuple[Any, ...]] = {
+    **COMMON,
+    "suffix": ("",),
+    "logprobs": (),
+    "add_special_tokens": (True,),
+}
+MESSAGE: dict[str, tuple[Any, ...]] = {
+    "tool_calls": ([],),
+    "function_call": (),
+    "refusal": (),
+    "audio": (),
+    "annotations": ([],),
+}
+STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "include_obfuscation": (False,),
+    "continuous_usage_stats": (False,),
+}
+
+
+def supported(
+    given: Mapping[str, Any],
+    known: Collection[str],
+    later: Mapping[str, tuple[Any, ...]],
+    path: str = "",
+) -> dict[str, Any]:
+    """The fields of `given` that are done. Raises InvalidRequestError naming any other."""
+    kept = {}
+    for name, value in given.items():
+        if name in known:
+            kept[name] = value
+        elif name not in later:
+            raise InvalidRequestError(
+                f"unknown field `{path}{name}`", param=path + name, code="unknown_parameter"
+            )
+        elif not _is_neutral(value, later[name]):
+            raise InvalidRequestError(
+                f"`{path}{name}` is not supported by this server",
+                param=path + name,
+                code="unsupported_parameter",
+            )
+    return kept
+
+
+def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
+    """Types count: `logprobs: 0` asks for something, `logprobs: false` does not."""
+    return value is None or any(type(value) is type(one) and value == one for one in neutral)

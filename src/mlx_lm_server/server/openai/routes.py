@@ -1,0 +1,125 @@
+"""The endpoints of the OpenAI API."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+from starlette.types import ASGIApp
+
+from mlx_lm_server.server.generate_request import GenerateRequest
+from mlx_lm_server.server.json_body import parse_object
+from mlx_lm_server.server.logs import TRACE
+from mlx_lm_server.server.middleware import read_body
+from mlx_lm_server.server.openai import adapter, schema
+from mlx_lm_server.server.openai.stream import (
+    ChatChunks,
+    CompletionChunks,
+    chat_response,
+    completion_response,
+)
+from mlx_lm_server.server.services import Services
+from mlx_lm_server.server.sse import EventStream, collect
+
+log = logging.getLogger(__name__)
+
+
+class OpenAIRoutes:
+    """Stateless; everything it needs is in the services."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def routes(self) -> list[BaseRoute]:
+        return [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{id:path}", self.model, methods=["GET"]),
+        ]
+
+    async def chat(self, http: Request) -> ASGIApp:
+        request = schema.parse_chat(await self._body(http))
+        model = self._services.model()
+        return await self._answer(
+            http,
+            request,
+            num_sequences=1,
+            adapt=lambda key: adapter.from_chat(request, model, key),
+            id="chatcmpl-" + secrets.token_hex(16),
+        )
+
+    async def completions(self, http: Request) -> ASGIApp:
+        request = schema.parse_completion(await self._body(http))
+        model = self._services.model()
+        return await self._answer(
+            http,
+            request,
+            num_sequences=len(request.prompt),
+            adapt=lambda key: adapter.from_completion(request, model, key),
+            id="cmpl-" + secrets.token_hex(16),
+        )
+
+    async def _answer(
+        self,
+        http: Request,
+        request: schema.Sampling,
+        *,
+        num_sequences: int,
+        adapt: Callable[[str], Awaitable[list[GenerateRequest]]],
+        id: str,
+    ) -> ASGIApp:
+        """Admission, adapter, engine, response: the same for both endpoints."""
+        services = self._services
+        arrival_s: float = http.scope["state"]["arrival_s"]
+        name = services.model().names.resolve(request.model)
+        with services.admission.preparing(num_sequences):
+            sequences = await adapt(http.scope["state"]["client_key"])
+            generation = services.generate(id, sequences, arrival_s)
+        log.debug("%s: %d sequences, user=%s", id, num_sequences, request.user)
+        is_chat = isinstance(request, schema.ChatRequest)
+        created = int(time.time())
+        if request.stream:
+            kind = ChatChunks if is_chat else CompletionChunks
+            return EventStream(
+                generation, kind(id, created, name, include_usage=request.wants_usage)
+            )
+        answers = await collect(generation, http.receive, num_sequences)
+        build = chat_response if is_chat else completion_response
+        return json_response(build(id, created, name, answers, generation.usage()))
+
+    async def _body(self, http: Request) -> dict[str, Any]:
+        body = await read_body(http.receive)
+        if log.isEnabledFor(TRACE):
+            log.log(TRACE, "%s %s", http.url.path, body.decode("utf-8", "backslashreplace"))
+        return parse_object(body)
+
+    async def models(self, http: Request) -> Response:
+        cards = [self._card(name) for name in self._services.names.shown]
+        return json_response(msgspec.json.encode({"object": "list", "data": cards}))
+
+    async def model(self, http: Request) -> Response:
+        name = self._services.names.resolve(http.path_params["id"])
+        return json_response(msgspec.json.encode(self._card(name)))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        services = self._services
+        return {
+            "id": name,
+            "object": "model",
+            "created": services.created_s,
+            "owned_by": "mlx-lm-server",
+            "root": services.config.model.model,
+            "max_model_len": services.context_tokens,
+        }
+
+
+def json_response(body: bytes) -> Response:
+    return Response(body, media_type="application/json")

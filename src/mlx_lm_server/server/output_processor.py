@@ -1,0 +1,64 @@
+"""Token ids of one sequence → the text that its client gets."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from mlx_lm_server.parsing.detokenizer import Detokenizer
+from mlx_lm_server.parsing.stop_strings import StopStrings
+from mlx_lm_server.protocol import FinishReason
+
+
+class OutputProcessor:
+    """Pure and per sequence. After a finish reason nothing more is taken."""
+
+    __slots__ = ("_detokenizer", "_stop_strings", "_stop_token_ids", "num_tokens")
+
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        stop_strings: Sequence[str],
+        stop_token_ids: Collection[int],
+    ) -> None:
+        self._detokenizer = detokenizer
+        self._stop_strings = StopStrings(stop_strings) if stop_strings else None
+        self._stop_token_ids = stop_token_ids
+        self.num_tokens = 0
+
+    def push(
+        self, ids: Sequence[int], finish_reason: FinishReason | None
+    ) -> tuple[str, FinishReason | None]:
+        """The text to send and, where the sequence ends here, why."""
+        if self._stop_strings is not None:
+            return self._push_one_by_one(self._stop_strings, ids, finish_reason)
+        self.num_tokens += len(ids)
+        if finish_reason is None:
+            return self._detokenizer.push(ids), None
+        text = self._detokenizer.push(self._without_stop_token(ids, finish_reason))
+        return text + self._detokenizer.flush(), finish_reason
+
+    def _push_one_by_one(
+        self, stops: StopStrings, ids: Sequence[int], finish_reason: FinishReason | None
+    ) -> tuple[str, FinishReason | None]:
+        """Counts tokens up to the one that completes a stop string, however many came at once."""
+        pieces: list[str] = []
+        num_tokens = self.num_tokens + len(ids)
+        for token_id in self._without_stop_token(ids, finish_reason):
+            self.num_tokens += 1
+            pieces.append(stops.push(self._detokenizer.push((token_id,))))
+            if stops.is_stopped:
+                return "".join(pieces), "stop"
+        self.num_tokens = num_tokens
+        if finish_reason is not None:
+            pieces.append(stops.push(self._detokenizer.flush()))
+            if stops.is_stopped:
+                return "".join(pieces), "stop"
+            pieces.append(stops.flush())
+        return "".join(pieces), finish_reason
+
+    def _without_stop_token(
+        self, ids: Sequence[int], finish_reason: FinishReason | None
+    ) -> Sequence[int]:
+        if finish_reason == "stop" and ids and ids[-1] in self._stop_token_ids:
+            return ids[:-1]
+        return ids

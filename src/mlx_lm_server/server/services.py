@@ -1,0 +1,73 @@
+"""What the routes work with: one object, built once by `serve`, on the event loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from mlx_lm_server.config import Config
+from mlx_lm_server.errors import EngineUnavailableError
+from mlx_lm_server.server.admission import Admission
+from mlx_lm_server.server.engine_client import EngineClient
+from mlx_lm_server.server.generate_request import GenerateRequest
+from mlx_lm_server.server.generation import Generation
+from mlx_lm_server.server.metrics import Metrics
+from mlx_lm_server.server.served_model import ModelNames, ServedModel
+from mlx_lm_server.server.supervisor import Supervisor
+
+
+class Services:
+    """Complete but for the model, which `serve` sets once it is loaded."""
+
+    def __init__(
+        self, config: Config, metrics: Metrics, client: EngineClient, admission: Admission
+    ) -> None:
+        self.config = config
+        self.metrics = metrics
+        self.client = client
+        self.admission = admission
+        self.supervisor: Supervisor | None = None
+        self.names = ModelNames.of(config)
+        self.created_s = int(time.time())
+        self.open_generations: set[Generation] = set()
+        self._model: ServedModel | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request that came now would be taken."""
+        is_up = self.supervisor is not None and self.supervisor.state == "ready"
+        return is_up and self._model is not None and not self.admission.is_draining
+
+    @property
+    def has_model(self) -> bool:
+        return self._model is not None
+
+    @property
+    def context_tokens(self) -> int | None:
+        return self._model.bounds.context_tokens if self._model else None
+
+    def model(self) -> ServedModel:
+        """Raises EngineUnavailableError while it loads."""
+        if self._model is None:
+            raise EngineUnavailableError("the model is loading; try again in a moment")
+        return self._model
+
+    def set_model(self, model: ServedModel) -> None:
+        self._model = model
+        self.names = model.names
+
+    def generate(
+        self, id: str, sequences: Sequence[GenerateRequest], arrival_s: float
+    ) -> Generation:
+        """Submits to the engine. Raises EngineUnavailableError."""
+        generation = Generation(
+            id,
+            sequences,
+            client=self.client,
+            tokenizer=self.model().tokenizer,
+            metrics=self.metrics,
+            arrival_s=arrival_s,
+            on_done=self.open_generations.discard,
+        )
+        self.open_generations.add(generation)
+        return generation

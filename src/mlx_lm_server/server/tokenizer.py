@@ -1,0 +1,125 @@
+"""The model's tokenizer, without `transformers`: tokenizer.json and the chat template."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+
+from mlx_lm_server.errors import InvalidRequestError, ModelError
+from mlx_lm_server.parsing.detokenizer import (
+    ByteLevelDetokenizer,
+    ByteTable,
+    Detokenizer,
+    WindowDetokenizer,
+)
+from mlx_lm_server.server.chat_template import ChatTemplate, find_template
+from mlx_lm_server.server.model_files import ModelFacts
+
+# A text this long takes a few milliseconds to encode; longer ones leave the event loop.
+MAX_INLINE_CHARS = 8192
+SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+class Tokenizer:
+    """Of one model. Encodes on a thread where that takes long; everything else is immediate."""
+
+    def __init__(
+        self, backend: HFTokenizer, template: ChatTemplate | None, eos_ids: frozenset[int]
+    ) -> None:
+        self._backend = backend
+        self._template = template
+        self.eos_ids = eos_ids
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        added = backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._byte_table: ByteTable | None = None
+        if isinstance(backend.decoder, ByteLevelDecoder):
+            self._byte_table = ByteTable(backend.id_to_token, self._special_ids)
+        self._byte_ids = _byte_fallback_ids(backend)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Raises InvalidRequestError for text that is no valid Unicode."""
+        if len(text) <= MAX_INLINE_CHARS:
+            return self._encode(text, add_special_tokens)
+        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        # A batch of one: only the batch call lets go of the GIL.
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
+        return ids
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
+    ) -> list[int]:
+        """Prompt ids up to where the assistant speaks. Raises InvalidRequestError."""
+        if self._template is None:
+            raise InvalidRequestError(
+                "the model has no chat template; use /v1/completions, or start with --chat-template"
+            )
+        if sum(len(str(message.get("content"))) for message in messages) <= MAX_INLINE_CHARS:
+            text = self._template.render(messages, variables)
+        else:
+            text = await asyncio.to_thread(self._template.render, messages, variables)
+        return await self.encode(text, add_special_tokens=False)
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh one for one sequence; special tokens have no text."""
+        if self._byte_table is not None:
+            return ByteLevelDetokenizer(self._byte_table)
+        return WindowDetokenizer(self._decode, self._special_ids, self._byte_ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self._backend.decode(ids, skip_special_tokens=False)
+        return text
+
+
+def _byte_fallback_ids(backend: HFTokenizer) -> frozenset[int]:
+    ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return frozenset(i for i in ids if i is not None)
+
+
+def load_tokenizer(
+    folder: Path,
+    facts: ModelFacts,
+    chat_template: str | None = None,
+    chat_template_args: Mapping[str, Any] | None = None,
+) -> Tokenizer:
+    """Raises ModelError where the folder has none that can be read."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has no tokenizer.json")
+    try:
+        backend = HFTokenizer.from_file(str(path))
+    except Exception as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    specials = {
+        name: text
+        for name in SPECIAL_TOKEN_NAMES
+        if (text := _token_text(facts.tokenizer_config.get(name))) is not None
+    }
+    source = find_template(folder, facts.tokenizer_config, chat_template)
+    template = None
+    if source is not None:
+        template = ChatTemplate(source, {**specials, **(chat_template_args or {})})
+    eos_ids = facts.eos_ids
+    eos = backend.token_to_id(specials["eos_token"]) if "eos_token" in specials else None
+    return Tokenizer(backend, template, eos_ids if eos is None else eos_ids | {eos})
+
+
+def _token_text(value: Any) -> str | None:
+    """tokenizer_config.json writes a token as text or as an object with its text in `content`."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None

@@ -1,0 +1,242 @@
+"""A fake engine: the protocol over a socket pair, no model behind it.
+
+Run as a program it is what a supervisor spawns: `python fakes.py --fd N [--vocab-size …]`. It
+generates by repeating the prompt's ids, one token per row and step, and ends with the id of
+`--eos` where one is given and the prompt has been said. What a single request shall suffer is told
+by its seed, so that one server serves many tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import select
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlx_lm_server import protocol
+from mlx_lm_server.protocol import (
+    LENGTH,
+    Abort,
+    AddRequest,
+    EngineStats,
+    LoadFailed,
+    LoadModel,
+    LoadProgress,
+    Outputs,
+    Ready,
+    RequestOutput,
+    Shutdown,
+    decode_to_engine,
+    encode_frame,
+)
+
+# Seeds with a meaning.
+DIE = 666  # the engine ends at once
+DIE_AFTER_TOKEN = 667  # … after the first token of this request
+HANG = 668  # the engine stops reading and writing
+SILENT = 669  # this request never gets a token
+SILENT_AFTER_TOKEN = 670  # … after its first
+FAIL = 671  # this request ends with an error
+GARBAGE = 672  # the engine sends what is no frame
+
+
+@dataclass
+class Row:
+    request: AddRequest
+    num_said: int = 0
+
+    @property
+    def seed(self) -> int:
+        return self.request.sampling.seed
+
+
+@dataclass
+class FakeEngine:
+    link: socket.socket
+    options: argparse.Namespace
+    rows: dict[str, Row] = field(default_factory=dict)
+    buffer: bytearray = field(default_factory=bytearray)
+    num_steps: int = 0
+    num_tokens: int = 0
+
+    def run(self) -> None:
+        self._load()
+        beat_s = time.monotonic()
+        while self._drain_inbox():
+            outputs = self._step()
+            if outputs or time.monotonic() - beat_s > 0.2:
+                beat_s = time.monotonic()
+                self._send(Outputs(outputs, self._stats()))
+                for output in outputs:
+                    self._suffer(output)
+            if self.rows and self.options.step_s:
+                time.sleep(self.options.step_s)
+
+    def _load(self) -> None:
+        load = self._wait_for_load()
+        self._send(LoadProgress("reading weights", 0.5))
+        time.sleep(self.options.load_s)
+        if self.options.die_loading:
+            os._exit(3)
+        if self.options.fail_loading:
+            self._send(LoadFailed(self.options.fail_loading, "the fake engine was told to fail"))
+            sys.exit(1)
+        if self.options.record:
+            Path(self.options.record).write_bytes(protocol.encode_frame(load))
+        self._send(self._ready())
+
+    def _ready(self) -> Ready:
+        return Ready(
+            model_type="fake",
+            device="fake",
+            blas="none",
+            weights="none",
+            weights_bytes=0,
+            vocab_size=self.options.vocab_size,
+            context_tokens=self.options.context,
+            kv_bytes_per_token=1,
+            kv_limit_bytes=self.options.kv_tokens,
+            memory_limit_bytes=0,
+            load_s=self.options.load_s,
+        )
+
+    def _wait_for_load(self) -> LoadModel:
+        while True:
+            for message in self._receive(timeout_s=None) or sys.exit(0):
+                assert isinstance(message, LoadModel)
+                return message
+
+    def _drain_inbox(self) -> bool:
+        """False where the engine shall end."""
+        messages = self._receive(timeout_s=0 if self._is_busy() else 0.1)
+        if messages is None:
+            return False
+        for message in messages:
+            if isinstance(message, Shutdown):
+                return False
+            if isinstance(message, AddRequest):
+                self._add(message)
+            elif isinstance(message, Abort) and message.req_id in self.rows:
+                del self.rows[message.req_id]
+                ended = RequestOutput(message.req_id, [], "abort")
+                self._send(Outputs([ended], self._stats()))
+        return True
+
+    def _is_busy(self) -> bool:
+        return any(not self._is_silent(row) for row in self.rows.values())
+
+    def _add(self, request: AddRequest) -> None:
+        seed = request.sampling.seed
+        if seed == DIE:
+            os._exit(9)
+        if seed == HANG:
+            time.sleep(3600)
+        if seed == GARBAGE:
+            self.link.sendall(LENGTH.pack(3) + b"???")
+        self.rows[request.req_id] = Row(request)
+
+    def _is_silent(self, row: Row) -> bool:
+        return row.seed == SILENT or (row.seed == SILENT_AFTER_TOKEN and row.num_said > 0)
+
+    def _step(self) -> list[RequestOutput]:
+        outputs = []
+        active = [r for r in self.rows.values() if not self._is_silent(r)][: self.options.rows]
+        for row in active:
+            outputs.append(self._say(row))
+            if outputs[-1].finish_reason is not None:
+                del self.rows[row.request.req_id]
+        self.num_steps += bool(outputs)
+        return outputs
+
+    def _say(self, row: Row) -> RequestOutput:
+        request = row.request
+        if row.seed == FAIL:
+            return RequestOutput(request.req_id, [], "error", error="told to fail")
+        prompt = request.prompt_ids
+        token = prompt[row.num_said % len(prompt)]
+        if self.options.eos is not None and row.num_said == len(prompt):
+            token = self.options.eos
+        row.num_said += 1
+        self.num_tokens += 1
+        reason = None
+        if token in request.sampling.stop_token_ids:
+            reason = "stop"
+        elif row.num_said >= request.sampling.max_tokens:
+            reason = "length"
+        return RequestOutput(request.req_id, [token], reason)
+
+    def _suffer(self, output: RequestOutput) -> None:
+        row = self.rows.get(output.req_id)
+        if row is not None and row.seed == DIE_AFTER_TOKEN:
+            os._exit(9)
+
+    def _stats(self) -> EngineStats:
+        live = sum(len(r.request.prompt_ids) + r.num_said for r in self.rows.values())
+        running = min(len(self.rows), self.options.rows)
+        return EngineStats(
+            num_running=running,
+            num_waiting=len(self.rows) - running,
+            kv_used_bytes=live,
+            kv_limit_bytes=self.options.kv_tokens,
+            kv_live_tokens=live,
+            num_steps_total=self.num_steps,
+            num_preemptions_total=0,
+            prompt_tokens_total=0,
+            generation_tokens_total=self.num_tokens,
+            forecast_step_s=0.001,
+            prefill_tokens_per_s=1e6,
+            decode_tokens_per_s=1e6,
+            peak_memory_bytes=0,
+        )
+
+    def _send(self, message: protocol.Message) -> None:
+        self.link.sendall(encode_frame(message))
+
+    def _receive(self, timeout_s: float | None) -> list[protocol.ToEngine] | None:
+        """Messages that have come; None at the end of the stream."""
+        if not select.select([self.link], [], [], timeout_s)[0]:
+            return []
+        data = self.link.recv(1 << 20)
+        if not data:
+            return None
+        self.buffer += data
+        messages = []
+        while len(self.buffer) >= LENGTH.size:
+            [length] = LENGTH.unpack_from(self.buffer)
+            end = LENGTH.size + length
+            if len(self.buffer) < end:
+                break
+            messages.append(decode_to_engine(bytes(self.buffer[LENGTH.size : end])))
+            del self.buffer[:end]
+        return messages
+
+
+def command(**options: object) -> list[str]:
+    """What a supervisor spawns: options by name, `load_s=1` for `--load-s 1`."""
+    words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    return [sys.executable, __file__, *words]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--vocab-size", type=int, default=2048)
+    parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--kv-tokens", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--eos", type=int)
+    parser.add_argument("--step-s", type=float, default=0.0)
+    parser.add_argument("--load-s", type=float, default=0.0)
+    parser.add_argument("--fail-loading", default="")
+    parser.add_argument("--die-loading", type=int, default=0)
+    parser.add_argument("--record", default="")
+    options = parser.parse_args()
+    FakeEngine(socket.socket(fileno=options.fd), options).run()
+
+
+if __name__ == "__main__":
+    main()
