@@ -92,7 +92,7 @@ class Border:
 def _request_id(scope: Scope) -> bytes:
     """The client's own where it is sane, so that its logs and ours can be matched."""
     given = header(scope, b"x-request-id")
-    if given and len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and min(given) > b" ":
+    if given and len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and min(given) > ord(" "):
         return given
     return secrets.token_hex(16).encode()
 

@@ -151,12 +151,10 @@ class Server:
         boot = asyncio.create_task(self._boot())
         stopped = asyncio.create_task(stop.wait())
         try:
-            await asyncio.wait({boot, stopped, serving}, return_when=asyncio.FIRST_COMPLETED)
+            await _first_of(boot, stopped, serving)
             if boot.done():
                 supervisor = boot.result()
-                await asyncio.wait(
-                    {supervisor.failure, stopped, serving}, return_when=asyncio.FIRST_COMPLETED
-                )
+                await _first_of(supervisor.failure, stopped, serving)
                 if supervisor.failure.done():
                     raise supervisor.failure.result()
             if serving.done():
@@ -185,9 +183,7 @@ class Server:
         tokenizer = await _in_daemon_thread(
             load_tokenizer, folder, facts, model.chat_template, model.chat_template_args
         )
-        await asyncio.wait(
-            {supervisor.first_ready, supervisor.failure}, return_when=asyncio.FIRST_COMPLETED
-        )
+        await _first_of(supervisor.first_ready, supervisor.failure)
         if not supervisor.failure.done():
             self._on_ready(folder, facts, tokenizer, supervisor.first_ready.result())
         return supervisor
@@ -311,6 +307,10 @@ class Server:
         except OSError as error:
             raise ConfigError(f"--ssl-certfile, --ssl-keyfile: {error}") from error
         return config
+
+
+async def _first_of(*futures: asyncio.Future[Any]) -> None:
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 def _in_daemon_thread(function: Callable[..., T], *args: Any) -> asyncio.Future[T]:
