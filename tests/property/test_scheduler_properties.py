@@ -10,7 +10,7 @@ from scheduler_sim import Simulation, expected_output, make_request
 
 from mlx_lm_server.core.scheduler import SchedulerLimits
 
-slow_ok = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+slow_ok = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,45 @@ limits = st.builds(
     itl_goal_s=st.one_of(st.none(), st.floats(0.001, 1.0)),
     lookahead_tokens=st.sampled_from([0, 16, 256]),
 )
+
+
+@slow_ok
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 300), st.integers(1, 40)), min_size=2, max_size=20),
+    limits=limits,
+)
+def test_equal_requests_of_one_client_are_admitted_in_the_order_of_arrival(sizes, limits):
+    sim = Simulation(limits, 2000)
+    for i, (num_prompt, max_tokens) in enumerate(sizes):
+        sim.add(make_request(f"r{i}", num_prompt, max_tokens, seed=i))
+    sim.run()
+    joined = [row.req_id for plan in sim.plans for row in plan.joined_rows if not row.output_ids]
+    first_joins = list(dict.fromkeys(joined))
+    assert first_joins == [f"r{i}" for i in range(len(sizes))]
+
+
+@slow_ok
+@given(
+    num_prompt=st.integers(1, 900),
+    max_tokens=st.integers(1, 200),
+    flood_prompt=st.integers(1, 300),
+    flood_tokens=st.integers(1, 30),
+    limits=limits,
+)
+def test_nobody_starves_beside_a_client_that_never_stops_asking(
+    num_prompt, max_tokens, flood_prompt, flood_tokens, limits
+):
+    sim = Simulation(limits, 1200)
+    for i in range(10):
+        sim.add(make_request(f"f{i}", flood_prompt, flood_tokens, client_key="flood"))
+    sim.add(make_request("one", num_prompt, max_tokens, client_key="one", stops=False))
+    for i in range(10, 4000):
+        if sim.outputs["one"] and sim.outputs["one"][-1].finish_reason:
+            return
+        if sim.scheduler.num_waiting < 5:
+            sim.add(make_request(f"f{i}", flood_prompt, flood_tokens, client_key="flood"))
+        sim.step()
+    raise AssertionError("the request starves")
 
 
 @slow_ok

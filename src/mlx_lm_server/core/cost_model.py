@@ -3,15 +3,17 @@
     step_s = base + per_prefill_token · prefill_tokens + per_row · rows
            + per_kv_token · kv_tokens + per_prefill_pair · prefill_pairs
 
-Least squares of the relative error with exponential forgetting and no negative cost, solved by
-warm-started coordinate descent. Two things keep it sane:
+Least squares of the relative error with forgetting and no negative cost, solved by warm-started
+coordinate descent. Three things keep it sane:
 
 - The regulariser pulls each cost to its present value, with a small constant weight (as in
   leaky, regularised RLS; Gunnarsson 1996). So what the last steps say nothing about, such as
   prefill during an hour of decoding, stays as it was.
 - A step that took several times longer or shorter than forecast is believed by a part only (Huber
   weights on the logarithm of the ratio, against its running scale). One stall hardly moves a
-  forecast; a lasting change widens the scale and is followed within some twenty steps.
+  forecast.
+- A lasting change widens that scale, and the wider it is, the faster the past is forgotten
+  (variable forgetting; Fortescue et al. 1981).
 """
 
 from __future__ import annotations
@@ -22,12 +24,12 @@ from typing import NamedTuple
 
 from mlx_lm_server.core.plan import PrefillChunk, StepPlan
 
-FORGETTING = 0.99
+FORGETTING_PER_SCALE, MAX_FORGETTING = 0.3, 0.3
 PRIOR_WEIGHT = 0.1  # in observations
 DESCENT_SWEEPS = 3
 INITIAL_SCALE = 0.2
 MIN_SCALE, MAX_SCALE = 0.02, 3.0
-SCALE_GROWTH, SCALE_DECAY = 1.25, 0.95
+SCALE_GROWTH, SCALE_DECAY = 1.35, 0.93
 CLIP_AT_SCALES = 3.0
 MIN_STEP_S = 1e-6
 
@@ -171,13 +173,14 @@ class CostModel:
 
     def _remember(self, shares: list[float], weight: float) -> None:
         """Add an observation: the shares, each times its multiple, should sum up to 1."""
-        leak = (1 - FORGETTING) * PRIOR_WEIGHT
+        forgetting = min(MAX_FORGETTING, FORGETTING_PER_SCALE * self._scale)
+        keep, leak = 1 - forgetting, forgetting * PRIOR_WEIGHT
         for i, row in enumerate(self._information):
             weighted = weight * shares[i]
             for j, share in enumerate(shares):
-                row[j] = FORGETTING * row[j] + weighted * share
+                row[j] = keep * row[j] + weighted * share
             row[i] += leak
-            self._target[i] = FORGETTING * self._target[i] + weighted + leak * self._multiples[i]
+            self._target[i] = keep * self._target[i] + weighted + leak * self._multiples[i]
 
     def _solve(self) -> None:
         multiples = self._multiples

@@ -31,7 +31,7 @@ class FairQueue:
     def __init__(self) -> None:
         self._waiting: dict[str, list[Request]] = {}
         self._served: dict[str, float] = {}
-        self._level = 0.0  # the counter of the client that was served last
+        self._last_client = ""  # whose request was admitted last
 
     def __len__(self) -> int:
         return sum(len(requests) for requests in self._waiting.values())
@@ -51,7 +51,7 @@ class FairQueue:
         """Take out what `peek` shows."""
         request = self.peek()
         assert request is not None, "peek before you pop"
-        self._level = self._served[request.client_key]
+        self._last_client = request.client_key
         self.remove(request)
         return request
 
@@ -70,6 +70,11 @@ class FairQueue:
         """The client's counter, in weighted tokens."""
         return self._served.get(client_key, self._level)
 
+    @property
+    def _level(self) -> float:
+        """Where a client starts that comes to an empty queue."""
+        return self._served.get(self._last_client, 0.0)
+
     def _turn(self, request: Request) -> tuple[float, tuple[int, bool, int]]:
         return (self._served[request.client_key], _place_in_line(request))
 
@@ -82,8 +87,9 @@ class FairQueue:
         """Drop counters that the lift would raise anyway; without it they pile up for ever."""
         if len(self._served) - len(self._waiting) <= MAX_IDLE_CLIENTS:
             return
+        level = self._level
         self._served = {
             key: served
             for key, served in self._served.items()
-            if key in self._waiting or served > self._level
+            if key in self._waiting or key == self._last_client or served > level
         }

@@ -21,13 +21,13 @@ from dataclasses import dataclass, field
 from mlx_lm_server.core.plan import CreateSlab, DropSlab, KVOp, MoveRow, ResizeSlab
 
 SMALL_CAPACITIES = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-STEPS_PER_OCTAVE = 8
+STEPS_PER_OCTAVE = 16
 MAX_SHARED_CAPACITY_RATIO = 1.5
 DEFAULT_MAX_SLAB_BYTES = 64 * 1024 * 1024
 
 
 def capacity_for(num_tokens: int) -> int:
-    """The smallest capacity class that holds `num_tokens`; at most 12.5 % over it above 4096."""
+    """The smallest class that holds `num_tokens`; above 4096 at most a sixteenth over them."""
     if num_tokens <= SMALL_CAPACITIES[-1]:
         return SMALL_CAPACITIES[bisect_left(SMALL_CAPACITIES, num_tokens)]
     octave = 1 << ((num_tokens - 1).bit_length() - 1)
@@ -156,13 +156,12 @@ class KVLayout:
         sizes = self._choose_sizes()
         moves = self._choose_slots()
         sources = {move.from_slab for move in moves}
-        emptied = [slab for slab in self._slabs.values() if not slab.rows]
-        ops: list[KVOp] = []
-        ops += self._drop(slab for slab in emptied if slab.slab_id not in sources)
+        read = [slab for slab in self._slabs.values() if slab.slab_id in sources]
+        unread = [slab for slab in self._slabs.values() if slab.slab_id not in sources]
+        ops = self._give_back(unread, sizes)
         ops += self._enlarge(sizes)
         ops += moves
-        ops += self._drop(slab for slab in emptied if slab.slab_id in sources)
-        ops += self._shrink(sizes)
+        ops += self._give_back(read, sizes)
         return tuple(ops)
 
     # ---- on paper
@@ -239,7 +238,7 @@ class KVLayout:
         if needed > slab.num_slots:
             most = min(self._max_slots(slab.capacity), needed + self._max_rows - self.num_rows)
             return max(needed, min(2 * slab.num_slots, most))
-        if 4 * needed <= slab.num_slots:
+        if needed <= slab.num_slots // 4:
             return 2 * needed
         return slab.num_slots
 
@@ -290,19 +289,13 @@ class KVLayout:
             slab.num_slots = size
         return ops
 
-    def _shrink(self, sizes: dict[int, int]) -> list[KVOp]:
-        ops: list[KVOp] = []
-        for slab in self._slabs.values():
-            size = sizes[slab.slab_id]
-            if size < slab.num_slots:
-                ops.append(ResizeSlab(slab.slab_id, size))
-                slab.num_slots = size
-        return ops
-
-    def _drop(self, slabs: Iterable[_Slab]) -> list[KVOp]:
+    def _give_back(self, slabs: Iterable[_Slab], sizes: dict[int, int]) -> list[KVOp]:
         ops: list[KVOp] = []
         for slab in slabs:
-            del self._slabs[slab.slab_id]
-            if slab.num_slots:
-                ops.append(DropSlab(slab.slab_id))
+            size = sizes[slab.slab_id]
+            if size == 0:
+                del self._slabs[slab.slab_id]
+            if size < slab.num_slots:
+                ops.append(ResizeSlab(slab.slab_id, size) if size else DropSlab(slab.slab_id))
+                slab.num_slots = size
         return ops

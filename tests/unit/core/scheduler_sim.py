@@ -228,6 +228,8 @@ class Simulation:
             self.plans.append(plan)
             self.in_flight.append((plan, self.runner.execute(plan)))
             self.check_prefixes()
+        elif not self.in_flight:
+            assert not self.scheduler.has_unfinished_requests, "idle with work waiting"
         keep = 0 if read_at_once or plan is None else 1
         while len(self.in_flight) > keep:
             self.read()
