@@ -1,7 +1,7 @@
 """The exceptions of mlx-lm-server.
 
     ServerError
-    ├── ConfigError                a flag, a config file or a combination of them is wrong (exit code 2)
+    ├── ConfigError                a flag, a config file or their combination is wrong (exit code 2)
     ├── ModelError                 the model cannot be served
     │   ├── ModelNotFoundError     no such path or hub id
     │   ├── UnsupportedModelError  a family or format that is not served, named

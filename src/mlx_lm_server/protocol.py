@@ -157,8 +157,8 @@ ToEngine = LoadModel | AddRequest | Abort | Shutdown
 ToServer = LoadProgress | Ready | LoadFailed | Outputs
 
 _encoder = msgspec.msgpack.Encoder()
-_to_engine = msgspec.msgpack.Decoder(ToEngine)
-_to_server = msgspec.msgpack.Decoder(ToServer)
+_to_engine: msgspec.msgpack.Decoder[ToEngine] = msgspec.msgpack.Decoder(ToEngine)
+_to_server: msgspec.msgpack.Decoder[ToServer] = msgspec.msgpack.Decoder(ToServer)
 
 
 def encode_frame(message: Message) -> bytes:

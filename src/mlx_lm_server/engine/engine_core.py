@@ -25,8 +25,9 @@ class Runner(Protocol):
 class EngineCore:
     """Scheduler and runner, one step ahead of each other. Lives on the engine's main thread.
 
-    A step submits the draw of the forward that is running, plans and submits the next forward, and
-    only then waits for the drawn tokens: the device never waits for the host.
+    A step submits the draw for the forward that runs, plans and builds the next forward, and only
+    then waits for the drawn tokens: the device waits for the host no longer than it takes to
+    submit what is built.
     """
 
     def __init__(
@@ -42,7 +43,6 @@ class EngineCore:
         self._peak_memory = peak_memory
         self._running: StepPlan | None = None
         self._running_since_s = 0.0
-        self._is_warm = False
 
     @property
     def has_work(self) -> bool:
@@ -53,7 +53,7 @@ class EngineCore:
 
     def handle(self, messages: Iterable[AddRequest | Abort]) -> list[RequestOutput]:
         """Take in what clients want; the outputs are the ends of what ended by it."""
-        outputs = []
+        outputs: list[RequestOutput] = []
         for message in messages:
             match message:
                 case AddRequest():
@@ -76,11 +76,10 @@ class EngineCore:
         plan = self._scheduler.schedule(self._clock())
         if plan is not None:
             self._runner.execute(plan)
-        finished, self._running = self._running, plan
-        if finished is None:
-            self._running_since_s = self._clock()
-            return []
         tokens = self._runner.read()
         now_s = self._clock()
+        finished, self._running = self._running, plan
         step_s, self._running_since_s = now_s - self._running_since_s, now_s
+        if finished is None:
+            return []
         return self._scheduler.update(finished, tokens, step_s, now_s)

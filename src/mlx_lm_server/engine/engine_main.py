@@ -8,6 +8,7 @@ the middle of a long forward.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -45,10 +46,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     _watch_parent(os.getppid())
     logging.basicConfig(format="engine %(levelname)s %(message)s")
-    try:
+    with contextlib.suppress(LinkClosed):
         serve(ServerLink(socket.socket(fileno=fd)))
-    except LinkClosed:
-        pass
 
 
 def serve(link: ServerLink) -> None:
@@ -93,9 +92,7 @@ class EngineLoop:
     def run(self, messages: Sequence[ToEngine]) -> None:
         """Until Shutdown. Raises LinkClosed."""
         while not any(isinstance(message, Shutdown) for message in messages):
-            outputs = self._core.handle(
-                [m for m in messages if isinstance(m, AddRequest | Abort)]
-            )
+            outputs = self._core.handle([m for m in messages if isinstance(m, AddRequest | Abort)])
             if self._core.has_work:
                 outputs += self._core.step()
                 self._idle_since_s = None

@@ -212,7 +212,8 @@ def install(use_arithmetic_swiglu: bool) -> None:
     ) -> mx.array:
         if isinstance(cache, LayerCache):
             return cache.attend(queries, scale)
-        return original(queries, keys, values, cache, scale, mask, sinks)
+        plain: mx.array = original(queries, keys, values, cache, scale, mask, sinks)
+        return plain
 
     scaled_dot_product_attention.is_packed = True  # type: ignore[attr-defined]
     base.scaled_dot_product_attention = scaled_dot_product_attention

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import psutil
-from mlx.utils import tree_flatten
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_lm_server.core.memory_ledger import format_bytes
 from mlx_lm_server.errors import ModelNotFoundError, ModelTooLargeError, UnsupportedModelError
@@ -39,7 +39,7 @@ Progress = Callable[[str, float], None]
 class LoadedModel:
     """A model in memory. `backbone` maps packed ids to hidden states, `head` those to logits."""
 
-    model: nn.Module
+    model: Module
     model_type: str
     vocab_size: int
     context_tokens: int
@@ -125,9 +125,10 @@ def _check_family(config: dict[str, Any]) -> None:
         raise UnsupportedModelError(f"rope scaling of type {rope_type!r} is not served yet")
 
 
-def _read_model(path: Path, order: LoadModel) -> nn.Module:
+def _read_model(path: Path, order: LoadModel) -> Module:
     from mlx_lm.utils import load_adapters, load_model
 
+    model: Module
     try:
         model, _ = load_model(path, lazy=True, trust_remote_code=order.trust_remote_code)
         if order.adapter_path is not None:
@@ -137,10 +138,10 @@ def _read_model(path: Path, order: LoadModel) -> nn.Module:
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise UnsupportedModelError(f"{path} cannot be loaded: {error}") from error
     model.eval()
-    return model  # type: ignore[no-any-return]
+    return model
 
 
-def _settle_weights(model: nn.Module, asked: CpuWeights, memory_limit_bytes: int) -> str:
+def _settle_weights(model: Module, asked: CpuWeights, memory_limit_bytes: int) -> str:
     """Choose what the weights are held in, and say it."""
     is_cpu = mx.default_device() == mx.Device(mx.cpu)
     size = _float32_bytes(model)
@@ -161,19 +162,17 @@ def _settle_weights(model: nn.Module, asked: CpuWeights, memory_limit_bytes: int
     return _describe_weights(model)
 
 
-def _to_float32(model: nn.Module) -> None:
+def _to_float32(model: Module) -> None:
     from mlx_lm.utils import dequantize_model
 
     dequantize_model(model)
     model.set_dtype(mx.float32)
     fused = [(name, m.fuse()) for name, m in model.named_modules() if hasattr(m, "fuse")]
     if fused:
-        from mlx.utils import tree_unflatten
-
         model.update_modules(tree_unflatten(fused))
 
 
-def _describe_weights(model: nn.Module) -> str:
+def _describe_weights(model: Module) -> str:
     bits = sorted({m.bits for _, m in model.named_modules() if hasattr(m, "bits")})
     if bits:
         return "/".join(f"{b}-bit" for b in bits)
@@ -181,7 +180,7 @@ def _describe_weights(model: nn.Module) -> str:
     return "/".join(sorted(dtypes))
 
 
-def _materialise(model: nn.Module, progress: Progress) -> None:
+def _materialise(model: Module, progress: Progress) -> None:
     """Evaluate the weights in small lots, so that a conversion never holds two whole models."""
     parameters = list(_parameters(model))
     total = sum(w.nbytes for _, w in parameters) or 1
@@ -192,15 +191,15 @@ def _materialise(model: nn.Module, progress: Progress) -> None:
         progress("reading weights", 0.1 + 0.7 * done / total)
 
 
-def _parameters(model: nn.Module) -> Iterator[tuple[str, mx.array]]:
-    yield from tree_flatten(model.parameters())
+def _parameters(model: Module) -> Iterator[tuple[str, mx.array]]:
+    yield from tree_flatten(model.parameters())  # type: ignore[misc]
 
 
-def _num_bytes(model: nn.Module) -> int:
+def _num_bytes(model: Module) -> int:
     return sum(w.nbytes for _, w in _parameters(model))
 
 
-def _float32_bytes(model: nn.Module) -> int:
+def _float32_bytes(model: Module) -> int:
     total = 0
     for _, module in model.named_modules():
         scale = 32 // module.bits if hasattr(module, "bits") else 1
@@ -227,7 +226,7 @@ class _RecordingCache:
         return keys, values
 
 
-def _record_layers(model: nn.Module) -> tuple[list[LayerShape], mx.Dtype, int]:
+def _record_layers(model: Module) -> tuple[list[LayerShape], mx.Dtype, int]:
     """Each layer's KV shape, the type of K and V, and how many logits there are."""
     caches = [_RecordingCache() for _ in model.layers]
     logits = model(mx.zeros((1, 1), mx.int32), cache=caches)

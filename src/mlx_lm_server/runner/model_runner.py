@@ -1,12 +1,16 @@
 """Executes step plans: one forward for all rows, one sampler.
 
-Each step is two submissions to the device, so that tokens are readable while the next forward
-runs:
+The host works one step ahead of the device:
 
-    sample()      draws a token for each sampling row of the forward that was executed last
-    execute(plan) builds and submits the next forward, whose decode rows take those tokens while
-                  they are still on the device
-    read()        waits for the tokens of `sample`
+    sample()      submits the draw of a token for each sampling row of the forward that runs
+    execute(plan) builds the graph of the next forward, whose decode rows take those tokens as
+                  arrays that nobody has read yet
+    read()        waits for the tokens, submits that graph at once, and returns the tokens, so that
+                  the host digests them while the device runs
+
+The graph is submitted only when the forward before has ended, because MLX decides at submission
+whether a slab can be written in place, and an operation under way still holds the slab: submitted
+earlier, each step copied all slabs (docs/adr/0002).
 
 Invariants: everything here runs on the engine's main thread; `_last_tokens[row]` is the token that
 a row sampled last; no array of a slab is referenced across steps (see kv_storage).
@@ -43,8 +47,8 @@ CALIBRATION_TOKENS = 64
 
 @dataclass(slots=True)
 class _Forward:
-    """A submitted forward. Its result is `[len(rows), vocab]` logits, or hidden states where no
-    row samples; then it is there to be waited for."""
+    """A forward, or what was drawn from it. The result is `[len(rows), vocab]` logits, then
+    `[len(rows)]` tokens; hidden states where no row samples, only to be waited for."""
 
     result: mx.array
     rows: tuple[int, ...]
@@ -78,7 +82,7 @@ class ModelRunner:
     # ---- a step
 
     def execute(self, plan: StepPlan) -> None:
-        """Submit the forward of a plan. The one before must have been sampled."""
+        """Build the forward of a plan. The one before must have been sampled."""
         assert self._forward is None, "sample the last forward before the next one"
         for row in plan.left_rows:
             self._sampling.pop(row, None)
@@ -87,22 +91,21 @@ class ModelRunner:
         for op in plan.kv_ops:
             self._storage.apply(op)
         if plan.decodes or plan.prefills:
-            self._submit(plan)
+            self._forward = self._build(plan)
 
     def _join(self, joined: JoinedRow) -> None:
         self._sampling[joined.row] = start_row(
             joined.sampling, joined.prompt_ids, joined.output_ids, self._loaded.vocab_size
         )
 
-    def _submit(self, plan: StepPlan) -> None:
+    def _build(self, plan: StepPlan) -> _Forward:
         result = self._hidden(plan, self._input_ids(plan))
         picked = _sampling_positions(plan)
         if 0 < len(picked) < result.shape[0]:
             result = result[mx.array(picked, mx.int32)]
         if picked:
             result = self._loaded.head(result[:, 0])
-        mx.async_eval(result)
-        self._forward = _Forward(result, plan.sampling_rows)
+        return _Forward(result, plan.sampling_rows)
 
     def _hidden(self, plan: StepPlan, ids: mx.array) -> mx.array:
         """Hidden states of the packed tokens, `[T, 1, hidden]`."""
@@ -136,13 +139,16 @@ class ModelRunner:
         mx.async_eval(tokens, self._last_tokens)
 
     def read(self) -> list[int]:
-        """Wait for the forward that `sample` took, and give its tokens in the order of its plan's
-        sampling rows."""
-        if self._drawn is None:
-            return []
+        """Wait for the forward that `sample` took, submit the one that `execute` built, and give
+        the tokens in the order of their plan's sampling rows."""
         drawn, self._drawn = self._drawn, None
-        mx.eval(drawn.result)
-        return drawn.result.tolist() if drawn.rows else []  # type: ignore[return-value]
+        if drawn is not None:
+            mx.eval(drawn.result)
+        if self._forward is not None:
+            mx.async_eval(self._forward.result)
+        if drawn is None or not drawn.rows:
+            return []
+        return drawn.result.tolist()  # type: ignore[return-value]
 
     # ---- at start
 
@@ -155,10 +161,10 @@ class ModelRunner:
         model = self._loaded.model
         expected = model(mx.array([ids]), cache=make_prompt_cache(model))[0].astype(mx.float32)
         actual = mx.concatenate(self._probe_packed(ids)).astype(mx.float32)
-        spread = mx.max(mx.abs(expected)).item()
-        error = mx.max(mx.abs(expected - actual)).item()
+        spread = float(mx.max(mx.abs(expected)))
+        error = float(mx.max(mx.abs(expected - actual)))
         tolerance = 1e-4 if self._loaded.kv_dtype == mx.float32 else 0.06
-        if not error <= tolerance * max(1.0, float(spread)):  # type: ignore[arg-type]
+        if not error <= tolerance * max(1.0, spread):
             raise UnsupportedModelError(
                 f"{self._loaded.model_type}: packed tokens give other logits than mlx-lm's forward "
                 f"(largest difference {error:.3g} of {spread:.3g})"
@@ -258,4 +264,3 @@ def _sampling_positions(plan: StepPlan) -> list[int]:
         if chunk.samples:
             positions.append(end - 1)
     return positions
-

@@ -69,7 +69,7 @@ def start_row(
 
 def _counts(ids: Sequence[int], vocab_size: int) -> mx.array:
     zeros = mx.zeros(vocab_size)
-    return zeros.at[mx.array(ids, mx.int32)].add(1.0) if ids else zeros
+    return zeros.at[mx.array(list(ids), mx.int32)].add(1.0) if ids else zeros
 
 
 @dataclass(frozen=True, slots=True)

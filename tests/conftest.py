@@ -1,0 +1,12 @@
+"""What every test process needs: the BLAS must be loaded before anything imports mlx, and our
+attention must be in place before anything imports a model of mlx-lm."""
+
+from __future__ import annotations
+
+from mlx_lm_server.runner import blas
+
+blas.preload()
+
+from mlx_lm_server.runner import attention, fast_math  # noqa: E402
+
+attention.install(use_arithmetic_swiglu=fast_math.is_slow_cpu())

@@ -1,0 +1,126 @@
+"""Slabs hold what the plan put there, and are written in place."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from mlx_lm_server.core.plan import (
+    CreateSlab,
+    DecodeRow,
+    DropSlab,
+    MoveRow,
+    PrefillChunk,
+    ResizeSlab,
+    StepPlan,
+)
+from mlx_lm_server.runner.attention import AttentionKernel, CpuKernel, FusedKernel, LayerCache
+from mlx_lm_server.runner.kv_storage import KVStorage, LayerShape
+from mlx_lm_server.runner.step_layout import layout_of
+
+HEADS, KV_HEADS, DIM = 4, 2, 16
+
+
+def storage_with(*ops: CreateSlab) -> KVStorage:
+    storage = KVStorage([LayerShape(KV_HEADS, DIM, DIM)], mx.float32)
+    for op in ops:
+        storage.apply(op)
+    return storage
+
+
+def forward(
+    storage: KVStorage,
+    kernel: AttentionKernel,
+    plan: StepPlan,
+    k: mx.array,
+    v: mx.array,
+    q: mx.array,
+) -> mx.array:
+    capacities = {slab_id: slab.capacity for slab_id, slab in storage.slabs.items()}
+    cache = LayerCache(0, storage, kernel)
+    cache.begin(layout_of(plan, capacities, isinstance(kernel, CpuKernel)))
+    cache.update_and_fetch(k, v)
+    return cache.attend(q, DIM**-0.5)
+
+
+def plan_of(*parts: DecodeRow | PrefillChunk) -> StepPlan:
+    decodes = tuple(p for p in parts if isinstance(p, DecodeRow))
+    return StepPlan(1, (), (), (), decodes, tuple(p for p in parts if isinstance(p, PrefillChunk)))
+
+
+def chunk(slab: int, slot: int, start: int, length: int) -> PrefillChunk:
+    return PrefillChunk(slot, slab, slot, start, (0,) * length, samples=True)
+
+
+def plain_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
+    """q, k, v `[T, heads, 1, dim]` of one row, causal → `[T, heads, 1, dim]`."""
+    q, k, v = (x[:, :, 0].swapaxes(0, 1)[None] for x in (q, k, v))
+    out = mx.fast.scaled_dot_product_attention(q, k, v, scale=DIM**-0.5, mask="causal")
+    return out[0].swapaxes(0, 1)[:, :, None]
+
+
+def random_tokens(n: int) -> tuple[mx.array, mx.array, mx.array]:
+    return (
+        mx.random.normal((n, KV_HEADS, 1, DIM)),
+        mx.random.normal((n, KV_HEADS, 1, DIM)),
+        mx.random.normal((n, HEADS, 1, DIM)),
+    )
+
+
+@pytest.mark.parametrize("kernel", [CpuKernel(), FusedKernel()], ids=["cpu", "fused"])
+def test_a_row_cut_into_chunks_and_single_tokens_attends_as_a_whole(
+    kernel: AttentionKernel,
+) -> None:
+    """Another row joins, so that groups, idle slots and chunks of different slabs occur."""
+    storage = storage_with(CreateSlab(0, 3, 512), CreateSlab(1, 1, 64))
+    k, v, q = random_tokens(300)
+    other_k, other_v, other_q = random_tokens(40)
+    outputs = [forward(storage, kernel, plan_of(chunk(0, 2, 0, 200)), k[:200], v[:200], q[:200])]
+    mixed = plan_of(chunk(0, 2, 200, 90), chunk(1, 0, 0, 40))
+    both = forward(
+        storage,
+        kernel,
+        mixed,
+        mx.concatenate([k[200:290], other_k]),
+        mx.concatenate([v[200:290], other_v]),
+        mx.concatenate([q[200:290], other_q]),
+    )
+    outputs.append(both[:90])
+    for position in range(290, 300):
+        one = slice(position, position + 1)
+        plan = plan_of(DecodeRow(2, 0, 2, position))
+        outputs.append(forward(storage, kernel, plan, k[one], v[one], q[one]))
+    assert mx.allclose(mx.concatenate(outputs), plain_attention(q, k, v), atol=1e-5)
+    assert mx.allclose(both[90:], plain_attention(other_q, other_k, other_v), atol=1e-5)
+
+
+def test_moves_and_resizes_keep_what_rows_hold() -> None:
+    storage = storage_with(CreateSlab(0, 2, 8), CreateSlab(1, 1, 16))
+    keys = storage.slabs[0].keys
+    keys[0] = mx.arange(keys[0].size, dtype=mx.float32).reshape(keys[0].shape)
+    second = mx.array(keys[0][1, :, :5])
+    storage.apply(MoveRow(0, 1, 1, 0, 5))
+    assert mx.array_equal(storage.slabs[1].keys[0][0, :, :5], second)
+    storage.apply(ResizeSlab(0, 4))
+    assert keys[0].shape[0] == 4
+    assert mx.array_equal(keys[0][1, :, :5], second)
+    storage.apply(MoveRow(0, 1, 0, 0, 5))
+    storage.apply(ResizeSlab(0, 1))
+    assert mx.array_equal(keys[0][0, :, :5], second)
+    storage.apply(DropSlab(0))
+    assert storage.nbytes == 2 * 16 * KV_HEADS * DIM * 4
+
+
+@pytest.mark.parametrize("kernel", [CpuKernel(), FusedKernel()], ids=["cpu", "fused"])
+def test_decode_steps_write_in_place_and_peak_memory_stays_flat(kernel: AttentionKernel) -> None:
+    storage = storage_with(CreateSlab(0, 8, 4096))
+    slab_bytes = storage.nbytes
+    mx.eval(storage.slabs[0].keys, storage.slabs[0].values)
+    k, v, q = random_tokens(8)
+    mx.eval(k, v, q)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for step in range(20):
+        plan = plan_of(*(DecodeRow(row, 0, row, 100 + step) for row in range(8)))
+        mx.eval(forward(storage, kernel, plan, k, v, q))
+    assert mx.get_peak_memory() - before < slab_bytes / 4

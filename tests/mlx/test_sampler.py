@@ -1,0 +1,173 @@
+"""The sampler draws from the right distribution, the same whatever shares the batch."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_lm_server.protocol import SamplingParams
+from mlx_lm_server.runner.sampler import RowSampling, Sampler, start_row
+
+PROBABILITIES = np.array([0.4, 0.25, 0.15, 0.1, 0.05, 0.03, 0.02])
+LOGITS = mx.array(np.log(PROBABILITIES).astype(np.float32))
+NUM_DRAWS = 8000
+
+
+def params(seed: int = 0, **fields: object) -> SamplingParams:
+    return SamplingParams(max_tokens=1, seed=seed, **fields)  # type: ignore[arg-type]
+
+
+def row(
+    vocab: int, prompt: Sequence[int] = (1,), output: Sequence[int] = (), **fields: object
+) -> RowSampling:
+    return start_row(params(**fields), prompt, output, vocab)
+
+
+def draw(logits: mx.array, rows: Sequence[RowSampling]) -> list[int]:
+    tokens: list[int] = Sampler(logits.shape[-1]).sample(logits, rows).tolist()  # type: ignore[assignment]
+    return tokens
+
+
+def shares(num_draws: int = NUM_DRAWS, **fields: object) -> np.ndarray:
+    """How often each token is drawn from LOGITS, over many seeds."""
+    rows = [row(len(PROBABILITIES), seed=7919 * i + 3, **fields) for i in range(num_draws)]
+    counts = Counter(draw(mx.broadcast_to(LOGITS[None], (num_draws, len(PROBABILITIES))), rows))
+    return np.array([counts[i] for i in range(len(PROBABILITIES))]) / num_draws
+
+
+def assert_close(actual: np.ndarray, expected: Sequence[float], num_draws: int = NUM_DRAWS) -> None:
+    """Within four standard deviations of a binomial, each token."""
+    target = np.array(expected) / np.sum(expected)
+    deviation = np.sqrt(target * (1 - target) / num_draws)
+    assert np.all(np.abs(actual - target) <= 4 * deviation + 1e-12), (actual, target)
+
+
+def test_a_temperature_of_one_draws_the_softmax() -> None:
+    assert_close(shares(), PROBABILITIES)
+
+
+def test_a_higher_temperature_flattens() -> None:
+    assert_close(shares(temperature=2.0), np.sqrt(PROBABILITIES))
+
+
+@pytest.mark.parametrize(
+    ("top_p", "num_kept"), [(0.05, 1), (0.4, 1), (0.41, 2), (0.7, 3), (0.9, 4), (0.97, 6), (1.0, 7)]
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_the_mass(top_p: float, num_kept: int) -> None:
+    assert_close(shares(top_p=top_p), [*PROBABILITIES[:num_kept], *[0.0] * (7 - num_kept)])
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5, 7, 100])
+def test_top_k_keeps_the_k_most_likely(top_k: int) -> None:
+    kept = PROBABILITIES[:top_k]
+    assert_close(shares(top_k=top_k), [*kept, *[0.0] * (7 - len(kept))])
+
+
+def test_min_p_is_relative_to_the_most_likely() -> None:
+    assert_close(shares(min_p=0.3), [0.4, 0.25, 0.15, 0, 0, 0, 0])
+
+
+def test_top_p_counts_within_what_top_k_left() -> None:
+    # Of 0.4, 0.25, 0.15 (sum 0.8) the nucleus of 0.6 is the first two: 0.4 < 0.48 <= 0.65.
+    assert_close(shares(top_k=3, top_p=0.6), [0.4, 0.25, 0, 0, 0, 0, 0])
+
+
+def test_top_p_over_a_flat_vocabulary_is_right_too() -> None:
+    vocab = 4096
+    logits = mx.array(np.linspace(1.0, 0.0, vocab, dtype=np.float32))
+    weights = np.exp(np.linspace(1.0, 0.0, vocab))
+    inside = int(np.searchsorted(np.cumsum(weights) / weights.sum(), 0.5)) + 1
+    rows = [row(vocab, seed=i, top_p=0.5) for i in range(512)]
+    tokens = np.array(draw(mx.broadcast_to(logits[None], (512, vocab)), rows))
+    assert tokens.max() < inside
+    expected_mean = (np.arange(inside) * weights[:inside]).sum() / weights[:inside].sum()
+    assert abs(tokens.mean() - expected_mean) < 4 * tokens.std() / math.sqrt(512)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**64 - 1),
+    top_p=st.sampled_from([0.1, 0.5, 0.9, 1.0]),
+    top_k=st.sampled_from([0, 3, 50]),
+    min_p=st.sampled_from([0.0, 0.05]),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
+    mates=st.lists(
+        st.tuples(
+            st.integers(0, 99),
+            st.sampled_from([0.0, 0.7]),
+            st.sampled_from([0.3, 1.0]),
+            st.sampled_from([0, 9]),
+        ),
+        max_size=4,
+    ),
+    place=st.integers(0, 4),
+)
+def test_a_row_draws_the_same_token_whatever_shares_the_batch(
+    seed: int,
+    top_p: float,
+    top_k: int,
+    min_p: float,
+    temperature: float,
+    mates: list[tuple[int, float, float, int]],
+    place: int,
+) -> None:
+    vocab = 300
+    mx.random.seed(seed % 1000)
+    logits = mx.random.normal((len(mates) + 1, vocab)) * 3
+
+    def mine() -> RowSampling:
+        return row(vocab, seed=seed, top_p=top_p, top_k=top_k, min_p=min_p, temperature=temperature)
+
+    place = min(place, len(mates))
+    rows = [row(vocab, seed=s, temperature=t, top_p=p, top_k=k) for s, t, p, k in mates]
+    rows.insert(place, mine())
+    assert draw(logits, rows)[place] == draw(logits[place : place + 1], [mine()])[0]
+
+
+def test_the_index_of_the_token_changes_the_draw_and_a_restart_does_not() -> None:
+    vocab = 1000
+    logits = mx.zeros((1, vocab))
+    sampler = Sampler(vocab)
+    going_on = row(vocab, prompt=(1, 2), seed=5)
+    tokens = [sampler.sample(logits, [going_on]).item() for _ in range(6)]
+    assert len(set(tokens)) > 3
+    resumed = row(vocab, prompt=(1, 2), output=tokens[:3], seed=5)
+    assert [sampler.sample(logits, [resumed]).item() for _ in range(3)] == tokens[3:]
+
+
+def test_penalties_are_those_of_openai_and_ctrl() -> None:
+    logits = mx.array([[2.0, -1.0, 1.5, 1.4]])
+    assert draw(
+        logits, [row(4, prompt=(3,), output=(0, 0), temperature=0.0, frequency_penalty=0.3)]
+    ) == [2]
+    assert draw(logits, [row(4, prompt=(0,), temperature=0.0, frequency_penalty=2.0)]) == [0]
+    assert draw(logits, [row(4, output=(0, 0), temperature=0.0, presence_penalty=0.4)]) == [0]
+    assert draw(logits, [row(4, output=(0,), temperature=0.0, presence_penalty=0.6)]) == [2]
+    # Repetition counts the prompt too: 2.0 / 1.5 = 1.33 falls below 1.4.
+    assert draw(logits, [row(4, prompt=(0, 2), temperature=0.0, repetition_penalty=1.5)]) == [3]
+
+
+def test_penalties_follow_the_tokens_that_are_drawn() -> None:
+    sampler = Sampler(3)
+    punished = row(3, temperature=0.0, frequency_penalty=1.0)
+    logits = mx.array([[1.5, 1.0, 0.0]])
+    assert [sampler.sample(logits, [punished]).item() for _ in range(4)] == [0, 1, 0, 1]
+
+
+def test_logit_bias_forbids_and_forces() -> None:
+    logits = mx.array([[2.0, 1.0, 0.0]])
+    assert draw(logits, [row(3, temperature=0.0, logit_bias={0: -100.0})]) == [1]
+    assert draw(logits, [row(3, seed=9, logit_bias={2: 100.0})]) == [2]
+
+
+def test_greedy_and_drawing_rows_share_a_batch() -> None:
+    logits = mx.broadcast_to(LOGITS[None], (3, 7))
+    rows = [row(7, temperature=0.0), row(7, seed=1, logit_bias={6: 50.0}), row(7, temperature=0.0)]
+    assert draw(logits, rows) == [0, 6, 0]
