@@ -25,11 +25,12 @@ class StartDisplay:
         self._console = Console(soft_wrap=False)
         self._is_json = is_json
         self._stage = ""
+        self._is_closed = False
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
     def show(self, progress: LoadProgress) -> None:
-        if not self._console.is_terminal or self._is_json:
+        if self._is_closed or self._is_json or not self._console.is_terminal:
             if progress.stage != self._stage:
                 log.info("loading: %s", progress.stage)
         else:
@@ -53,6 +54,7 @@ class StartDisplay:
             )
 
     def close(self) -> None:
+        self._is_closed = True
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

@@ -78,7 +78,9 @@ class ChatTemplate:
     """One compiled template. `variables` hold the special tokens and --chat-template-args."""
 
     def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
-        """Raises ModelError where the source is no template."""
+        """Raises ModelError where the source is no template, ConfigError for a reserved name."""
+        for name in RESERVED_NAMES & variables.keys():
+            raise ConfigError(f"--chat-template-args: `{name}` is set by the server")
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:

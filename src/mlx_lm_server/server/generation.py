@@ -45,6 +45,8 @@ class Generation:
         ]
         self._num_open = len(requests)
         self._open = [True] * len(requests)
+        self.request_id = request_id
+        self.finish_reasons: list[FinishReason] = []
 
     @property
     def is_done(self) -> bool:
@@ -80,6 +82,7 @@ class Generation:
     def _close(self, stream: OutputStream, reason: FinishReason) -> None:
         self._open[stream.index] = False
         self._num_open -= 1
+        self.finish_reasons.append(reason)
         stream.is_ended = True
         self._metrics.observe_end(stream, self._processors[stream.index].num_tokens, reason)
         if self.is_done:
@@ -97,6 +100,16 @@ class Generation:
             if self._open[stream.index]:
                 self._client.abort(stream, ClientGoneError("nobody reads"))
                 self._close(stream, "abort")
+
+    def summary(self) -> str:
+        """One line for the log."""
+        usage, first = self.usage(), self._streams[0]
+        ttft_s = (first.first_token_s or first.last_token_s) - first.arrival_s
+        total_s = max(stream.last_token_s for stream in self._streams) - first.arrival_s
+        return (
+            f"{self.request_id} {'/'.join(self.finish_reasons)}: {usage.prompt_tokens} prompt + "
+            f"{usage.completion_tokens} new tokens, first {ttft_s:.3f} s, last {total_s:.3f} s"
+        )
 
     def usage(self) -> Usage:
         return Usage(

@@ -163,9 +163,14 @@ class Metrics(Collector):
         waiting = max(self.num_live() - running, 0)
         usage = stats.kv_used_bytes / stats.kv_limit_bytes if stats and stats.kv_limit_bytes else 0
         for name, help, value in (
-            (PREFIX + "num_requests_running", "Rows in the batch.", running),
-            (PREFIX + "num_requests_waiting", "Requests waiting for a row.", waiting),
-            (PREFIX + "kv_cache_usage_perc", "Share of the KV memory in use, 0 to 1.", usage),
+            ("num_requests_running", "Rows in the batch.", running),
+            ("num_requests_waiting", "Requests waiting for a row.", waiting),
+            ("kv_cache_usage_perc", "Share of the KV memory in use, 0 to 1.", usage),
+        ):
+            family = GaugeMetricFamily(PREFIX + name, help, labels=["model_name"])
+            family.add_metric([self.model_name], value)
+            yield family
+        for name, help, value in (
             ("active_sequences", "Rows in the batch.", running),
             ("queued_requests", "Requests waiting for a row.", waiting),
             ("shutdown_clean", "1 once the server has drained.", int(self.is_shut_down_clean)),

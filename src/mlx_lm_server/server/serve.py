@@ -127,7 +127,7 @@ class Server:
             try:
                 return await self._live(stop, serving)
             finally:
-                await self._end(http, serving)
+                await self._end(http, serving, stop)
 
     def _build_services(self) -> Services:
         generation = self._config.generation
@@ -239,20 +239,31 @@ class Server:
         for generation in list(services.open_generations):
             generation.cancel(EngineUnavailableError("the server is shutting down"))
         await asyncio.sleep(0)  # their last events are written
-        if stop.is_set() and services.supervisor is not None:
-            services.supervisor.kill()
         if not is_clean:
             log.warning("stopped before every request was finished")
         return EXIT_CLEAN if is_clean else EXIT_FAILED
 
-    async def _end(self, http: uvicorn.Server, serving: asyncio.Task[None]) -> None:
+    async def _end(
+        self, http: uvicorn.Server, serving: asyncio.Task[None], stop: asyncio.Event
+    ) -> None:
         """No engine and no socket is left behind, whatever came before."""
         self._display.close()
         self._services.admission.is_draining = True
         if self._services.supervisor is not None:
-            await self._services.supervisor.stop()
+            await self._end_engine(self._services.supervisor, stop)
+        http.force_exit = stop.is_set()
         http.should_exit = True
         await asyncio.gather(serving, return_exceptions=True)
+
+    async def _end_engine(self, supervisor: Supervisor, stop: asyncio.Event) -> None:
+        """In order; a second signal kills it."""
+        stopping = asyncio.create_task(supervisor.stop())
+        hurry = asyncio.create_task(stop.wait())
+        await _first_of(stopping, hurry)
+        if hurry.done():
+            supervisor.kill()
+        hurry.cancel()
+        await stopping
 
     def _watch_signals(self, keys: ApiKeys) -> asyncio.Event:
         stop = asyncio.Event()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ from mlx_lm_server.server.generation import Generation
 from mlx_lm_server.server.metrics import Metrics
 from mlx_lm_server.server.served_model import ModelNames, ServedModel
 from mlx_lm_server.server.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
 
 
 class Services:
@@ -67,7 +70,12 @@ class Services:
             tokenizer=self.model().tokenizer,
             metrics=self.metrics,
             arrival_s=arrival_s,
-            on_done=self.open_generations.discard,
+            on_done=self._forget,
         )
         self.open_generations.add(generation)
         return generation
+
+    def _forget(self, generation: Generation) -> None:
+        self.open_generations.discard(generation)
+        if log.isEnabledFor(logging.INFO):
+            log.info(generation.summary())

@@ -1,0 +1,38 @@
+"""The server as a program, with a fake engine: `python serve_fake.py JSON`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import fakes
+
+from mlx_lm_server.config_loading import load_config
+from mlx_lm_server.errors import ConfigError
+from mlx_lm_server.server.connection import ConnectionLimits
+from mlx_lm_server.server.serve import run
+from mlx_lm_server.server.supervisor import Limits
+
+
+def main() -> int:
+    spec = json.loads(sys.argv[1])
+    try:
+        config = load_config(spec["flags"], os.environ, None)
+    except ConfigError as error:
+        print(error)
+        return 2
+    return run(
+        config,
+        engine_command=fakes.command(**spec["engine"]),
+        limits=Limits(**spec["limits"]),
+        connection_limits=ConnectionLimits(**spec["connection"]),
+        drain_s=spec["drain_s"],
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
