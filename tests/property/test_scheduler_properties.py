@@ -10,7 +10,7 @@ from scheduler_sim import Simulation, expected_output, make_request
 
 from mlx_lm_server.core.scheduler import SchedulerLimits
 
-slow_ok = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+slow_ok = settings(max_examples=70, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def test_equal_requests_of_one_client_are_admitted_in_the_order_of_arrival(sizes
     assert first_joins == [f"r{i}" for i in range(len(sizes))]
 
 
-@slow_ok
+@settings(slow_ok, max_examples=25)
 @given(
     num_prompt=st.integers(1, 900),
     max_tokens=st.integers(1, 200),

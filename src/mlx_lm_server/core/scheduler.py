@@ -27,8 +27,9 @@ from mlx_lm_server.core.fair_queue import FairQueue
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.memory_ledger import request_arithmetic
 from mlx_lm_server.core.plan import DecodeRow, JoinedRow, PrefillChunk, StepPlan
-from mlx_lm_server.core.prefill import PrefillPlan, SchedulerLimits
+from mlx_lm_server.core.prefill import PrefillPlan
 from mlx_lm_server.core.request import Request, RequestStatus
+from mlx_lm_server.core.scheduler_limits import SchedulerLimits
 from mlx_lm_server.errors import InvalidRequestError, RequestTooLargeError
 from mlx_lm_server.protocol import EngineStats, FinishReason, RequestOutput
 
@@ -117,6 +118,7 @@ class Scheduler:
         self._give_back_rows()
         num_preemptions = self._num_preemptions
         decoding = self._choose_decodes()
+        # Not in the step that preempts: the victim would take back what it just gave.
         joined = self._admit(now_s) if self._num_preemptions == num_preemptions else []
         chunks = self._choose_chunks(decoding)
         if not (self._left_rows or joined or decoding or chunks):
@@ -179,7 +181,7 @@ class Scheduler:
         joined = []
         while self._free_rows and (request := self._queue.peek()) is not None:
             num_tokens = self._num_tokens_soon(request)
-            if request.num_pending_tokens or not self._layout.can_place(num_tokens):
+            if not self._layout.can_place(num_tokens):
                 break
             joined.append(self._queue.pop())
             self._join(request, num_tokens, now_s)
@@ -191,6 +193,7 @@ class Scheduler:
         return request.num_known_tokens + max(0, num_more)
 
     def _join(self, request: Request, num_tokens: int, now_s: float) -> None:
+        assert request.num_pending_tokens == 0, "what it sampled before it was preempted is read"
         if request.status is RequestStatus.WAITING:
             num_prompt = len(request.prompt_ids)
             self._queue.charge(request.client_key, prompt_tokens=num_prompt)

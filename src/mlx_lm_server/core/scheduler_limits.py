@@ -1,0 +1,51 @@
+"""What bounds a step of the scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_lm_server.errors import ConfigError
+
+MIN_GOAL_FACTOR = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Bounds on a step. None means that only the other bounds hold.
+
+    `max_num_batched_tokens` bounds decode and prefill tokens of a step together,
+    `prefill_batch_size` the prompts in it and `prefill_step_size` the tokens of each.
+    `itl_goal_s` is how long a step with decoding rows may take, where that leaves prefill at least
+    a third of the step; without it the goal is `auto_goal_factor` times the step without prefill,
+    at least `auto_goal_floor_s`, and `short_prompt_factor` times that for prompts of at most
+    `short_prompt_tokens`. A chunk has at least `min_chunk_tokens`, whatever the goal. A row gets
+    room for `lookahead_tokens` of its answer when it joins.
+    """
+
+    max_batch_size: int = 32
+    max_num_batched_tokens: int = 2048
+    prefill_step_size: int | None = None
+    prefill_batch_size: int | None = None
+    itl_goal_s: float | None = None
+    auto_goal_factor: float = 2.6
+    auto_goal_floor_s: float = 0.03
+    short_prompt_tokens: int = 256
+    short_prompt_factor: float = 1.5
+    min_chunk_tokens: int = 4
+    lookahead_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        if self.max_batch_size < 1:
+            raise ConfigError(f"max_batch_size must be at least 1, not {self.max_batch_size}")
+        if self.max_num_batched_tokens < self.max_batch_size:
+            raise ConfigError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_batch_size ({self.max_batch_size}): each decoding row needs one token a step"
+            )
+
+    def step_goal_s(self, decode_step_s: float, *, is_short: bool) -> float:
+        """How long a step may take whose decode part takes `decode_step_s`."""
+        if self.itl_goal_s is not None:
+            return max(self.itl_goal_s, MIN_GOAL_FACTOR * decode_step_s)
+        goal_s = max(self.auto_goal_floor_s, self.auto_goal_factor * decode_step_s)
+        return goal_s * self.short_prompt_factor if is_short else goal_s
