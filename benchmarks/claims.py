@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -62,5 +62,5 @@ def save(name: str, claims: Sequence[Claim], details: Any, *, is_quick: bool) ->
     path = RESULTS / f"{name}{'-quick' if is_quick else ''}.json"
     judged = [asdict(claim) | {"holds": claim.holds} for claim in claims]
     document = {"machine": machine.facts(), "claims": judged, "details": details}
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(document), indent=1) + b"\n")
     return path

@@ -7,27 +7,25 @@ Without names all parts run. Each prints its table and claims and writes results
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 import uvloop
-from rich.console import Console
 
-from benchmarks import claims, processes
+from benchmarks import processes
 from benchmarks.claims import Claim
 from benchmarks.models import ensure_models
+from benchmarks.parts import Effort, Findings, console, run_parts
 from benchmarks.processes import Launch, Server
 from mlx_lm_server.bench.client import Target
 from mlx_lm_server.bench.plans import Shape
 from mlx_lm_server.bench.report import as_json, print_table, ratios
 from mlx_lm_server.bench.session import Outcome, Session, Settings
 
-console = Console(highlight=False)
 THROUGHPUT_RATIOS = {"single": 1.05, "clients8": 1.2, "clients32": 1.4, "mixed": 1.8}
 SHIPPED_RATIOS = {
     "float32": {"single": 1.9, "clients32": 14.0},
@@ -35,20 +33,10 @@ SHIPPED_RATIOS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How much to measure."""
-
-    is_quick: bool
-    rounds: int
-    shape: Shape
-
-    @classmethod
-    def of(cls, is_quick: bool, rounds: int | None) -> Effort:
-        if not is_quick:
-            return cls(False, rounds or 3, Shape())
-        small = Shape(64, 16, 1, 512, shared_tokens=128, turns=3, idle_samples=2, busy_samples=3)
-        return cls(True, rounds or 1, small)
+def shape_of(effort: Effort) -> Shape:
+    if not effort.is_quick:
+        return Shape()
+    return Shape(64, 16, 1, 512, shared_tokens=128, turns=3, idle_samples=2, busy_samples=3)
 
 
 @dataclass(slots=True)
@@ -70,9 +58,11 @@ def servers(*launches: Launch) -> Iterator[list[Server]]:
         yield [stack.enter_context(processes.running(launch)) for launch in launches]
 
 
-def measure(running: Sequence[Server], workloads: Sequence[str], effort: Effort) -> Session:
+def measure(
+    running: Sequence[Server], workloads: Sequence[str], rounds: int, shape: Shape
+) -> Session:
     targets = [Target(server.url, name=server.name) for server in running]
-    settings = Settings(tuple(workloads), effort.rounds, secrets.randbits(32), effort.shape)
+    settings = Settings(tuple(workloads), rounds, secrets.randbits(32), shape)
     session = Session(targets, settings, Printer())
     uvloop.run(session.run())
     print_table(session, console)
@@ -109,19 +99,19 @@ def ratio_claims(session: Session, bounds: dict[str, float], suffix: str = "") -
     ]
 
 
-def throughput(effort: Effort) -> tuple[list[Claim], Any]:
+def throughput(effort: Effort) -> Findings:
     """Whole workloads against `mlx_lm.server` with the same BLAS."""
     model = str(ensure_models()["float32"])
     with servers(processes.ours(model), processes.peer(model)) as running:
-        session = measure(running, list(THROUGHPUT_RATIOS), effort)
+        session = measure(running, list(THROUGHPUT_RATIOS), effort.rounds, shape_of(effort))
     return [*ratio_claims(session, THROUGHPUT_RATIOS), no_errors(session)], details(session)
 
 
-def latency(effort: Effort) -> tuple[list[Claim], Any]:
+def latency(effort: Effort) -> Findings:
     """New requests and a long prompt beside decoders."""
     model = str(ensure_models()["float32"])
     with servers(processes.ours(model), processes.peer(model)) as running:
-        session = measure(running, ["ttft", "long-prompt"], effort)
+        session = measure(running, ["ttft", "long-prompt"], effort.rounds, shape_of(effort))
     outcomes = [o for o in session.outcomes if o.target == session.targets[0]]
     new, long = (outcome.summary.extras for outcome in outcomes)
     made = [
@@ -139,29 +129,31 @@ def latency(effort: Effort) -> tuple[list[Claim], Any]:
     return made, details(session)
 
 
-def prefix(effort: Effort) -> tuple[list[Claim], Any]:
+def prefix(effort: Effort) -> Findings:
     """Shared prefixes and conversations; no claim yet."""
     model = str(ensure_models()["float32"])
     with servers(processes.ours(model), processes.peer(model)) as running:
-        session = measure(running, ["shared-prefix", "conversation"], effort)
+        session = measure(
+            running, ["shared-prefix", "conversation"], effort.rounds, shape_of(effort)
+        )
     return [no_errors(session)], details(session)
 
 
-def shipped(effort: Effort) -> tuple[list[Claim], Any]:
+def shipped(effort: Effort) -> Findings:
     """Against `mlx_lm.server` as its wheel ships: one request a client, for it takes long."""
-    effort = replace(effort, rounds=1, shape=replace(effort.shape, num_requests=1))
+    shape = replace(shape_of(effort), num_requests=1)
     made: list[Claim] = []
     found = {}
     for variant, bounds in SHIPPED_RATIOS.items():
         model = str(ensure_models()[variant])
         with servers(processes.ours(model), processes.peer(model, has_blas=False)) as running:
-            session = measure(running, list(bounds), effort)
+            session = measure(running, list(bounds), 1, shape)
         made += [*ratio_claims(session, bounds, f" {variant}"), no_errors(session)]
         found[variant] = details(session)
     return made, found
 
 
-def start(effort: Effort) -> tuple[list[Claim], Any]:
+def start(effort: Effort) -> Findings:
     """From the start of the process to /readyz, and the server process's memory."""
     found = []
     for _ in range(2 if effort.is_quick else 5):
@@ -184,8 +176,7 @@ def _session_of(server: Server) -> Session:
     return Session([Target(server.url, name=server.name)], settings, Printer())
 
 
-Part = Callable[[Effort], tuple[list[Claim], Any]]
-PARTS: dict[str, Part] = {
+PARTS = {
     "throughput": throughput,
     "latency": latency,
     "prefix": prefix,
@@ -194,24 +185,5 @@ PARTS: dict[str, Part] = {
 }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.serving", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=list(PARTS))
-    parser.add_argument("--quick", action="store_true", help="small and short; numbers mean little")
-    parser.add_argument("--rounds", type=int)
-    given = parser.parse_args()
-    effort = Effort.of(given.quick, given.rounds)
-    all_hold = True
-    for name in given.parts:
-        part = PARTS[name]
-        console.rule(f"serving {name}: {part.__doc__}", align="left")
-        made, found = part(effort)
-        claims.show(f"serving {name}", made, console)
-        claims.save(f"serving-{name}", made, found, is_quick=effort.is_quick)
-        all_hold &= all(claim.holds for claim in made)
-    return 0 if all_hold else 1
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_parts("serving", PARTS, __doc__))

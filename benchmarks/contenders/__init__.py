@@ -1,0 +1,1 @@
+"""What runs the same load in a process of its own: our engine, mlx-lm, and bare loops."""

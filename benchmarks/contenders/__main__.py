@@ -1,0 +1,47 @@
+"""A contender in its own process: one JSON load a line in, one JSON result a line out.
+
+python -m benchmarks.contenders NAME --model FOLDER [--threads N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+
+import msgspec
+
+from benchmarks.contenders.load import Load, measure
+from mlx_lm_server.runner import blas
+
+CONTENDERS = {
+    "engine": ("engine", "Engine"),
+    "bare": ("bare", "BareLoop"),
+    "plain": ("bare", "PlainLoop"),
+    "batch_generate": ("batch_generate", "BatchGenerate"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name", choices=CONTENDERS)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--threads", type=int)
+    given = parser.parse_args()
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints must not answer
+    blas.preload(given.threads)
+    import mlx.core as mx
+
+    module, attribute = CONTENDERS[given.name]
+    make = getattr(importlib.import_module(f"benchmarks.contenders.{module}"), attribute)
+    contender = make(given.model, given.threads)
+    answers.write(b"ready\n")
+    for line in sys.stdin.buffer:
+        load = msgspec.json.decode(line, type=Load)
+        answers.write(msgspec.json.encode(measure(contender, load, mx)) + b"\n")
+
+
+if __name__ == "__main__":
+    main()

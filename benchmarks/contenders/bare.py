@@ -1,0 +1,108 @@
+"""Decode loops with nothing around the forward: no scheduler, no sampler, argmax.
+
+`BareLoop` has our packed forward, so what the engine adds to it shows; `PlainLoop` has mlx-lm's
+forward as it ships, over rows of equal length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+
+from benchmarks.contenders.load import Load
+from mlx_lm_server.core.kv_layout import capacity_for
+from mlx_lm_server.core.plan import CreateSlab, DecodeRow, DropSlab, PrefillChunk, StepPlan
+from mlx_lm_server.protocol import LoadModel
+from mlx_lm_server.runner import host_memory, loader
+from mlx_lm_server.runner.attention import CpuKernel, LayerCache, choose_kernel
+from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.step_layout import layout_of
+
+SLAB = 0
+
+
+class BareLoop:
+    """All rows in one slab from the start, one forward and one argmax a step, read a step late."""
+
+    def __init__(self, model: str, threads: int | None) -> None:
+        host_memory.keep_freed_blocks()
+        order = LoadModel(model, num_threads=threads)
+        self._loaded = loader.load(order, loader.memory_limit(None), lambda _s, _f: None)
+        self._storage = KVStorage(self._loaded.layers, self._loaded.kv_dtype)
+        kernel = choose_kernel(self._loaded.kv_dtype)
+        self._needs_bias = isinstance(kernel, CpuKernel)
+        layers = range(len(self._loaded.layers))
+        self._caches = [LayerCache(layer, self._storage, kernel) for layer in layers]
+        self.kv_bytes_per_token = self._storage.bytes_per_token
+
+    def generate(self, load: Load) -> Iterator[list[int]]:
+        rows = list(range(len(load.prompt_tokens)))
+        capacity = capacity_for(max(load.prompt_tokens) + load.output_tokens)
+        self._storage.apply(CreateSlab(SLAB, len(rows), capacity))
+        tokens = mx.concatenate([self._prefill(row, ids) for row, ids in enumerate(load.prompts)])
+        mx.eval(tokens)
+        yield rows
+        for step in range(load.output_tokens - 1):
+            decodes = tuple(
+                DecodeRow(row, SLAB, row, length + step)
+                for row, length in enumerate(load.prompt_tokens)
+            )
+            before, tokens = tokens, self._forward(decodes, (), tokens)
+            mx.async_eval(tokens)
+            before.tolist()
+            if step:
+                yield rows
+        if load.output_tokens > 1:
+            tokens.tolist()
+            yield rows
+        self._storage.apply(DropSlab(SLAB))
+
+    def _prefill(self, row: int, ids: list[int]) -> mx.array:
+        chunk = PrefillChunk(row, SLAB, row, 0, tuple(ids), samples=True)
+        return self._forward((), (chunk,), mx.array(ids, mx.int32))[-1:]
+
+    def _forward(
+        self, decodes: tuple[DecodeRow, ...], chunks: tuple[PrefillChunk, ...], ids: mx.array
+    ) -> mx.array:
+        plan = StepPlan(0, (), (), (), decodes, chunks)
+        capacities = {SLAB: self._storage.slabs[SLAB].capacity}
+        layout = layout_of(plan, capacities, self._needs_bias)
+        for cache in self._caches:
+            cache.begin(layout)
+        hidden = self._loaded.backbone(ids[:, None], self._caches)
+        if chunks:
+            hidden = hidden[-1:]
+        return mx.argmax(self._loaded.head(hidden[:, 0]), axis=-1).astype(mx.int32)
+
+
+class PlainLoop:
+    """mlx-lm's model and cache, untouched."""
+
+    kv_bytes_per_token = 0
+
+    def __init__(self, model: str, threads: int | None) -> None:
+        from mlx_lm import load
+
+        self._model, *_ = load(model)
+
+    def generate(self, load: Load) -> Iterator[list[int]]:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        rows = list(range(len(load.prompt_tokens)))
+        cache = make_prompt_cache(self._model)
+        tokens = self._next(mx.array(load.prompts, mx.int32), cache)
+        mx.eval(tokens)
+        yield rows
+        for step in range(load.output_tokens - 1):
+            before, tokens = tokens, self._next(tokens[:, None], cache)
+            mx.async_eval(tokens)
+            before.tolist()
+            if step:
+                yield rows
+        if load.output_tokens > 1:
+            tokens.tolist()
+            yield rows
+
+    def _next(self, ids: mx.array, cache: list[object]) -> mx.array:
+        return mx.argmax(self._model(ids, cache=cache)[:, -1], axis=-1)

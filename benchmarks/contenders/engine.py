@@ -1,0 +1,29 @@
+"""Our engine as it is, without a server around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from benchmarks.contenders.load import Load
+from mlx_lm_server.engine.assembly import assemble
+from mlx_lm_server.protocol import AddRequest, LoadModel
+
+
+class Engine:
+    """`EngineCore` stepped by hand. Must be made and used on one thread."""
+
+    def __init__(self, model: str, threads: int | None) -> None:
+        order = LoadModel(model, num_threads=threads)
+        self._core, ready = assemble(order, "", lambda _stage, _fraction: None)
+        self.kv_bytes_per_token = ready.kv_bytes_per_token
+
+    def generate(self, load: Load) -> Iterator[list[int]]:
+        rows = enumerate(zip(load.prompts, load.sampling, strict=True))
+        requests = (AddRequest(str(row), prompt, sampling) for row, (prompt, sampling) in rows)
+        self._core.handle(islice(requests, load.num_in_flight or None))
+        while self._core.has_work:
+            outputs = self._core.step()
+            yield [int(output.req_id) for output in outputs]
+            num_ended = sum(output.finish_reason is not None for output in outputs)
+            self._core.handle(islice(requests, num_ended))
