@@ -10,7 +10,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fakes
-
 from mlx_lm_server.config_loading import load_config
 from mlx_lm_server.errors import ConfigError
 from mlx_lm_server.server.connection import ConnectionLimits

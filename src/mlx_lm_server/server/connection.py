@@ -40,6 +40,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._read_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._is_in_head = True
+        self._has_begun = False
         self._num_head_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -61,6 +62,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._has_begun = True
         if self._read_timer is None:
             self._await_head()
 
@@ -72,6 +74,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._set_read_timer(None)
         self._is_in_head = True
+        self._has_begun = False
         self._num_head_bytes = 0
         super().on_message_complete()
 
@@ -99,7 +102,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _give_up_reading(self) -> None:
         self._read_timer = None
-        self._end(TIMEOUT_RESPONSE if self._num_head_bytes and self._is_in_head else b"")
+        self._end(TIMEOUT_RESPONSE if self._has_begun and self._is_in_head else b"")
 
     def _give_up_writing(self) -> None:
         self._write_timer = None

@@ -1,0 +1,148 @@
+"""The engine dies, hangs, talks nonsense: its streams end, the server goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import pytest
+
+from tests import fakes
+from tests.server.harness import RunningServer
+
+
+@pytest.fixture(scope="module")
+def mortal(model: Any) -> Any:
+    server = RunningServer(
+        model,
+        engine={"step_s": 0.005},
+        limits={"hung_s": 0.6, "hung_forecasts": 1.0, "tick_s": 0.05, "first_backoff_s": 0.05,
+                "deaths_within_s": 0.001},
+    ).start()  # fmt: skip
+    yield server
+    server.stop()
+
+
+def revived(server: RunningServer) -> None:
+    server.wait_until(lambda: server.status("/readyz") == 200)
+    answer = server.chat("alive", max_tokens=6).json()
+    assert answer["choices"][0]["message"]["content"] == "alive"
+
+
+def test_a_death_before_the_first_token_is_a_503(mortal: RunningServer) -> None:
+    response = mortal.chat("x", seed=fakes.DIE)
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "engine_died"
+    assert "retry-after" in response.headers
+    revived(mortal)
+
+
+def test_a_death_after_the_first_token_is_an_event_and_the_stream_ends_in_order(
+    mortal: RunningServer,
+) -> None:
+    *_, error, done = mortal.events("/v1/completions", prompt="abc", seed=fakes.DIE_AFTER_TOKEN)
+    assert error["error"]["code"] == "engine_died"
+    assert done == "[DONE]"
+    revived(mortal)
+
+
+def test_the_probes_tell_a_dead_engine_from_a_dead_server(mortal: RunningServer) -> None:
+    os.kill(mortal.engine_pid, signal.SIGKILL)
+    mortal.wait_until(lambda: mortal.status("/readyz") == 503)
+    assert mortal.status("/livez") == 200
+    assert mortal.status("/health") == 503
+    revived(mortal)
+    assert mortal.health()["engine"]["restarts"] >= 1
+    assert "engine_restarts_total" in mortal.client.get("/metrics").text
+
+
+def test_an_engine_that_hangs_is_killed_and_started_anew(mortal: RunningServer) -> None:
+    old_pid = mortal.engine_pid
+    response = mortal.chat("x", seed=fakes.HANG)
+    assert response.json()["error"]["code"] == "engine_died"
+    revived(mortal)
+    assert not psutil.pid_exists(old_pid)
+
+
+def test_an_idle_engine_does_not_count_as_hung(mortal: RunningServer) -> None:
+    pid = mortal.engine_pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(1.0)
+        assert mortal.engine_pid == pid
+        assert mortal.status("/readyz") == 200
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    revived(mortal)
+
+
+def test_an_engine_that_talks_nonsense_is_killed(mortal: RunningServer) -> None:
+    assert mortal.chat("x", seed=fakes.GARBAGE).json()["error"]["code"] == "engine_died"
+    revived(mortal)
+
+
+def test_a_request_that_the_engine_cannot_do_is_an_error_of_that_request_only(
+    mortal: RunningServer,
+) -> None:
+    pid = mortal.engine_pid
+    response = mortal.chat("x", seed=fakes.FAIL)
+    assert response.status_code == 500
+    assert response.json()["error"]["message"] == "told to fail"
+    assert mortal.engine_pid == pid
+
+
+def test_a_crash_loop_ends_the_server_loudly(start: Callable[..., RunningServer]) -> None:
+    server = start(limits={"first_backoff_s": 0.01, "max_deaths": 3, "tick_s": 0.05})
+    for _ in range(3):
+        if server.is_running and server.status("/livez") == 200:
+            server.wait_until(lambda: server.status("/readyz") == 200)
+            server.chat("x", seed=fakes.DIE)
+    assert server.process.wait(5) == 1
+    assert "the engine died 3 times" in server.output()
+
+
+def test_an_engine_that_dies_loading_fails_the_start(start: Callable[..., RunningServer]) -> None:
+    server = start(wait=False, engine={"die_loading": 1})
+    assert server.process.wait(5) == 1
+    assert "while it loaded the model (exit code 3)" in server.output()
+
+
+def test_a_model_that_cannot_be_loaded_fails_the_start_with_its_reason(
+    start: Callable[..., RunningServer],
+) -> None:
+    server = start(wait=False, engine={"fail_loading": "UnsupportedModelError"})
+    assert server.process.wait(5) == 1
+    assert "the fake engine was told to fail" in server.output()
+    assert "Traceback" not in server.output()
+
+
+def test_while_it_loads_only_the_process_is_alive(start: Callable[..., RunningServer]) -> None:
+    server = start(wait=False, engine={"load_s": 1.0})
+    server.wait_until(lambda: server.status("/livez") == 200)
+    assert server.status("/readyz") == 503
+    assert server.status("/health") == 503
+    response = server.chat("x")
+    assert response.status_code == 503
+    assert response.json()["error"]["code"] == "engine_unavailable"
+    server.wait_until(lambda: server.status("/readyz") == 200)
+
+
+@pytest.mark.parametrize("victim", ["server", "engine"])
+def test_no_orphan_is_left_when_either_is_killed(
+    start: Callable[..., RunningServer], victim: str
+) -> None:
+    server = start()
+    engine = psutil.Process(server.engine_pid)
+    if victim == "server":
+        server.process.kill()
+        server.process.wait(5)
+    else:
+        engine.kill()
+        server.wait_until(lambda: server.status("/readyz") == 503)
+        server.stop()
+    psutil.wait_procs([engine], timeout=5)
+    assert not engine.is_running() or engine.status() == psutil.STATUS_ZOMBIE
