@@ -1,6 +1,6 @@
 """Our server and `mlx_lm.server` as real processes under the same load, round by round in turn.
 
-    python -m benchmarks.serving [throughput latency prefix shipped start …] [--quick]
+    python -m benchmarks.serving [throughput latency prefix shipped loop start …] [--quick]
 
 Without names all parts run. Each prints its table and claims and writes results/serving-PART.json.
 """
@@ -8,9 +8,10 @@ Without names all parts run. Each prints its table and claims and writes results
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
@@ -18,9 +19,11 @@ import uvloop
 
 from benchmarks import processes
 from benchmarks.claims import Claim
+from benchmarks.contenders.load import Load
 from benchmarks.models import ensure_models
 from benchmarks.parts import Effort, Findings, console, run_parts
 from benchmarks.processes import Launch, Server
+from benchmarks.workers import Worker, workers
 from mlx_lm_server.bench.client import Target
 from mlx_lm_server.bench.plans import Shape
 from mlx_lm_server.bench.report import as_json, print_table, ratios
@@ -39,12 +42,16 @@ def shape_of(effort: Effort) -> Shape:
     return Shape(64, 16, 1, 512, shared_tokens=128, turns=3, idle_samples=2, busy_samples=3)
 
 
-@dataclass(slots=True)
-class Printer:
-    """A watcher that prints a line per round."""
+class Quiet:
+    """A watcher that does nothing."""
 
-    def round_started(self, workload: str, round_index: int, target: Target) -> None:
-        pass
+    def round_started(self, workload: str, round_index: int, target: Target) -> None: ...
+
+    def round_ended(self, outcome: Outcome) -> None: ...
+
+
+class Printer(Quiet):
+    """A watcher that prints a line per round."""
 
     def round_ended(self, outcome: Outcome) -> None:
         summary, number = outcome.summary, len(outcome.rounds)
@@ -153,13 +160,88 @@ def shipped(effort: Effort) -> Findings:
     return made, found
 
 
+def loop(effort: Effort) -> Findings:
+    """Through HTTP against the engine stepped by hand, engine and server on a core each, and
+    unpinned; what the server process spends on a token."""
+    made: list[Claim] = []
+    found = {}
+    for is_pinned in (True, False):
+        rounds = _loop_rounds(effort, is_pinned)
+        label = "pinned" if is_pinned else "unpinned"
+        over_loop = median(r["http_tokens_per_s"] / r["loop_tokens_per_s"] for r in rounds)
+        cpu_ms = median(r["server_cpu_per_token_s"] for r in rounds) * 1e3
+        at_least = 0.97 if is_pinned else None
+        made += [
+            Claim(f"{label}: HTTP over the engine loop, clients32", over_loop, at_least=at_least),
+            Claim(f"{label}: server CPU per streamed token", cpu_ms, at_most=0.12, unit="ms"),
+        ]
+        found[label] = rounds
+    return made, found
+
+
+def _loop_rounds(effort: Effort, is_pinned: bool) -> list[dict[str, float]]:
+    """The first round warms both up and is dropped."""
+    model = str(ensure_models()["float32"])
+    threads = 1 if is_pinned else None
+    options = ("--cpu-threads", "1") if is_pinned else ()
+    with (
+        keeping_affinity(),
+        workers("engine", model=model, threads=threads) as pool,
+        servers(processes.ours(model, *options)) as (server,),
+    ):
+        if is_pinned:
+            _pin_apart(server, pool["engine"])
+        rounds = [_loop_round(pool["engine"], server, effort) for _ in range(effort.rounds + 1)]
+    for one in rounds[1:]:
+        console.print("  " + "  ".join(f"{name} {value:.4g}" for name, value in one.items()))
+    return rounds[1:]
+
+
+@contextlib.contextmanager
+def keeping_affinity() -> Iterator[None]:
+    """Children inherit our cores, so what is pinned in the block is set free after it."""
+    cores = os.sched_getaffinity(0)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _pin_apart(server: Server, engine: Worker) -> None:
+    """Server and load generator on the first core, whichever engine computes on the second."""
+    first, second = sorted(os.sched_getaffinity(0))[:2]
+    processes.pin(server.process, {first})
+    processes.pin(server.engine, {second})
+    engine.pin({second})
+    os.sched_setaffinity(0, {first})
+
+
+def _loop_round(engine: Worker, server: Server, effort: Effort) -> dict[str, float]:
+    shape, clients = shape_of(effort), 32
+    prompts = (shape.prompt_tokens,) * (clients * shape.num_requests)
+    seed = secrets.randbits(32)
+    by_hand = engine.measure(Load(prompts, shape.output_tokens, seed, num_in_flight=clients))
+    settings = Settings(("clients32",), 1, seed, shape)
+    session = Session([Target(server.url, name=server.name)], settings, Quiet())
+    cpu_before_s = server.cpu_s()
+    uvloop.run(session.run())
+    summary = session.outcomes[0].summary
+    return {
+        "loop_tokens_per_s": by_hand.output_tokens_per_s,
+        "http_tokens_per_s": summary.output_tokens_per_s,
+        "server_cpu_per_token_s": (server.cpu_s() - cpu_before_s) / summary.output_tokens,
+        "client_cpu_per_token_s": session.outcomes[0].client_cpu_per_token_s,
+        "errors": summary.num_errors,
+    }
+
+
 def start(effort: Effort) -> Findings:
     """From the start of the process to /readyz, and the server process's memory."""
     found = []
     for _ in range(2 if effort.is_quick else 5):
         with processes.running(processes.ours("nano")) as server:
             idle_bytes = server.rss_bytes()
-            uvloop.run(_session_of(server).run())
+            _serve_some(server)
             found.append((server.start_to_ready_s, idle_bytes, server.rss_bytes()))
     start_s, idle, busy = (list(column) for column in zip(*found, strict=True))
     made = [
@@ -170,10 +252,10 @@ def start(effort: Effort) -> Findings:
     return made, {"start_to_ready_s": start_s, "idle_rss_bytes": idle, "busy_rss_bytes": busy}
 
 
-def _session_of(server: Server) -> Session:
+def _serve_some(server: Server) -> None:
     shape = Shape(prompt_tokens=32, output_tokens=16, num_requests=1)
     settings = Settings(("clients32",), 1, secrets.randbits(32), shape)
-    return Session([Target(server.url, name=server.name)], settings, Printer())
+    uvloop.run(Session([Target(server.url, name=server.name)], settings, Quiet()).run())
 
 
 PARTS = {
@@ -181,6 +263,7 @@ PARTS = {
     "latency": latency,
     "prefix": prefix,
     "shipped": shipped,
+    "loop": loop,
     "start": start,
 }
 

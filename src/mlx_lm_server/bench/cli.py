@@ -27,7 +27,8 @@ def bench(
         str | None, typer.Option(help="A second server (B); rounds are interleaved A B A B.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model name to ask for; left out of the requests if not set.")
+        str | None,
+        typer.Option(help="Model to ask for; else none is named, or the first of /v1/models."),
     ] = None,
     compare_model: Annotated[
         str | None, typer.Option(help="The same for the second server.")
@@ -54,7 +55,8 @@ def bench(
     ] = 120.0,
     max_round_s: Annotated[float, typer.Option(min=1, help="Longest time of a round.")] = 600.0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers to this file.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the numbers to this file."),
     ] = None,
 ) -> None:
     """Measure throughput and latencies of an OpenAI-compatible server."""
@@ -72,6 +74,8 @@ def bench(
     targets = [Target(url, model, api_key)]
     if compare is not None:
         targets.append(Target(compare, compare_model, api_key))
+    if json_file is not None and not json_file.parent.is_dir():
+        raise typer.BadParameter(f"{json_file.parent} is no folder", param_hint="--json")
     raise typer.Exit(_measure(targets, settings, json_file))
 
 

@@ -136,7 +136,6 @@ class _Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._lines = sse.DataLines()
         self._now = perf_counter()
-        self._status = 0
         self._saw_done = False
         self._error_body = b""
 
@@ -175,18 +174,18 @@ class _Connection(asyncio.Protocol):
     # ---- httptools
 
     def on_headers_complete(self) -> None:
-        self._status = self._parser.get_status_code()
+        self._trace.http_status = self._parser.get_status_code()
 
     def on_body(self, body: bytes) -> None:
-        if self._status != 200:
+        if self._trace.http_status != 200:
             self._error_body += body[: 16 * ERROR_TEXT_LIMIT - len(self._error_body)]
             return
         for payload in self._lines.feed(body):
             self._take_event(payload)
 
     def on_message_complete(self) -> None:
-        if self._status != 200:
-            self._end(http_error(self._status, self._error_body))
+        if self._trace.http_status != 200:
+            self._end(http_error(self._trace.http_status, self._error_body))
         elif not self._saw_done:
             self._end("the stream ended without [DONE]")
         else:

@@ -126,13 +126,13 @@ def _print_extras(session: Session, console: Console) -> None:
         extras = outcome.summary.extras
         if extras:
             numbers = "  ".join(f"{name} {value:.3g}" for name, value in extras.items())
-            console.print(f"{_label(outcome, session)}: {numbers}", highlight=False)
+            console.print(f"{_label(outcome, session)}: {numbers}", highlight=False, soft_wrap=True)
 
 
 def _print_ratios(session: Session, console: Console) -> None:
     for workload, numbers in ratios(session.outcomes).items():
         line = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items())
-        console.print(f"{workload}: A / B  {line}", highlight=False)
+        console.print(f"{workload}: A / B  {line}", highlight=False, soft_wrap=True)
 
 
 def _print_notes(session: Session, console: Console) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from mlx_lm_server.bench.client import Client, Target
@@ -77,6 +77,7 @@ class Session:
 
     async def run(self) -> None:
         """Raises TargetUnusableError before the first round."""
+        self.targets = tuple([await settle_model(target, self.settings) for target in self.targets])
         for target in self.targets:
             self._calibrations[target] = await calibrate(target, self.settings)
         for workload in self.settings.workloads:
@@ -113,6 +114,31 @@ def _blame_time_limit(traces: list[Trace], round_s: float) -> None:
         if trace.was_stopped:
             trace.was_stopped = False
             trace.error = f"cut off: the round took longer than {round_s:g} s"
+
+
+async def settle_model(target: Target, settings: Settings) -> Target:
+    """Where no model is named and the server wants one: the first that it lists."""
+    if target.model is not None:
+        return target
+    trace = await Client(target, silence_s=settings.silence_s).send(next(probes(settings.seed)))
+    if not 400 <= trace.http_status < 500:
+        return target
+    model = await first_model(target, settings.silence_s)
+    return target if model is None else replace(target, model=model)
+
+
+async def first_model(target: Target, timeout_s: float) -> str | None:
+    """The first id of the target's /v1/models, if it has such a list."""
+    import httpx
+
+    headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
+    url = f"{target.url.rstrip('/').removesuffix('/v1')}/v1/models"
+    try:
+        async with httpx.AsyncClient(timeout=timeout_s) as client:
+            answer = await client.get(url, headers=headers)
+        return str(answer.json()["data"][0]["id"])
+    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        return None
 
 
 async def calibrate(target: Target, settings: Settings) -> Calibration:

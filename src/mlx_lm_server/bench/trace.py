@@ -12,7 +12,8 @@ class Trace:
     `ended_at` is set, read only after that.
 
     A *token event* is a piece of the stream that carries text; a server may put several tokens
-    into one. `role` says what the request is for within its workload.
+    into one. `role` says what the request is for within its
+    workload; `http_status` is 0 where no response came.
     """
 
     role: str
@@ -25,6 +26,7 @@ class Trace:
     cached_tokens: int | None = None
     completion_tokens: int | None = None
     finish_reason: str | None = None
+    http_status: int = 0
     error: str | None = None
     was_stopped: bool = False
 

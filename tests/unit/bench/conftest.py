@@ -20,6 +20,7 @@ async def server() -> AsyncIterator[FakeServer]:
             Route(path, fake.answer, methods=["POST"])
             for path in ("/v1/completions", "/v1/chat/completions")
         ]
+        routes.append(Route("/v1/models", fake.models))
         config = uvicorn.Config(
             Starlette(routes=routes), log_level="warning", timeout_graceful_shutdown=1
         )

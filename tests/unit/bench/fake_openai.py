@@ -25,6 +25,7 @@ class FakeServer:
         self.bodies: list[dict[str, Any]] = []
         self.authorizations: list[str | None] = []
         self.num_disconnects = 0
+        self.wants_a_model = False
 
     def target(self, model: str | None = None) -> Target:
         return Target(self.url, model)
@@ -33,12 +34,17 @@ class FakeServer:
         body = await request.json()
         self.bodies.append(body)
         self.authorizations.append(request.headers.get("authorization"))
+        if self.wants_a_model and "model" not in body:
+            return JSONResponse({"error": {"message": "model is missing"}}, status_code=400)
         if body.get("model") == "refuses":
             error = {"message": "no such model", "type": "invalid_request_error"}
             return JSONResponse({"error": error}, status_code=404)
         if body.get("model") == "breaks":
             return PlainTextResponse("oh no", status_code=500)
         return StreamingResponse(self._events(body), media_type="text/event-stream")
+
+    async def models(self, _request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": "listed"}, {"id": "other"}]})
 
     async def _events(self, body: dict[str, Any]) -> AsyncIterator[str]:
         model, num_tokens = body.get("model"), body["max_tokens"]

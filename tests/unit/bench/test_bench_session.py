@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
+import sys
 from io import StringIO
 from pathlib import Path
 
 import pytest
 import typer
-from fake_openai import FakeServer
+from fake_openai import FakeServer, until
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -132,6 +134,20 @@ async def test_a_target_that_refuses_a_probe_is_named_at_once(server: FakeServer
         await session.run()
 
 
+async def test_a_target_that_wants_a_model_is_asked_for_its_first(server: FakeServer) -> None:
+    server.wants_a_model = True
+    session = await run(server, "single")
+    assert session.outcomes[0].summary.num_errors == 0
+    assert {body.get("model") for body in server.bodies[1:]} == {"listed"}
+
+
+async def test_a_target_that_wants_a_model_but_lists_none_is_named(server: FakeServer) -> None:
+    server.wants_a_model = True
+    target = Target(f"{server.url}/nowhere")
+    with pytest.raises(TargetUnusableError, match="HTTP 404"):
+        await Session([target], settings("single"), Log()).run()
+
+
 async def test_a_round_that_takes_too_long_is_cut_off_and_blamed(server: FakeServer) -> None:
     session = Session([server.target()], settings("clients8", round_s=0.005), Log())
     await session.run()
@@ -173,6 +189,26 @@ async def test_the_command_fails_where_requests_fail(server: FakeServer) -> None
     code, output = await asyncio.to_thread(command, *options, "--rounds", "1")
     assert code == 1
     assert "stalled" in output
+
+
+async def test_an_interrupted_command_tells_what_it_has(server: FakeServer) -> None:
+    code = "import typer; from mlx_lm_server.bench.cli import bench; typer.run(bench)"
+    options = ("--url", server.url, "--workload", "single", "--rounds", "500")
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, *options, stdout=asyncio.subprocess.PIPE
+    )
+    await until(lambda: len(server.bodies) > 8, limit_s=30)
+    child.send_signal(signal.SIGINT)
+    output, _ = await asyncio.wait_for(child.communicate(), 10)
+    assert child.returncode == 1
+    assert b"interrupted" in output
+    assert b"single" in output
+
+
+def test_a_json_file_in_no_folder_is_a_usage_error() -> None:
+    code, output = command("--json", "/no/such/folder/file.json")
+    assert code == 2
+    assert "no folder" in output
 
 
 def test_an_unknown_workload_is_a_usage_error() -> None:
