@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from benchmarks import claims, models
 from benchmarks.__main__ import main
 from benchmarks.claims import Claim
 from benchmarks.contenders.load import Load, measure
+
 from mlx_lm_server.bench.words import WORDS
 
 
