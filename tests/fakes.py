@@ -9,6 +9,7 @@ by its seed, so that one server serves many tests.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import select
 import socket
@@ -16,6 +17,8 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from mlx_lm_server import protocol
 from mlx_lm_server.protocol import (
@@ -52,6 +55,29 @@ class Row:
     @property
     def seed(self) -> int:
         return self.request.sampling.seed
+
+
+class Seen(msgspec.Struct):
+    """What a test wants to know of a request."""
+
+    priority: int
+    client_key: str
+    max_tokens: int
+    seed: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: dict[int, float]
+    stop_token_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, request: AddRequest) -> Seen:
+        sampling = {f: getattr(request.sampling, f) for f in request.sampling.__struct_fields__}
+        return cls(priority=request.priority, client_key=request.client_key, **sampling)
 
 
 @dataclass
@@ -137,6 +163,9 @@ class FakeEngine:
             time.sleep(3600)
         if seed == GARBAGE:
             self.link.sendall(LENGTH.pack(3) + b"???")
+        if self.options.record_sampling:
+            said = msgspec.to_builtins(Seen.of(request), str_keys=True)
+            Path(self.options.record_sampling).write_text(json.dumps(said))
         self.rows[request.req_id] = Row(request)
 
     def _is_silent(self, row: Row) -> bool:
@@ -234,6 +263,7 @@ def main() -> None:
     parser.add_argument("--fail-loading", default="")
     parser.add_argument("--die-loading", type=int, default=0)
     parser.add_argument("--record", default="")
+    parser.add_argument("--record-sampling", default="")
     options = parser.parse_args()
     FakeEngine(socket.socket(fileno=options.fd), options).run()
 

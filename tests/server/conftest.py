@@ -33,8 +33,11 @@ def start(model: Path) -> Iterator[Callable[..., RunningServer]]:
 
     def start_one(wait: bool = True, **settings: Any) -> RunningServer:
         running = RunningServer(**{"model": model, **settings})
+        running.start(wait=False)
         started.append(running)
-        return running.start(wait=wait)
+        if wait:
+            running.wait_until(lambda: running.status("/readyz") == 200)
+        return running
 
     yield start_one
     for running in started:

@@ -79,7 +79,7 @@ class RunningServer:
         self.log = self.model.parent / f"server-{self.port}.log"
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(PROGRAM), json.dumps(spec)],
+                [sys.executable, str(PROGRAM), json.dumps(spec, default=str)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.env},

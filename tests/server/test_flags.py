@@ -1,0 +1,309 @@
+"""Every flag has an effect that somebody can see."""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_lm_server.config_loading import flag_name, settings
+from mlx_lm_server.protocol import LENGTH, LoadModel, decode_to_engine
+from tests.server.harness import RunningServer, make_model
+
+CLI = [sys.executable, "-m", "mlx_lm_server"]
+
+
+def loaded_with(start: Callable[..., Any], tmp_path: Path, flags: dict[str, str]) -> LoadModel:
+    """What the engine was told."""
+    record = tmp_path / "load.bin"
+    start(flags=flags, engine={"record": record})
+    message = decode_to_engine(record.read_bytes()[LENGTH.size :])
+    assert isinstance(message, LoadModel)
+    return message
+
+
+def test_what_concerns_the_engine_reaches_it(start: Callable[..., Any], tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    load = loaded_with(
+        start,
+        tmp_path,
+        {
+            "--adapter-path": str(adapter),
+            "--trust-remote-code": "true",
+            "--cpu-weights": "native",
+            "--cpu-threads": "3",
+            "--max-batch-size": "7",
+            "--max-num-batched-tokens": "900",
+            "--prefill-step-size": "300",
+            "--prefill-batch-size": "5",
+            "--itl-goal-ms": "40",
+            "--max-kv-size": "5000",
+            "--memory-limit-gb": "1.5",
+        },
+    )
+    assert load.adapter_path == str(adapter)
+    assert load.trust_remote_code
+    assert (load.cpu_weights, load.num_threads) == ("native", 3)
+    assert (load.max_batch_size, load.max_num_batched_tokens) == (7, 900)
+    assert (load.prefill_step_size, load.prefill_batch_size) == (300, 5)
+    assert load.itl_goal_s == pytest.approx(0.04)
+    assert load.max_kv_tokens == 5000
+    assert load.memory_limit_bytes == 1_500_000_000
+
+
+def test_by_default_the_engine_chooses(
+    start: Callable[..., Any], tmp_path: Path, model: Path
+) -> None:
+    assert loaded_with(start, tmp_path, {}) == LoadModel(model_path=str(model))
+
+
+def test_the_models_sampling_defaults_hold_and_flags_go_first(
+    start: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The fake engine shows the sampling of its last request."""
+    record = tmp_path / "sampling.json"
+    fields = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    server = start(engine={"record_sampling": record})
+    server.complete("x", max_tokens=1)
+    assert [json.loads(record.read_text())[f] for f in fields] == [0.5, 1.0, 7, 0.0, 1.0]
+    server = start(
+        engine={"record_sampling": record},
+        flags={
+            "--default-temperature": "0.9",
+            "--default-top-p": "0.8",
+            "--default-top-k": "3",
+            "--default-min-p": "0.1",
+            "--default-repetition-penalty": "1.2",
+        },
+    )
+    server.complete("x", max_tokens=1)
+    assert [json.loads(record.read_text())[f] for f in fields] == [0.9, 0.8, 3, 0.1, 1.2]
+    server.complete("x", max_tokens=1, temperature=0, top_k=-1, top_p=0.5)
+    assert [json.loads(record.read_text())[f] for f in fields] == [0.0, 0.5, 0, 0.1, 1.2]
+
+
+def test_all_sampling_fields_reach_the_engine(start: Callable[..., Any], tmp_path: Path) -> None:
+    record = tmp_path / "sampling.json"
+    server = start(engine={"record_sampling": record})
+    server.complete(
+        "x",
+        max_tokens=3,
+        seed=-1,
+        presence_penalty=0.5,
+        frequency_penalty=-0.5,
+        logit_bias={"5": -100, "6": 1},
+        stop_token_ids=[9],
+        priority=-2,
+    )
+    said = json.loads(record.read_text())
+    assert said["max_tokens"] == 3
+    assert said["seed"] == 2**64 - 1
+    assert (said["presence_penalty"], said["frequency_penalty"]) == (0.5, -0.5)
+    assert said["logit_bias"] == {"5": -100.0, "6": 1.0}
+    assert sorted(said["stop_token_ids"]) == [9, 256]
+    assert said["priority"] == -2
+
+
+def test_without_a_seed_each_request_has_another(start: Callable[..., Any], tmp_path: Path) -> None:
+    record = tmp_path / "sampling.json"
+    server = start(engine={"record_sampling": record})
+    seeds = set()
+    for _ in range(3):
+        server.complete("x", max_tokens=1)
+        seeds.add(json.loads(record.read_text())["seed"])
+    assert len(seeds) == 3
+
+
+def test_a_key_names_its_client_to_the_scheduler(start: Callable[..., Any], tmp_path: Path) -> None:
+    record, keys = tmp_path / "sampling.json", tmp_path / "keys"
+    keys.write_text("sesame ali baba\n")
+    server = start(engine={"record_sampling": record}, flags={"--api-key-file": str(keys)})
+    server.client.headers["authorization"] = "Bearer sesame"
+    server.complete("x", max_tokens=1)
+    assert json.loads(record.read_text())["client_key"] == "ali baba"
+
+
+def test_a_chat_template_as_text_and_its_arguments(start: Callable[..., Any]) -> None:
+    server = start(
+        flags={
+            "--chat-template": "{{ greeting }} {{ messages[0].content }}",
+            "--chat-template-args": '{"greeting": "Hi"}',
+        }
+    )
+    answer = server.chat("Bo", max_tokens=5).json()
+    assert answer["choices"][0]["message"]["content"] == "Hi Bo"
+    answer = server.chat("Bo", max_tokens=5, chat_template_kwargs={"greeting": "Yo"}).json()
+    assert answer["choices"][0]["message"]["content"] == "Yo Bo"
+
+
+def test_a_chat_template_as_a_file(start: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text("[{{ messages[0].content }}]")
+    server = start(flags={"--chat-template": str(file)})
+    answer = server.chat("Bo", max_tokens=4).json()
+    assert answer["choices"][0]["message"]["content"] == "[Bo]"
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        ({"--chat-template": "/nowhere.jinja"}, 2, "no such file"),
+        ({"--chat-template": "{% if %}"}, 1, "cannot be compiled"),
+        ({"--chat-template-args": '{"messages": 1}'}, 2, "set by the server"),
+        ({"--adapter-path": "/nowhere"}, 1, "--adapter-path /nowhere"),
+        ({"--model": "/nowhere/at/all"}, 1, "no such folder"),
+        ({"--api-key-file": "/nowhere"}, 2, "cannot be read"),
+        ({"--ssl-certfile": "/nowhere", "--ssl-keyfile": "/nowhere"}, 2, "--ssl-certfile"),
+    ],
+    ids=lambda part: str(part)[:40],
+)
+def test_what_cannot_be_used_is_one_line(
+    start: Callable[..., Any], flags: dict[str, str], code: int, words: str
+) -> None:
+    server = start(wait=False, flags=flags)
+    assert server.process.wait(10) == code
+    lines = [line for line in server.output().splitlines() if "INFO" not in line]
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+def test_a_model_without_a_tokenizer(start: Callable[..., Any], tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    (folder / "tokenizer.json").unlink()
+    server = start(wait=False, model=folder)
+    assert server.process.wait(10) == 1
+    assert "has no tokenizer.json" in server.output()
+
+
+def test_a_hub_id_without_a_network(start: Callable[..., Any], tmp_path: Path) -> None:
+    server = start(
+        wait=False,
+        flags={"--model": "some-org/some-model"},
+        env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+    )
+    assert server.process.wait(10) == 1
+    assert "some-org/some-model: not downloaded yet" in server.output()
+    assert "Traceback" not in server.output()
+
+
+def test_a_port_in_use(start: Callable[..., Any], server: RunningServer) -> None:
+    second = start(wait=False, flags={"--port": str(server.port)})
+    assert second.process.wait(10) == 1
+    assert f"cannot listen on 127.0.0.1:{server.port}" in second.output()
+
+
+def test_a_unix_socket(start: Callable[..., Any], tmp_path: Path) -> None:
+    path = str(tmp_path / "s.sock")
+    server = start(flags={"--uds": path}, uds=path)
+    assert server.chat("x", max_tokens=1).status_code == 200
+    assert server.stop() == 0
+    assert not Path(path).exists()
+
+
+def test_tls(start: Callable[..., Any], tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2",
+         "-subj", "/CN=localhost", "-keyout", str(key), "-out", str(cert)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    server = start(flags={"--ssl-certfile": str(cert), "--ssl-keyfile": str(key)})
+    assert server.url.startswith("https:")
+    assert ssl.get_server_certificate(("127.0.0.1", server.port)) == cert.read_text()
+    assert server.chat("x", max_tokens=1).status_code == 200
+
+
+def test_ipv6(start: Callable[..., Any]) -> None:
+    server = start(wait=False, flags={"--host": "::1"})
+    server.client.base_url = f"http://[::1]:{server.port}"
+    server.wait_until(lambda: server.status("/readyz") == 200)
+    assert f"http://[::1]:{server.port}" in server.output()
+
+
+def test_log_lines_are_json_and_prompts_are_logged_at_trace_only(
+    start: Callable[..., Any],
+) -> None:
+    server = start(flags={"--log-format": "json", "--log-level": "debug"})
+    server.chat("my secret", max_tokens=2)
+    server.stop()
+    lines = [json.loads(line) for line in server.output().splitlines()]
+    assert all({"time", "level", "logger", "message"} <= set(line) for line in lines)
+    assert any("2 new tokens" in line["message"] for line in lines)
+    assert "my secret" not in server.output()
+    server = start(flags={"--log-level": "trace"})
+    server.chat("my secret", max_tokens=2)
+    server.stop()
+    assert "my secret" in server.output()
+
+
+def test_a_higher_log_level_is_silent(start: Callable[..., Any]) -> None:
+    server = start(flags={"--log-level": "error"})
+    server.chat("x", max_tokens=2)
+    server.stop()
+    assert "INFO" not in server.output()
+
+
+def test_the_banner_says_what_is_served_and_how_to_use_it(server: RunningServer) -> None:
+    server.wait_until(lambda: "openai.OpenAI" in server.output())
+    banner = server.output()
+    for words in ("tiny, other", "4,096 tokens", f"http://127.0.0.1:{server.port}", "curl"):
+        assert words in banner
+
+
+def cli(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*CLI, *args], capture_output=True, text=True, timeout=20, env={**os.environ, **env}
+    )
+
+
+def test_every_setting_is_in_the_help() -> None:
+    done = cli("--help", COLUMNS="200")
+    assert done.returncode == 0
+    for setting in settings():
+        assert flag_name(setting.name) in done.stdout
+    for panel in ("model", "server", "kv cache", "batching", "generation", "admission", "cpu"):
+        assert f"─ {panel} ─" in done.stdout
+    assert "bench" in done.stdout
+
+
+def test_the_version() -> None:
+    assert cli("--version").stdout.startswith("mlx-lm-server ")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--prot", "1"],
+        ["--port"],
+        ["--port", "x"],
+        ["--port", "70000"],
+        ["nonsense"],
+        ["serve", "--max-batch-size", "0"],
+        ["--cpu-weights", "float8"],
+        ["--max-batch-size", "2", "--completion-batch-size", "3"],
+        ["--config", "/nowhere.toml"],
+        ["--ssl-certfile", "x"],
+        ["--host", "0.0.0.0"],
+    ],
+    ids=" ".join,
+)
+def test_usage_errors_are_one_line_and_exit_code_2(args: list[str]) -> None:
+    done = cli(*args)
+    assert done.returncode == 2
+    assert done.stderr.startswith("mlx-lm-server: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_an_unknown_variable_is_a_usage_error() -> None:
+    done = cli("--port", "1", MLX_LM_SERVER_PROT="1")
+    assert done.returncode == 2
+    assert "did you mean MLX_LM_SERVER_PORT?" in done.stderr
