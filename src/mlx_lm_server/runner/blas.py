@@ -6,6 +6,9 @@ dynamic linker resolves MLX's `cblas_sgemm` to the first library that offers the
 `scipy-openblas32` prefixes its symbols with `scipy_`; a copy with the plain names is made once
 with patchelf and kept in the user's cache folder.
 
+In front of it goes `native/small_gemm.c`, products with few rows at the speed of memory, where the
+machine has a C compiler (docs/adr/0003).
+
 This module must not import mlx.
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -21,42 +25,49 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 PREFIX = b"scipy_"
 REFERENCE_BLAS = "reference BLAS (slow; install the `cpu` extra)"
+# How long an idle thread of a product waits for the next one before it sleeps. A thread that spins
+# takes the core of the HTTP server.
+SMALL_GEMM_SPIN_US = 50
+OPENBLAS_SPIN_LOG2_CYCLES = "18"
+COMPILE_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Blas:
-    """What multiplies float32 matrices on the CPU. `set_num_threads` is None where the library
-    does not let itself be told."""
+    """What multiplies float32 matrices on the CPU."""
 
     name: str
     path: Path | None = None
-    set_num_threads: Callable[[int], None] | None = None
 
 
 def preload(num_threads: int | None = None) -> Blas:
     """Interpose the fastest BLAS at hand. Call it before anything imports mlx.
 
-    `num_threads` None takes the cores that this process may run on.
+    `num_threads` None takes the cores that this process may run on. Raises RuntimeError where mlx
+    is imported already.
     """
     if sys.platform != "linux":
         return Blas("Accelerate")
     if "mlx.core" in sys.modules:
         raise RuntimeError("the BLAS must be loaded before mlx.core is imported")
-    # A spinning worker thread steals the core of the HTTP server: let it sleep after 2^20 cycles.
-    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")
-    for find in (_packaged_openblas, _system_openblas):
-        path = find()
-        if path is not None and (blas := _load(path)) is not None:
-            if blas.set_num_threads is not None:
-                blas.set_num_threads(num_threads or usable_cores())
-            return blas
-    return Blas(REFERENCE_BLAS)
+    os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", OPENBLAS_SPIN_LOG2_CYCLES)
+    num_threads = num_threads or usable_cores()
+    path = next(filter(None, (find() for find in (_packaged_openblas, _system_openblas))), None)
+    if path is None:
+        return Blas(REFERENCE_BLAS)
+    # Whoever joins the global scope first is found first: the small products, then the whole BLAS.
+    small_gemm = _load_small_gemm()
+    library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+    library.openblas_set_num_threads(num_threads)
+    if small_gemm is not None:
+        full = ctypes.cast(library.cblas_sgemm, ctypes.c_void_p)
+        small_gemm.small_gemm_init(full, num_threads, SMALL_GEMM_SPIN_US)
+    return Blas(_name_of(library, small_gemm is not None), path)
 
 
 def usable_cores() -> int:
@@ -73,25 +84,26 @@ def _cgroup_cores() -> int:
         return sys.maxsize
 
 
-def _load(path: Path) -> Blas | None:
+def _is_openblas(path: Path | str) -> bool:
+    """Whether it can be loaded and offers the plain names."""
     try:
-        library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-        library.openblas_get_config.restype = ctypes.c_char_p
-        config = library.openblas_get_config().decode()
-        library.cblas_sgemm  # noqa: B018  (AttributeError where the name is not plain)
-    except (OSError, AttributeError):
-        return None
-    version = re.search(r"OpenBLAS\s+(\S+)", config)
-    return Blas(
-        f"OpenBLAS {version.group(1) if version else ''}".strip(),
-        path,
-        library.openblas_set_num_threads,
-    )
+        library = ctypes.CDLL(str(path), ctypes.RTLD_LOCAL)
+    except OSError:
+        return False
+    names = ("openblas_get_config", "openblas_set_num_threads", "cblas_sgemm")
+    return all(hasattr(library, name) for name in names)
+
+
+def _name_of(library: ctypes.CDLL, has_small_gemm: bool) -> str:
+    library.openblas_get_config.restype = ctypes.c_char_p
+    version = re.search(r"OpenBLAS\s+(\S+)", library.openblas_get_config().decode())
+    name = f"OpenBLAS {version.group(1)}" if version else "OpenBLAS"
+    return f"{name} + small_gemm" if has_small_gemm else name
 
 
 def _system_openblas() -> Path | None:
     name = ctypes.util.find_library("openblas")
-    return Path(name) if name else None
+    return Path(name) if name and _is_openblas(name) else None
 
 
 def _packaged_openblas() -> Path | None:
@@ -102,14 +114,15 @@ def _packaged_openblas() -> Path | None:
     version = importlib.metadata.version("scipy-openblas32")
     target = _cache_folder() / f"libopenblas-{version}-{source.stat().st_size}.so"
     if target.exists():
-        return target
+        return target if _is_openblas(target) else None
     patchelf = shutil.which("patchelf", path=os.pathsep.join([_scripts_folder(), os.defpath]))
     if patchelf is None:
         return None
     try:
-        return _rename_symbols(source, target, patchelf)
+        _rename_symbols(source, target, patchelf)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return target if _is_openblas(target) else None
 
 
 def _find_packaged() -> Path | None:
@@ -120,7 +133,7 @@ def _find_packaged() -> Path | None:
     return next(iter(sorted(folder.glob("lib/libscipy_openblas*.so"))), None)
 
 
-def _rename_symbols(source: Path, target: Path, patchelf: str) -> Path:
+def _rename_symbols(source: Path, target: Path, patchelf: str) -> None:
     """Write a copy whose dynamic symbols have lost the prefix; atomic, so that two engines that
     start at once do not see half a file."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +149,6 @@ def _rename_symbols(source: Path, target: Path, patchelf: str) -> Path:
             capture_output=True,
         )
         copy.replace(target)
-    return target
 
 
 def _cache_folder() -> Path:
@@ -146,3 +158,53 @@ def _cache_folder() -> Path:
 
 def _scripts_folder() -> str:
     return str(Path(sys.executable).parent)
+
+
+# ---- small_gemm
+
+
+def _load_small_gemm() -> ctypes.CDLL | None:
+    """Products with few rows, compiled for this CPU at the first start; None where it has no AVX2
+    or the machine no C compiler. It must not be called before `small_gemm_init`."""
+    flags = _cpu_flags()
+    if not {"avx2", "fma"} <= flags:
+        return None
+    source = Path(__file__).parent / "native" / "small_gemm.c"
+    identity = source.read_bytes() + " ".join(sorted(flags)).encode()
+    target = _cache_folder() / f"small_gemm-{hashlib.sha256(identity).hexdigest()[:16]}.so"
+    if not target.exists() and not _compile(source, target):
+        return None
+    try:
+        return ctypes.CDLL(str(target), ctypes.RTLD_GLOBAL)
+    except OSError:
+        return None
+
+
+def _compile(source: Path, target: Path) -> bool:
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        return False
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        built = Path(scratch) / target.name
+        options = ["-O3", "-march=native", "-fPIC", "-shared", "-pthread"]
+        try:
+            subprocess.run(
+                [compiler, *options, "-o", str(built), str(source)],
+                check=True,
+                capture_output=True,
+                timeout=COMPILE_TIMEOUT_S,
+            )
+        except (OSError, subprocess.SubprocessError):
+            return False
+        built.replace(target)
+    return True
+
+
+def _cpu_flags() -> set[str]:
+    """What the processor can do, in the words of Linux; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())

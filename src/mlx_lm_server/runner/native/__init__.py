@@ -1,0 +1,1 @@
+"""C sources that are compiled on the machine they run on, where it has a C compiler."""

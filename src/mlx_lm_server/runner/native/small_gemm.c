@@ -1,0 +1,312 @@
+/* Matrix products with few rows, for x86 CPUs with AVX2 or AVX-512: cblas_sgemm in front of a BLAS.
+ *
+ * A BLAS copies ("packs") both operands before it multiplies. That pays for square matrices; with
+ * the few rows of a decode step it costs more than the product, whose limit is reading the weights
+ * once. This file takes products of at most MAX_ROWS rows, reads the large operand where it lies,
+ * and hands everything else to the BLAS that `small_gemm_init` names.
+ *
+ *   C[m, n] = sum_k A[m, k] * B[n, k]     "nt": x @ W.T, and queries @ keys.T
+ *   C[m, n] = sum_k A[m, k] * B[k, n]     "nn": weights @ values, for narrow values
+ *
+ * nt keeps a tile of TILE_ROWS x TILE_COLS sums in registers, each a vector along k, and walks B in
+ * blocks that stay in the second-level cache while all tiles of rows pass over them. Blocks of B
+ * are shared out to threads that spin for a moment and then sleep.
+ */
+#define _GNU_SOURCE
+#include <immintrin.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#if defined(__AVX512F__)
+#define WIDTH 16
+#define TILE_ROWS 8
+#define TILE_COLS 3
+typedef __m512 vec;
+#define vec_zero() _mm512_setzero_ps()
+#define vec_load(p) _mm512_loadu_ps(p)
+#define vec_store(p, v) _mm512_storeu_ps(p, v)
+#define vec_fill(x) _mm512_set1_ps(x)
+#define vec_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
+static inline __m128 fold(vec v) {
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v),
+                              _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+#elif defined(__AVX2__) && defined(__FMA__)
+#define WIDTH 8
+#define TILE_ROWS 4
+#define TILE_COLS 3
+typedef __m256 vec;
+#define vec_zero() _mm256_setzero_ps()
+#define vec_load(p) _mm256_loadu_ps(p)
+#define vec_store(p, v) _mm256_storeu_ps(p, v)
+#define vec_fill(x) _mm256_set1_ps(x)
+#define vec_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
+static inline __m128 fold(vec v) {
+  return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+}
+#else
+#error "needs AVX2 and FMA, or AVX-512"
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+/* The sums live in registers only if the loops over them vanish. */
+#define UNROLL _Pragma("GCC unroll 8")
+
+enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
+enum { MAX_ROWS = 64, MAX_NN_ROWS = 16, MAX_NN_COLS = 256, NN_VECS = 4, NN_ROWS = 4 };
+enum { BLOCK_BYTES = 192 * 1024, MAX_THREADS = 64 };
+/* Below this many multiplications a product is not worth waking a thread for. */
+enum { MIN_SHARED_WORK = 400 * 1000 };
+
+typedef void (*sgemm)(int, int, int, int, int, int, float, const float *, int, const float *, int,
+                      float, float *, int);
+
+static sgemm full_sgemm;
+
+/* ---- x @ W.T */
+
+INLINE float sum_of(vec v) {
+  __m128 quarter = fold(v);
+  quarter = _mm_hadd_ps(quarter, quarter);
+  return _mm_cvtss_f32(_mm_hadd_ps(quarter, quarter));
+}
+
+/* The sums of one row of tiles, for three columns together: fewer shuffles than one by one. */
+INLINE void store_sums(const vec *sums, int cols, float *c) {
+  if (cols == 3) {
+    __m128 first = _mm_hadd_ps(fold(sums[0]), fold(sums[1]));
+    __m128 third = fold(sums[2]);
+    float out[4];
+    _mm_storeu_ps(out, _mm_hadd_ps(first, _mm_hadd_ps(third, third)));
+    c[0] = out[0], c[1] = out[1], c[2] = out[2];
+    return;
+  }
+  for (int n = 0; n < cols; n++) c[n] = sum_of(sums[n]);
+}
+
+/* `ahead` is fetched into the cache meanwhile: as many columns as the tile has. */
+INLINE void nt_tile(int rows, int cols, long depth, const float *a, long lda, const float *b,
+                    long ldb, const float *ahead, float *c, long ldc) {
+  vec sums[TILE_ROWS][TILE_COLS];
+  UNROLL
+  for (int m = 0; m < rows; m++)
+    UNROLL
+    for (int n = 0; n < cols; n++) sums[m][n] = vec_zero();
+  for (long k = 0; k < depth; k += WIDTH) {
+    vec columns[TILE_COLS];
+    UNROLL
+    for (int n = 0; n < cols; n++) {
+      columns[n] = vec_load(b + n * ldb + k);
+      _mm_prefetch((const char *)(ahead + n * ldb + k), _MM_HINT_T0);
+    }
+    UNROLL
+    for (int m = 0; m < rows; m++) {
+      vec row = vec_load(a + m * lda + k);
+      UNROLL
+      for (int n = 0; n < cols; n++) sums[m][n] = vec_fma(row, columns[n], sums[m][n]);
+    }
+  }
+  UNROLL
+  for (int m = 0; m < rows; m++) store_sums(sums[m], cols, c + m * ldc);
+}
+
+/* One instance of the tile for each number of rows, so that its loops unroll. */
+#define TILE_OF(rows)                                                                        \
+  case rows:                                                                                 \
+    if (cols == TILE_COLS)                                                                   \
+      nt_tile(rows, TILE_COLS, depth, a, lda, b, ldb, ahead, c, ldc);                        \
+    else                                                                                     \
+      for (int n = 0; n < cols; n++)                                                         \
+        nt_tile(rows, 1, depth, a, lda, b + n * ldb, ldb, ahead, c + n, ldc);                \
+    break;
+
+static void nt_any_tile(int rows, int cols, long depth, const float *a, long lda, const float *b,
+                        long ldb, const float *ahead, float *c, long ldc) {
+  switch (rows) {
+    TILE_OF(1)
+    TILE_OF(2)
+    TILE_OF(3)
+    TILE_OF(4)
+#if TILE_ROWS == 8
+    TILE_OF(5)
+    TILE_OF(6)
+    TILE_OF(7)
+    TILE_OF(8)
+#endif
+  }
+}
+
+typedef struct {
+  int rows, cols;
+  long depth;
+  const float *a, *b;
+  long lda, ldb;
+  float *c;
+  long ldc;
+  int block;          /* columns of C in one block */
+  atomic_int next;    /* the next block that nobody has taken */
+} product;
+
+static int take_block(product *p) {
+  return atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed) * p->block;
+}
+
+/* The first tile of rows fetches the columns that it needs next; the second one, which finds its
+ * own in the cache, fetches the thread's next block. */
+static void nt_block(const product *p, int first, int following) {
+  int last = MIN(first + p->block, p->cols);
+  for (int m = 0; m < p->rows; m += TILE_ROWS)
+    for (int n = first; n < last; n += TILE_COLS) {
+      const float *b = p->b + n * p->ldb, *ahead = b;
+      if (m == 0 && n + 2 * TILE_COLS <= last) ahead = b + TILE_COLS * p->ldb;
+      if (m == TILE_ROWS && following + n - first + TILE_COLS <= p->cols)
+        ahead = b + (following - first) * p->ldb;
+      nt_any_tile(MIN(TILE_ROWS, p->rows - m), MIN(TILE_COLS, last - n), p->depth,
+                  p->a + m * p->lda, p->lda, b, p->ldb, ahead, p->c + m * p->ldc + n, p->ldc);
+    }
+}
+
+static void nt_blocks(product *p) {
+  for (int first = take_block(p), following; first < p->cols; first = following) {
+    following = take_block(p);
+    nt_block(p, first, following);
+  }
+}
+
+/* ---- weights @ values */
+
+INLINE void nn_tile(int rows, int vecs, long depth, const float *a, long lda, const float *b,
+                    long ldb, float *c, long ldc) {
+  vec sums[NN_ROWS][NN_VECS];
+  UNROLL
+  for (int m = 0; m < rows; m++)
+    UNROLL
+    for (int v = 0; v < vecs; v++) sums[m][v] = vec_zero();
+  for (long k = 0; k < depth; k++) {
+    vec columns[NN_VECS];
+    UNROLL
+    for (int v = 0; v < vecs; v++) columns[v] = vec_load(b + k * ldb + v * WIDTH);
+    UNROLL
+    for (int m = 0; m < rows; m++) {
+      vec weight = vec_fill(a[m * lda + k]);
+      UNROLL
+      for (int v = 0; v < vecs; v++) sums[m][v] = vec_fma(weight, columns[v], sums[m][v]);
+    }
+  }
+  UNROLL
+  for (int m = 0; m < rows; m++)
+    UNROLL
+    for (int v = 0; v < vecs; v++) vec_store(c + m * ldc + v * WIDTH, sums[m][v]);
+}
+
+static void nn_product(int rows, int cols, long depth, const float *a, long lda, const float *b,
+                       long ldb, float *c, long ldc) {
+  for (int m = 0; m < rows; m += NN_ROWS)
+    for (int n = 0; n < cols;) {
+      int vecs = MIN(NN_VECS, (cols - n) / WIDTH);
+      const float *a_tile = a + m * lda, *b_tile = b + n;
+      float *c_tile = c + m * ldc + n;
+      int left = MIN(NN_ROWS, rows - m);
+      if (vecs == NN_VECS && left == 4) nn_tile(4, 4, depth, a_tile, lda, b_tile, ldb, c_tile, ldc);
+      else if (vecs == NN_VECS && left == 2) nn_tile(2, 4, depth, a_tile, lda, b_tile, ldb, c_tile, ldc);
+      else if (vecs == NN_VECS && left == 1) nn_tile(1, 4, depth, a_tile, lda, b_tile, ldb, c_tile, ldc);
+      else nn_tile(left, vecs, depth, a_tile, lda, b_tile, ldb, c_tile, ldc);
+      n += vecs * WIDTH;
+    }
+}
+
+/* ---- threads */
+
+static struct {
+  pthread_mutex_t owner;   /* one product at a time is shared out; a second caller works alone */
+  int num_helpers;
+  long spin_ns;
+  product *work;
+  atomic_int round, pending, sleepers;
+} pool = {.owner = PTHREAD_MUTEX_INITIALIZER};
+
+static long now_ns(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return t.tv_sec * 1000000000L + t.tv_nsec;
+}
+
+static void wait_for_round(int seen) {
+  long until = now_ns() + pool.spin_ns;
+  while (atomic_load_explicit(&pool.round, memory_order_acquire) == seen) {
+    for (int i = 0; i < 64; i++) _mm_pause();
+    if (now_ns() < until) continue;
+    atomic_fetch_add(&pool.sleepers, 1);
+    syscall(SYS_futex, &pool.round, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
+    atomic_fetch_sub(&pool.sleepers, 1);
+  }
+}
+
+static void *help(void *first_round) {
+  int seen = (int)(long)first_round;
+  for (;;) {
+    wait_for_round(seen);
+    seen = atomic_load_explicit(&pool.round, memory_order_acquire);
+    nt_blocks(pool.work);
+    atomic_fetch_sub_explicit(&pool.pending, 1, memory_order_release);
+  }
+  return NULL;
+}
+
+static void nt_shared(product *p) {
+  if (pool.num_helpers == 0 || pthread_mutex_trylock(&pool.owner) != 0) {
+    nt_blocks(p);
+    return;
+  }
+  pool.work = p;
+  atomic_store(&pool.pending, pool.num_helpers);
+  atomic_fetch_add(&pool.round, 1);
+  if (atomic_load(&pool.sleepers) > 0)
+    syscall(SYS_futex, &pool.round, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
+  nt_blocks(p);
+  while (atomic_load_explicit(&pool.pending, memory_order_acquire) > 0) _mm_pause();
+  pthread_mutex_unlock(&pool.owner);
+}
+
+/* ---- the door */
+
+static int block_columns(int cols, long depth) {
+  long fitting = BLOCK_BYTES / (depth * (long)sizeof(float));
+  long share = cols / (4 * (pool.num_helpers + 1)); /* a few blocks for each thread */
+  long block = MIN(fitting, share) / TILE_COLS * TILE_COLS;
+  return block < 4 * TILE_COLS ? 4 * TILE_COLS : (int)block;
+}
+
+void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha,
+                 const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc) {
+  int is_plain = order == ROW_MAJOR && trans_a == NO_TRANS && alpha == 1.0f && beta == 0.0f && k > 0;
+  if (is_plain && trans_b == TRANS && m <= MAX_ROWS && k % WIDTH == 0) {
+    product p = {m, n, k, a, b, lda, ldb, c, ldc, block_columns(n, k), 0};
+    if ((double)m * n * k < MIN_SHARED_WORK) nt_blocks(&p);
+    else nt_shared(&p);
+  } else if (is_plain && trans_b == NO_TRANS && m <= MAX_NN_ROWS && n <= MAX_NN_COLS && n % WIDTH == 0) {
+    nn_product(m, n, k, a, lda, b, ldb, c, ldc);
+  } else {
+    full_sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+  }
+}
+
+/* `full` is the cblas_sgemm of a whole BLAS; `num_threads` counts the caller. Call once. */
+void small_gemm_init(void *full, int num_threads, int spin_us) {
+  full_sgemm = (sgemm)full;
+  pool.spin_ns = spin_us * 1000L;
+  int wanted = MIN(num_threads, MAX_THREADS) - 1;
+  for (int i = 0; i < wanted; i++) {
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, help, (void *)0) != 0) break;
+    pthread_detach(thread);
+    pool.num_helpers++;
+  }
+}
