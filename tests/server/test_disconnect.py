@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -73,12 +74,15 @@ def test_others_notice_nothing(server: RunningServer) -> None:
     server.wait_until(server.is_idle, limit_s=1)
 
 
-@pytest.fixture
-def impatient(start: Callable[..., RunningServer]) -> RunningServer:
-    return start(
+@pytest.fixture(scope="module")
+def impatient(model: Path) -> Iterator[RunningServer]:
+    server = RunningServer(
+        model,
         connection={"head_s": 0.3, "body_s": 0.3, "discarded_body_s": 0.6, "write_s": 0.3},
         engine={"step_s": 0.0005},
-    )
+    ).start()
+    yield server
+    server.stop()
 
 
 def test_half_a_head_is_cut_off(impatient: RunningServer) -> None:
@@ -121,10 +125,9 @@ def test_a_head_without_end_is_refused(impatient: RunningServer) -> None:
 def test_half_a_body_is_a_408(impatient: RunningServer) -> None:
     with impatient.connect() as link:
         link.sendall(http_request(CHAT, body())[:-5])
-        answer = link.recv(65536)
-        assert answer.startswith(b"HTTP/1.1 408 ")
-        assert b"request_timeout" in answer
-        read_all(link)
+        answer = read_all(link)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"request_timeout" in answer
 
 
 def test_a_client_that_reads_nothing_is_cut_off_and_others_are_served(

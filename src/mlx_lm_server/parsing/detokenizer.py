@@ -80,19 +80,30 @@ class ByteLevelDetokenizer:
 
 
 class WindowDetokenizer:
-    """`decode` gives the text of ids; `special_ids` have none and are left out before."""
+    """`decode` gives the text of ids. `special_ids` and ids from `vocab_size` on (a model's
+    vocabulary may be padded) have none; they are left out before."""
 
-    __slots__ = ("_byte_ids", "_decode", "_ids", "_num_sent", "_sent_text", "_special_ids")
+    __slots__ = (
+        "_byte_ids",
+        "_decode",
+        "_ids",
+        "_num_sent",
+        "_sent_text",
+        "_special_ids",
+        "_vocab_size",
+    )
 
     def __init__(
         self,
         decode: Callable[[list[int]], str],
         special_ids: frozenset[int],
         byte_ids: frozenset[int],
+        vocab_size: int,
     ) -> None:
         self._decode = decode
         self._special_ids = special_ids
         self._byte_ids = byte_ids
+        self._vocab_size = vocab_size
         # _ids = tokens whose text was sent, kept as context for the next  +  tokens held
         self._ids: list[int] = []
         self._num_sent = 0
@@ -100,7 +111,7 @@ class WindowDetokenizer:
 
     def push(self, ids: Iterable[int]) -> str:
         for token_id in ids:
-            if token_id not in self._special_ids:
+            if token_id < self._vocab_size and token_id not in self._special_ids:
                 self._ids.append(token_id)
         num_held = len(self._ids) - self._num_sent
         if num_held == 0 or (self._ids[-1] in self._byte_ids and num_held < MAX_HELD_TOKENS):

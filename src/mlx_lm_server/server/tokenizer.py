@@ -76,7 +76,7 @@ class Tokenizer:
         """A fresh one for one sequence; special tokens have no text."""
         if self._byte_table is not None:
             return ByteLevelDetokenizer(self._byte_table)
-        return WindowDetokenizer(self._decode, self._special_ids, self._byte_ids)
+        return WindowDetokenizer(self._decode, self._special_ids, self._byte_ids, self.vocab_size)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._backend.decode(ids, skip_special_tokens=False)
