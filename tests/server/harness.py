@@ -86,11 +86,15 @@ class RunningServer:
             )
         scheme = "https" if "--ssl-certfile" in flags else "http"
         self.url = f"{scheme}://127.0.0.1:{self.port}"
-        transport = httpx.HTTPTransport(uds=self.uds, verify=False)
-        self.client = httpx.Client(base_url=self.url, transport=transport, timeout=20)
+        self.client = self.new_client()
         if wait:
             self.wait_until(lambda: self.status("/readyz") == 200)
         return self
+
+    def new_client(self) -> httpx.Client:
+        """One more connection; `verify` is off since reading certificates takes longest."""
+        transport = httpx.HTTPTransport(uds=self.uds, verify=False)
+        return httpx.Client(base_url=self.url, transport=transport, timeout=20)
 
     def status(self, path: str) -> int | None:
         """The status of a GET, or None where nobody listens."""

@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests import fakes
@@ -60,7 +59,7 @@ def test_every_prompt_of_a_list_is_cancelled(server: RunningServer) -> None:
 
 def test_others_notice_nothing(server: RunningServer) -> None:
     text = "x" * 200
-    with httpx.Client(base_url=server.url) as other:
+    with server.new_client() as other:
         request = {"prompt": text, "max_tokens": 200, "stream": True}
         with other.stream("POST", "/v1/completions", json=request) as response:
             for _ in range(5):

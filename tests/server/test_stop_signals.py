@@ -26,10 +26,8 @@ class Asking(threading.Thread):
         self.status = 0
 
     def run(self) -> None:
-        import httpx
-
         request = {"prompt": "abc", "stream": True, **self._fields}
-        with httpx.Client(base_url=self._server.url, timeout=20) as client:  # noqa: SIM117
+        with self._server.new_client() as client:  # noqa: SIM117
             with client.stream("POST", "/v1/completions", json=request) as response:
                 self.status = response.status_code
                 self.lines = [line for line in response.iter_lines() if line]
