@@ -167,6 +167,34 @@ def encode_frame(message: Message) -> bytes:
     return LENGTH.pack(len(body)) + body
 
 
+class FrameError(ValueError):
+    """What came over the socket is no frame; the stream cannot be trusted further."""
+
+
+class FrameBuffer:
+    """Cuts a byte stream into frame bodies."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The bodies that `data` completes. Raises FrameError for an impossible length."""
+        self._buffer += data
+        bodies = []
+        start = 0
+        while len(self._buffer) - start >= LENGTH.size:
+            [length] = LENGTH.unpack_from(self._buffer, start)
+            if length > MAX_FRAME_BYTES:
+                raise FrameError(f"a frame of {length} bytes")
+            end = start + LENGTH.size + length
+            if len(self._buffer) < end:
+                break
+            bodies.append(bytes(self._buffer[start + LENGTH.size : end]))
+            start = end
+        del self._buffer[:start]
+        return bodies
+
+
 def decode_to_engine(body: bytes | memoryview) -> ToEngine:
     """Raises msgspec.ValidationError for anything that is no message to an engine."""
     return _to_engine.decode(body)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlx_lm_server.core.cost_model import CostModel
+from mlx_lm_server.core.cost_model import CostModel, StepCosts
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.memory_ledger import MemoryLedger
 from mlx_lm_server.core.scheduler import Scheduler, SchedulerLimits
@@ -18,8 +18,13 @@ from mlx_lm_server.runner.model_runner import ModelRunner
 
 Progress = Callable[[str, float], None]
 
-DEFAULT_BATCHED_TOKENS = 2048
+# With nobody decoding, a step takes about so long: a request that arrives waits for its end.
+IDLE_STEP_S = 0.5
+MIN_BATCHED_TOKENS, MAX_BATCHED_TOKENS = 256, 2048
 MIN_KV_TOKENS = 1024
+# Rows of one capacity share slabs of about so much, and each slab is one attention call a layer.
+MIN_SLAB_BYTES = 64 * 1024 * 1024
+SLABS_IN_MEMORY = 8
 # Logits and the sampler's arrays of the same size, in float32, per row that samples.
 SAMPLER_ARRAYS = 8
 
@@ -35,7 +40,8 @@ def assemble(order: LoadModel, blas: str, progress: Progress) -> tuple[EngineCor
     progress("comparing with mlx-lm", 0.85)
     runner.probe()
     progress("measuring", 0.9)
-    limits = _limits(order)
+    costs = runner.calibrate()
+    limits = _limits(order, costs)
     ledger = MemoryLedger(
         memory_limit_bytes=memory_limit_bytes,
         weights_bytes=loaded.weights_bytes,
@@ -49,9 +55,10 @@ def assemble(order: LoadModel, blas: str, progress: Progress) -> tuple[EngineCor
     layout = KVLayout(
         bytes_per_token=runner.kv_bytes_per_token,
         limit_bytes=ledger.kv_limit_bytes,
+        max_slab_bytes=max(MIN_SLAB_BYTES, _gpu_share(ledger.kv_limit_bytes)),
         max_rows=order.max_batch_size,
     )
-    scheduler = Scheduler(limits, layout, CostModel(runner.calibrate()))
+    scheduler = Scheduler(limits, layout, CostModel(costs))
     mx.reset_peak_memory()
     core = EngineCore(scheduler, runner, time.monotonic, mx.get_peak_memory)
     ready = Ready(
@@ -70,15 +77,27 @@ def assemble(order: LoadModel, blas: str, progress: Progress) -> tuple[EngineCor
     return core, ready
 
 
-def _limits(order: LoadModel) -> SchedulerLimits:
+def _limits(order: LoadModel, costs: StepCosts) -> SchedulerLimits:
     return SchedulerLimits(
         max_batch_size=order.max_batch_size,
         max_num_batched_tokens=order.max_num_batched_tokens
-        or max(DEFAULT_BATCHED_TOKENS, order.max_batch_size),
+        or max(_affordable_tokens(costs), order.max_batch_size),
         prefill_step_size=order.prefill_step_size,
         prefill_batch_size=order.prefill_batch_size,
         itl_goal_s=order.itl_goal_s,
     )
+
+
+def _affordable_tokens(costs: StepCosts) -> int:
+    """The token budget that makes an idle machine's prefill step take IDLE_STEP_S."""
+    tokens = int(IDLE_STEP_S / costs.per_prefill_token_s) // 64 * 64
+    return min(MAX_BATCHED_TOKENS, max(MIN_BATCHED_TOKENS, tokens))
+
+
+def _gpu_share(kv_limit_bytes: int) -> int:
+    """On a GPU, where a copy is cheap and a kernel launch is not, slabs may be large."""
+    is_cpu = mx.default_device() == mx.Device(mx.cpu)
+    return 0 if is_cpu else kv_limit_bytes // SLABS_IN_MEMORY
 
 
 def _device_name() -> str:

@@ -6,8 +6,8 @@ import select
 import socket
 
 from mlx_lm_server.protocol import (
-    LENGTH,
-    MAX_FRAME_BYTES,
+    FrameBuffer,
+    FrameError,
     Message,
     ToEngine,
     decode_to_engine,
@@ -26,7 +26,7 @@ class ServerLink:
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
-        self._received = bytearray()
+        self._frames = FrameBuffer()
 
     def send(self, message: Message) -> None:
         """Raises LinkClosed."""
@@ -39,32 +39,17 @@ class ServerLink:
         """The messages that are there, after waiting up to `wait_s` for a first one. Raises
         LinkClosed."""
         messages: list[ToEngine] = []
-        while select.select([self._connection], [], [], 0 if messages else wait_s)[0]:
-            self._fill()
-            messages += self._take_frames()
+        while select.select([self._connection], [], [], wait_s)[0]:
+            messages += self._read()
             wait_s = 0
         return messages
 
-    def _fill(self) -> None:
+    def _read(self) -> list[ToEngine]:
         try:
             data = self._connection.recv(RECEIVE_BYTES)
-        except OSError as error:
+            bodies = self._frames.feed(data)
+        except (OSError, FrameError) as error:
             raise LinkClosed from error
         if not data:
             raise LinkClosed
-        self._received += data
-
-    def _take_frames(self) -> list[ToEngine]:
-        frames = []
-        start = 0
-        while len(self._received) - start >= LENGTH.size:
-            (length,) = LENGTH.unpack_from(self._received, start)
-            if length > MAX_FRAME_BYTES:
-                raise LinkClosed(f"a frame of {length} bytes")
-            end = start + LENGTH.size + length
-            if len(self._received) < end:
-                break
-            frames.append(decode_to_engine(bytes(self._received[start + LENGTH.size : end])))
-            start = end
-        del self._received[:start]
-        return frames
+        return [decode_to_engine(body) for body in bodies]

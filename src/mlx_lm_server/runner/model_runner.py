@@ -43,6 +43,7 @@ from mlx_lm_server.runner.step_layout import layout_of
 PROBE_SLAB = -1
 PROBE_TOKENS = 12
 CALIBRATION_TOKENS = 64
+CALIBRATION_CONTEXT = 1024
 
 
 @dataclass(slots=True)
@@ -190,19 +191,22 @@ class ModelRunner:
         return logits
 
     def calibrate(self) -> StepCosts:
-        """First costs for the cost model, measured: a decode row and two sizes of chunk."""
-        size = CALIBRATION_TOKENS
-        with self._scratch_slab(num_slots=1, capacity=4 * size):
-            one_s = self._time(_plan([_decode(0, 0)]), size)
-            small_s = self._time(_plan(prefills=[_chunk(0, 0, [1] * size)]), size)
-            large_s = self._time(_plan(prefills=[_chunk(0, 0, [1] * 4 * size)]), size)
+        """First costs for the cost model, measured: a decode row, two sizes of chunk, and a chunk
+        far from the start."""
+        size, far = CALIBRATION_TOKENS, CALIBRATION_CONTEXT
+        with self._scratch_slab(num_slots=1, capacity=far + size):
+            one_s = self._time(_plan([_decode(0, 0)]))
+            small_s = self._time(_plan(prefills=[_chunk(0, 0, [1] * size)]))
+            large_s = self._time(_plan(prefills=[_chunk(0, 0, [1] * 4 * size)]))
+            far_s = self._time(_plan(prefills=[_chunk(0, far, [1] * size)]))
         per_token_s = max(1e-7, (large_s - small_s) / (3 * size))
+        per_pair_s = max(per_token_s / 1e5, (far_s - small_s) / (size * far))
         return StepCosts(
             base_s=max(1e-5, one_s - per_token_s),
             per_prefill_token_s=per_token_s,
             per_row_s=per_token_s,
-            per_kv_token_s=per_token_s / 5000,
-            per_prefill_pair_s=per_token_s / 5000,
+            per_kv_token_s=per_pair_s,
+            per_prefill_pair_s=per_pair_s,
         )
 
     def activation_bytes_per_token(self) -> int:
@@ -211,10 +215,10 @@ class ModelRunner:
         with self._scratch_slab(num_slots=1, capacity=size):
             mx.reset_peak_memory()
             before = mx.get_active_memory()
-            self._time(_plan(prefills=[_chunk(0, 0, [1] * size)]), size, repeats=1)
+            self._time(_plan(prefills=[_chunk(0, 0, [1] * size)]), repeats=1)
             return max(1, (mx.get_peak_memory() - before) // size)
 
-    def _time(self, plan: StepPlan, num_ids: int, repeats: int = 2) -> float:
+    def _time(self, plan: StepPlan, repeats: int = 2) -> float:
         """Seconds of the fastest of some forwards of a scratch plan."""
         num_ids = len(plan.decodes) + plan.num_prefill_tokens
         best_s = float("inf")
