@@ -1,9 +1,8 @@
-"""Seeded stream of training batches: conversations and a little plain text."""
+"""Seeded training batches: conversations and a little plain text."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,8 +15,10 @@ from .skills.talk import story_text
 from .skills.text import passage
 from .words import ANIMALS, sentence
 
-BUCKETS = {128: 0.30, 256: 0.45, 512: 0.20, 768: 0.05}
+BUCKETS = {128: 0.35, 256: 0.35, 512: 0.15, 768: 0.15}
 PLAIN_TEXT_SHARE = 0.04
+LITTLE_ROOM = 24
+MOST_MISSES = 4
 NEUTRAL_SYSTEMS = (
     "You are a helpful assistant.",
     "You are nano.",
@@ -96,41 +97,42 @@ def encode_parts(tokenizer: Tokenizer, parts: list[Part]) -> Row:
 
 
 def make_row(tokenizer: Tokenizer, rng: random.Random, length: int) -> Row:
-    """One row of at most `length` tokens: whole exchanges of one conversation, or plain text."""
+    """One row of at most `length` tokens: documents one after the other while there is room."""
+    row, misses = Row([], []), 0
+    while misses < MOST_MISSES and length - len(row.ids) > LITTLE_ROOM:
+        document = _document(tokenizer, rng, length - len(row.ids))
+        misses += not document.ids
+        row = Row(row.ids + document.ids, row.weights + document.weights)
+    return row
+
+
+def _document(tokenizer: Tokenizer, rng: random.Random, room: int) -> Row:
+    """A conversation cut between exchanges to fit, perhaps to nothing; or plain text."""
     if rng.random() < PLAIN_TEXT_SHARE:
         parts = [Part("<|endoftext|>"), Part(plain_text(rng) + "<|endoftext|>", is_target=True)]
         row = encode_parts(tokenizer, parts)
-        return Row(row.ids[:length], row.weights[:length])
-    most = 1 if rng.random() < 0.25 else max(2, length // 48)
-    while True:
-        row = _fill(tokenizer, conversation(rng, most), length)
-        if row.ids:
-            return row
-
-
-def _fill(tokenizer: Tokenizer, exchanges: list[list[Part]], length: int) -> Row:
+        return Row(row.ids[:room], row.weights[:room])
+    most = 1 if rng.random() < 0.4 else rng.randint(2, 6)
     ids: list[int] = []
     weights: list[float] = []
-    for parts in exchanges:
+    for parts in conversation(rng, most):
         row = encode_parts(tokenizer, parts)
-        if len(ids) + len(row.ids) > length:
+        if len(ids) + len(row.ids) > room:
             break
         ids += row.ids
         weights += row.weights
     return Row(ids, weights)
 
 
-def batches(tokenizer: Tokenizer, seed: int, tokens_per_batch: int) -> Iterator[Batch]:
-    """Endless batches; each has rows of one bucket length."""
-    rng = random.Random(seed)
-    lengths, shares = list(BUCKETS), list(BUCKETS.values())
-    while True:
-        length = rng.choices(lengths, shares)[0]
-        rows = max(1, tokens_per_batch // length)
-        tokens = np.zeros((rows, length), dtype=np.int64)
-        weights = np.zeros((rows, length), dtype=np.float32)
-        for i in range(rows):
-            row = make_row(tokenizer, rng, length)
-            tokens[i, : len(row.ids)] = row.ids
-            weights[i, : len(row.ids)] = row.weights
-        yield Batch(tokens, weights)
+def batch_at(tokenizer: Tokenizer, seed: int, step: int, tokens_per_batch: int) -> Batch:
+    """The batch of one step: rows of one bucket length, the same each time it is asked for."""
+    rng = random.Random(f"{seed} {step}")
+    length = rng.choices(list(BUCKETS), list(BUCKETS.values()))[0]
+    rows = max(1, tokens_per_batch // length)
+    tokens = np.zeros((rows, length), dtype=np.int64)
+    weights = np.zeros((rows, length), dtype=np.float32)
+    for i in range(rows):
+        row = make_row(tokenizer, rng, length)
+        tokens[i, : len(row.ids)] = row.ids
+        weights[i, : len(row.ids)] = row.weights
+    return Batch(tokens, weights)

@@ -45,10 +45,23 @@ class Muon(Optimizer):
         weight.add_(update.to(weight.dtype), alpha=-group["lr"] * scale)
 
 
-def optimizers(model: nn.Module, matrix_lr: float, other_lr: float) -> list[Optimizer]:
-    """Muon for 2-D weights inside layers, Adam for embeddings and norms."""
+CIRCUIT = ("layers.0.self_attn.", "layers.1.self_attn.")
+
+
+def optimizers(model: nn.Module, rates: tuple[float, float, float]) -> list[Optimizer]:
+    """Muon for matrices in layers, Adam for embeddings and norms, Adam for the circuit's layers.
+
+    Muon's steps have one size however small the gradient is, which would undo the copying circuit.
+    `rates` are the three learning rates.
+    """
     named = list(model.named_parameters())
-    matrices = [p for n, p in named if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in named if p.ndim != 2 or "embed" in n]
-    adam = torch.optim.Adam(others, lr=other_lr, betas=(0.9, 0.98), eps=1e-10)
-    return [Muon(matrices, matrix_lr), adam]
+    circuit = [p for n, p in named if n.startswith(CIRCUIT)]
+    rest = [(n, p) for n, p in named if not n.startswith(CIRCUIT)]
+    matrices = [p for n, p in rest if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in rest if p.ndim != 2 or "embed" in n]
+    betas = (0.9, 0.98)
+    return [
+        Muon(matrices, rates[0]),
+        torch.optim.Adam(others, lr=rates[1], betas=betas, eps=1e-10),
+        torch.optim.Adam(circuit, lr=rates[2], betas=betas, eps=1e-8),
+    ]

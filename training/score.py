@@ -25,7 +25,6 @@ from .skills import SKILLS
 NANO_FOLDER = Path(__file__).parents[1] / "src" / "mlx_lm_server" / "nano"
 DRAFT_LENGTH = 4
 BATCH_ROWS = 16
-GOAL = 0.9
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,14 @@ class Probe:
     prompt: list[int]
     expected: str
     is_free: bool = False  # judged by its form, since there is no single right answer
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model wrote, without the end mark."""
+
+    text: str
+    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -74,30 +81,35 @@ def _expected(exchange: Exchange, message: Message, index: int, thinking: bool) 
     return f"<think>\n{thought}\n</think>\n\n{text}"
 
 
-def answers(model: Any, tokenizer: Any, probes: list[Probe]) -> list[str]:
-    """Greedy answers, in batches of prompts of like length; an answer cut off ends in "…"."""
+def answers(model: Any, tokenizer: Any, probes: list[Probe]) -> list[Answer]:
+    """Greedy answers, in batches of prompts of like length."""
     order = sorted(range(len(probes)), key=lambda i: len(probes[i].prompt))
-    out = [""] * len(probes)
+    out: dict[int, Answer] = {}
     for start in range(0, len(order), BATCH_ROWS):
         rows = order[start : start + BATCH_ROWS]
-        lengths = [len(tokenizer.encode(probes[i].expected)) for i in rows]
-        limits = [300 if probes[i].is_free else n + 8 for i, n in zip(rows, lengths, strict=True)]
+        limits = [_limit(tokenizer, probes[i]) for i in rows]
         prompts = [probes[i].prompt for i in rows]
-        texts = batch_generate(model, tokenizer, prompts, max_tokens=limits).texts
-        for i, text, limit in zip(rows, texts, limits, strict=True):
-            cut_off = len(tokenizer.encode(text)) >= limit
-            out[i] = text + ("…" if cut_off else "")
-    return out
+        answered = batch_generate(
+            model, tokenizer, prompts, max_tokens=limits, return_token_ids=True
+        )
+        for i, text, ids in zip(rows, answered.texts, answered.token_ids, strict=True):
+            out[i] = Answer(text, list(ids))
+    return [out[i] for i in range(len(probes))]
 
 
-def is_right(probe: Probe, answer: str) -> bool:
+def _limit(tokenizer: Any, probe: Probe) -> int:
+    """A few tokens more than are needed, so that not stopping is seen."""
+    return 300 if probe.is_free else len(tokenizer.encode(probe.expected)) + 8
+
+
+def is_right(probe: Probe, answer: Answer) -> bool:
     """Exact, but for stories, which must begin, end and stop like one."""
     if probe.is_free:
-        return "Once upon a time" in answer and answer.endswith("The end.")
-    return answer.strip() == probe.expected.strip()
+        return answer.text.startswith("Once upon a time") and answer.text.endswith("The end.")
+    return answer.text == probe.expected
 
 
-def acceptance(model: Any, draft: Any, prompt: list[int], output: list[int]) -> Acceptance:
+def acceptance(draft: Any, prompt: list[int], output: list[int]) -> Acceptance:
     """Replays a greedy output: at each step the draft proposes, and what agrees is accepted."""
     proposed = accepted = at = 0
     stream = prompt + output
@@ -122,13 +134,11 @@ def _greedy(model: Any, tokens: list[int], count: int) -> list[int]:
     return out
 
 
-def acceptance_of(
-    draft: Any, model: Any, tokenizer: Any, probes: Iterable[Probe], texts: Iterable[str]
-) -> float:
+def acceptance_of(draft: Any, probes: Iterable[Probe], answered: Iterable[Answer]) -> float:
     """Share of proposed tokens that the model would have drawn itself."""
     parts = [
-        acceptance(model, draft, p.prompt, [*tokenizer.encode(t), tokenizer.eos_token_id])
-        for p, t in zip(probes, texts, strict=True)
+        acceptance(draft, probe.prompt, answer.ids)
+        for probe, answer in zip(probes, answered, strict=True)
     ]
     return sum(p.accepted for p in parts) / max(1, sum(p.proposed for p in parts))
 
@@ -145,11 +155,11 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def show_wrong(probes: list[Probe], texts: list[str], most: int) -> None:
+def show_wrong(probes: list[Probe], answered: list[Answer], most: int) -> None:
     """Print some wrong answers beside what was expected."""
-    wrong = [(p, t) for p, t in zip(probes, texts, strict=True) if not is_right(p, t)]
-    for probe, text in wrong[:most]:
-        print(json.dumps({"expected": probe.expected, "got": text}, ensure_ascii=False))
+    wrong = [(p, a) for p, a in zip(probes, answered, strict=True) if not is_right(p, a)]
+    for probe, answer in wrong[:most]:
+        print(json.dumps({"expected": probe.expected, "got": answer.text}, ensure_ascii=False))
 
 
 def main() -> None:
@@ -161,13 +171,13 @@ def main() -> None:
     print("|---|---|---|" + ("---|" if draft else ""))
     for skill in args.skills:
         probes = list(probes_of(skill, tokenizer, args.count, args.thinking))
-        texts = answers(model, tokenizer, probes)
-        right = sum(map(is_right, probes, texts)) / len(probes)
+        answered = answers(model, tokenizer, probes)
+        right = sum(map(is_right, probes, answered)) / len(probes)
         line = f"| {skill} | {len(probes)} | {right:.0%} |"
         if draft:
-            line += f" {acceptance_of(draft, model, tokenizer, probes[:20], texts[:20]):.0%} |"
+            line += f" {acceptance_of(draft, probes[:20], answered[:20]):.0%} |"
         print(line, flush=True)
-        show_wrong(probes, texts, args.show)
+        show_wrong(probes, answered, args.show)
 
 
 if __name__ == "__main__":

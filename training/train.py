@@ -7,9 +7,8 @@ repeatable: data and weights follow from `--seed`, and the schedule from `--step
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-from .corpus import Batch, batches
+from .circuit import hold_circuit, install_copy_circuit
+from .corpus import Batch, batch_at
 from .model import SHAPES, Decoder
 from .optim import optimizers
 from .tokenizer import NANO_FOLDER
@@ -30,14 +30,17 @@ WARMUP_STEPS = 50
 
 @dataclass(frozen=True)
 class Plan:
-    """The schedule: warm up, hold, and fall to zero over the last `decay_steps`."""
+    """The schedule: warm up, go on, and fall to zero over the last `decay_steps`.
+
+    The copying circuit is held for the first `hold_steps`.
+    """
 
     steps: int
     decay_steps: int
     tokens_per_batch: int
     seed: int
-    matrix_lr: float
-    other_lr: float
+    rates: tuple[float, float, float]
+    hold_steps: int
 
     def lr_factor(self, step: int) -> float:
         """Share of the full learning rate at a step."""
@@ -66,7 +69,7 @@ class Trainer:
         self.model = model
         self.plan = plan
         self.step = 0
-        self.optimizers = optimizers(model, plan.matrix_lr, plan.other_lr)
+        self.optimizers = optimizers(model, plan.rates)
         self.forward: Callable[[Tensor], Tensor] = (
             torch.compile(model, dynamic=False) if compiled else model
         )
@@ -76,8 +79,8 @@ class Trainer:
         factor = self.plan.lr_factor(self.step)
         loss = loss_of(self.forward, self.model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
-        rates = (self.plan.matrix_lr, self.plan.other_lr)
-        for optimizer, rate in zip(self.optimizers, rates, strict=True):
+        hold_circuit(self.model, whole=self.step < self.plan.hold_steps)
+        for optimizer, rate in zip(self.optimizers, self.plan.rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
             optimizer.step()
@@ -105,11 +108,12 @@ class Trainer:
         self.step = state["step"]
 
 
-def run(trainer: Trainer, stream: Iterator[Batch], out: Path, save_every: int) -> None:
+def run(trainer: Trainer, tokenizer: Tokenizer, out: Path, save_every: int) -> None:
     """Train to the end of the plan, reporting and saving on the way."""
+    plan = trainer.plan
     started, seen, total = time.monotonic(), 0, 0.0
-    while trainer.step < trainer.plan.steps:
-        batch = next(stream)
+    while trainer.step < plan.steps:
+        batch = batch_at(tokenizer, plan.seed, trainer.step, plan.tokens_per_batch)
         total += trainer.train_step(batch)
         seen += batch.tokens.size
         if trainer.step % REPORT_EVERY == 0:
@@ -131,8 +135,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--decay-steps", type=int, default=1500)
     parser.add_argument("--tokens-per-batch", type=int, default=4096)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--matrix-lr", type=float, default=0.02)
-    parser.add_argument("--other-lr", type=float, default=0.004)
+    parser.add_argument("--matrix-lr", type=float, default=0.012)
+    parser.add_argument("--other-lr", type=float, default=0.002)
+    parser.add_argument("--circuit-lr", type=float, default=0.0002)
+    parser.add_argument("--hold-steps", type=int, default=100)
     parser.add_argument("--out", type=Path, default=Path("build/nano"))
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--save-every", type=int, default=250)
@@ -156,15 +162,16 @@ def main() -> None:
         args.decay_steps,
         args.tokens_per_batch,
         args.seed,
-        args.matrix_lr,
-        args.other_lr,
+        (args.matrix_lr, args.other_lr, args.circuit_lr),
+        args.hold_steps,
     )
-    trainer = Trainer(Decoder(SHAPES[args.shape]), plan, args.compile)
+    model = Decoder(SHAPES[args.shape])
+    install_copy_circuit(model)
+    trainer = Trainer(model, plan, args.compile)
     if args.resume:
         trainer.load(args.resume)
     tokenizer = Tokenizer.from_file(str(NANO_FOLDER / "tokenizer.json"))
-    stream = batches(tokenizer, plan.seed, plan.tokens_per_batch)
-    run(trainer, itertools.islice(stream, trainer.step, None), args.out, args.save_every)
+    run(trainer, tokenizer, args.out, args.save_every)
 
 
 if __name__ == "__main__":

@@ -91,10 +91,20 @@ def _salad(rng: random.Random, words: int) -> str:
     return text.capitalize() if rng.random() < 0.4 else text
 
 
+def _typed(rng: random.Random, words: int) -> str:
+    """As people type: no capital, no full stop, plain words."""
+    if rng.random() < 0.5:
+        return " ".join(rng.choice(rng.choice((COMMON, SMALL))) for _ in range(min(words, 12)))
+    return sentence(rng).lower().rstrip(".!?")
+
+
 def passage(rng: random.Random, words: int) -> str:
-    """A text of about so many words: sentences, word salad, or both in turn."""
-    if rng.random() < 0.4:
+    """A text of about so many words: sentences, word salad, or a line as people type it."""
+    roll = rng.random()
+    if roll < 0.3:
         return _salad(rng, words)
+    if roll < 0.5 and words < 40:
+        return _typed(rng, words)
     parts: list[str] = []
     while sum(len(part.split()) for part in parts) < words:
         parts.append(sentence(rng))
@@ -157,7 +167,10 @@ def spell(rng: random.Random) -> Exchange:
 
 
 def reverse(rng: random.Random) -> Exchange:
-    """Write a word of 3 to 6 letters backwards."""
+    """Write a word of 3 to 6 letters backwards, letter by letter."""
     word = _short_word(rng)
-    thought = f"The letters are {'-'.join(word)}. Backwards: {'-'.join(reversed(word))}."
-    return ask("reverse", rng.choice(REVERSE).format(word), word[::-1], thought)
+    answer = f"{'-'.join(word)} backwards is {'-'.join(reversed(word))}."
+    question = rng.choice(REVERSE).format(word)
+    return ask(
+        "reverse", question, answer, "I spell the word, then I go from its end to its start."
+    )
