@@ -19,7 +19,7 @@ from typer.core import TyperGroup
 from mlx_lm_server import __version__
 from mlx_lm_server.config import PANELS
 from mlx_lm_server.config_loading import Setting, env_name, flag_name, load_config, settings
-from mlx_lm_server.errors import ConfigError
+from mlx_lm_server.errors import ConfigError, ServerError
 
 PROGRAM = "mlx-lm-server"
 # Commands that live elsewhere: name → (module, attribute, one line for the help).
@@ -158,6 +158,10 @@ def main(args: Sequence[str] | None = None) -> None:
         _fail(str(getattr(error, "format_message", error.__str__)()), 2)
     except ConfigError as error:
         _fail(str(error), 2)
+    except ServerError as error:
+        _fail(str(error), 1)
+    except typer.Abort:
+        _fail("aborted", 1)
     sys.exit(code if isinstance(code, int) else 0)
 
 

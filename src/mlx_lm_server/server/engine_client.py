@@ -80,6 +80,7 @@ class OutputStream:
         "index",
         "is_ended",
         "is_in_mailbox",
+        "is_released",
         "last_token_s",
         "num_cached_tokens",
         "num_prompt_tokens",
@@ -100,6 +101,7 @@ class OutputStream:
         self.error: ServerError | None = None
         self.is_ended = False
         self.is_in_mailbox = False
+        self.is_released = False
         self._mailbox = mailbox
         self._unread: list[int] = []
 
@@ -209,8 +211,9 @@ class EngineClient:
         self.release(stream)
 
     def release(self, stream: OutputStream) -> None:
-        """Frees the engine's row where the reader needs no more of it."""
-        if self._send is not None and stream.req_id in self._live:
+        """Frees the engine's row, once, where the reader needs no more of it."""
+        if self._send is not None and stream.req_id in self._live and not stream.is_released:
+            stream.is_released = True
             self._send(Abort(stream.req_id))
 
     def on_outputs(self, frame: Outputs) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from mlx_lm_server.errors import InvalidRequestError
 
 MAX_DEPTH = 64
+NUMBERS = frozenset({int, float})
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
@@ -47,10 +48,9 @@ def _check(value: Any, name: str, field: str, depth: int) -> None:
         if isinstance(value, dict):
             for key, item in value.items():
                 _check(item, key, field, depth - 1)
-        else:
+        elif not NUMBERS.issuperset(map(type, value)):  # token ids come by the ten thousand
             for item in value:
-                if not isinstance(item, int):
-                    _check(item, "", field, depth - 1)
+                _check(item, "", field, depth - 1)
 
 
 def _encodable(text: str, field: str) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -27,7 +28,6 @@ import uvloop
 from mlx_lm_server.config import Config
 from mlx_lm_server.errors import (
     ConfigError,
-    EngineError,
     EngineUnavailableError,
     ServerError,
 )
@@ -55,6 +55,9 @@ log = logging.getLogger(__name__)
 
 ENGINE_COMMAND = (sys.executable, "-m", "mlx_lm_server.engine.engine_main")
 DRAIN_S = 30.0
+# Longer than clients keep their idle connections, so that none is closed as it is used again.
+KEEP_ALIVE_S = 75
+MAX_OPEN_FILES = 65536
 T = TypeVar("T")
 EXIT_CLEAN, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -70,6 +73,7 @@ def run(
     """Serves until it is told to stop; returns the exit code."""
     set_up_logging(config.server.log_level, config.server.log_format)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    _allow_many_files()
     server = Server(
         config,
         engine_command=engine_command,
@@ -85,6 +89,15 @@ def run(
     except ServerError as error:
         log.critical("%s", error)
         return EXIT_FAILED
+
+
+def _allow_many_files() -> None:
+    """Each connection is a file; macOS allows 256 unless asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class _Uvicorn(uvicorn.Server):
@@ -158,8 +171,7 @@ class Server:
                 if supervisor.failure.done():
                     raise supervisor.failure.result()
             if serving.done():
-                serving.result()
-                raise EngineError("the HTTP server ended by itself")
+                raise ServerError(f"the HTTP server ended: {serving.exception()}")
             return await self._drain(stop)
         finally:
             boot.cancel()
@@ -289,7 +301,7 @@ class Server:
             try:
                 listener.bind((server.host, server.port))
             except OSError as error:
-                raise EngineError(
+                raise ServerError(
                     f"cannot listen on {server.host}:{server.port}: {error.strerror}"
                 ) from error
             scheme = "https" if server.ssl_certfile else "http"
@@ -308,7 +320,7 @@ class Server:
             access_log=False,
             log_config=None,
             server_header=False,
-            timeout_keep_alive=5,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=2,
             ssl_certfile=server.ssl_certfile,
             ssl_keyfile=server.ssl_keyfile,

@@ -10,9 +10,15 @@ from hypothesis import strategies as st
 
 from mlx_lm_server import errors
 from mlx_lm_server.errors import ConfigError
-from mlx_lm_server.protocol import MAX_FRAME_BYTES, Abort, decode_to_engine, encode_frame
+from mlx_lm_server.protocol import (
+    MAX_FRAME_BYTES,
+    Abort,
+    FrameBuffer,
+    FrameError,
+    decode_to_engine,
+    encode_frame,
+)
 from mlx_lm_server.server.api_keys import ApiKeys
-from mlx_lm_server.server.engine_process import FrameBuffer, FrameError
 from mlx_lm_server.server.health import judge
 from mlx_lm_server.server.http_errors import STATUSES, HttpError, describe, headers_of
 from mlx_lm_server.server.metrics import TTFT_BOUNDS, Histogram

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from mlx_lm_server.errors import InvalidRequestError
 from mlx_lm_server.protocol import SamplingParams
@@ -101,9 +101,10 @@ def _or(value: float | None, default: float | None) -> float:
     return chosen
 
 
-def _check_ids(ids: Iterable[int], model: ServedModel, param: str) -> None:
-    wrong = next((i for i in ids if not 0 <= i < model.vocab_size), None)
-    if wrong is not None:
+def _check_ids(ids: Collection[int], model: ServedModel, param: str) -> None:
+    lowest, highest = min(ids, default=0), max(ids, default=0)
+    if lowest < 0 or highest >= model.vocab_size:
+        wrong = lowest if lowest < 0 else highest
         raise InvalidRequestError(
             f"{param}: {wrong} is no token of this model, which has {model.vocab_size}",
             param=param,

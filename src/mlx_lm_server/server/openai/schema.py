@@ -62,19 +62,13 @@ def _prompts(value: Any) -> Any:
         return [value]
     if not isinstance(value, list):
         raise _refuse("must be a string, a list of strings, or token ids")
-    if value and all(_is_id(item) for item in value):
+    kinds = set(map(type, value))
+    if kinds == {int}:
         return [value]
-    for item in value:
-        is_ids = isinstance(item, list) and all(_is_id(i) for i in item)
-        if not isinstance(item, str) and not is_ids:
-            raise _refuse("must hold strings only, or token ids only, or lists of token ids only")
-    if len({type(item) for item in value}) > 1:
-        raise _refuse("must not mix strings and token ids")
+    are_ids = kinds == {list} and all(set(map(type, item)) <= {int} for item in value)
+    if value and kinds != {str} and not are_ids:
+        raise _refuse("must hold strings only, or token ids only, or lists of token ids only")
     return value
-
-
-def _is_id(item: Any) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool)
 
 
 def _biases(value: Any) -> Any:
