@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,8 +13,11 @@ import psutil
 
 from benchmarks.contenders.load import Load, Measured
 from benchmarks.processes import pin
+from mlx_lm_server.server.engine_process import ENGINE_ENVIRONMENT
 
 STOP_LIMIT_S = 10.0
+# These run in the environment that the supervisor gives an engine.
+OURS = ("engine", "bare")
 
 
 class Worker:
@@ -24,7 +28,10 @@ class Worker:
         if threads is not None:
             command += ["--threads", str(threads)]
         self.name = name
-        self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        environment = ENGINE_ENVIRONMENT | os.environ if name in OURS else None
+        self._child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+        )
         self._line()
 
     def measure(self, load: Load) -> Measured:

@@ -20,7 +20,10 @@ CONTENDERS = {
     "bare": ("bare", "BareLoop"),
     "plain": ("bare", "PlainLoop"),
     "batch_generate": ("batch_generate", "BatchGenerate"),
+    "batch_generate_small_gemm": ("batch_generate", "BatchGenerate"),
 }
+# What anybody gets who preloads an OpenBLAS; the others have our small_gemm in front of it.
+PLAIN_OPENBLAS = ("plain", "batch_generate")
 
 
 def main() -> None:
@@ -31,7 +34,7 @@ def main() -> None:
     given = parser.parse_args()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints must not answer
-    blas.preload(given.threads)
+    blas.preload(given.threads, with_small_gemm=given.name not in PLAIN_OPENBLAS)
     import mlx.core as mx
 
     module, attribute = CONTENDERS[given.name]

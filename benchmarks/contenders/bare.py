@@ -49,8 +49,8 @@ class BareLoop:
                 for row, length in enumerate(load.prompt_tokens)
             )
             before, tokens = tokens, self._forward(decodes, (), tokens)
+            before.tolist()  # the next graph is built; slabs are free to be written in place
             mx.async_eval(tokens)
-            before.tolist()
             if step:
                 yield rows
         if load.output_tokens > 1:

@@ -8,6 +8,7 @@ from itertools import islice
 from benchmarks.contenders.load import Load
 from mlx_lm_server.engine.assembly import assemble
 from mlx_lm_server.protocol import AddRequest, LoadModel
+from mlx_lm_server.runner.blas import Blas
 
 
 class Engine:
@@ -15,7 +16,7 @@ class Engine:
 
     def __init__(self, model: str, threads: int | None) -> None:
         order = LoadModel(model, num_threads=threads)
-        self._core, ready = assemble(order, "", lambda _stage, _fraction: None)
+        self._core, ready = assemble(order, Blas("OpenBLAS"), lambda _stage, _fraction: None)
         self.kv_bytes_per_token = ready.kv_bytes_per_token
 
     def generate(self, load: Load) -> Iterator[list[int]]:

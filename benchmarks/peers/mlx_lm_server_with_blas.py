@@ -1,4 +1,4 @@
-"""`mlx_lm.server` with the BLAS that our engine uses, so that only the serving differs.
+"""`mlx_lm.server` with OpenBLAS preloaded, as our engine has it but without `small_gemm`.
 
 Takes the arguments of `mlx_lm.server`.
 """
@@ -11,7 +11,7 @@ from mlx_lm_server.runner import blas
 
 
 def main() -> None:
-    print(f"BLAS: {blas.preload().name}", file=sys.stderr)
+    print(f"BLAS: {blas.preload(with_small_gemm=False).name}", file=sys.stderr)
     from mlx_lm.server import main as serve
 
     serve()

@@ -11,6 +11,7 @@ import msgspec
 from mlx_lm_server.engine.assembly import assemble
 from mlx_lm_server.engine.engine_core import EngineCore
 from mlx_lm_server.protocol import Abort, AddRequest, LoadModel, RequestOutput, SamplingParams
+from mlx_lm_server.runner.blas import Blas
 
 __all__ = ["GREEDY", "EngineDriver", "random_prompts"]
 
@@ -28,7 +29,7 @@ class EngineDriver:
     def __init__(self, model: Path, **order: object) -> None:
         message = msgspec.structs.replace(LoadModel(str(model)), **order)
         self.core: EngineCore
-        self.core, self.ready = assemble(message, "", lambda _stage, _fraction: None)
+        self.core, self.ready = assemble(message, Blas("test"), lambda _stage, _fraction: None)
         self.tokens: dict[str, list[int]] = {}
         self.reasons: dict[str, list[str]] = {}
 

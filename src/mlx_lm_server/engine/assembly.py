@@ -14,6 +14,7 @@ from mlx_lm_server.core.scheduler import Scheduler, SchedulerLimits
 from mlx_lm_server.engine.engine_core import EngineCore
 from mlx_lm_server.protocol import LoadModel, Ready
 from mlx_lm_server.runner import host_memory, loader
+from mlx_lm_server.runner.blas import Blas
 from mlx_lm_server.runner.model_runner import ModelRunner
 
 Progress = Callable[[str, float], None]
@@ -29,7 +30,7 @@ SLABS_IN_MEMORY = 8
 SAMPLER_ARRAYS = 8
 
 
-def assemble(order: LoadModel, blas: str, progress: Progress) -> tuple[EngineCore, Ready]:
+def assemble(order: LoadModel, blas: Blas, progress: Progress) -> tuple[EngineCore, Ready]:
     """A ready engine and the message that says so. Raises the classes of ModelError."""
     begun_s = time.monotonic()
     if mx.default_device() == mx.Device(mx.cpu):
@@ -40,6 +41,8 @@ def assemble(order: LoadModel, blas: str, progress: Progress) -> tuple[EngineCor
     progress("comparing with mlx-lm", 0.85)
     runner.probe()
     progress("measuring", 0.9)
+    if order.num_threads is None:
+        blas = _fastest_threads(runner, blas)
     costs = runner.calibrate()
     limits = _limits(order, costs)
     ledger = MemoryLedger(
@@ -64,7 +67,7 @@ def assemble(order: LoadModel, blas: str, progress: Progress) -> tuple[EngineCor
     ready = Ready(
         model_type=loaded.model_type,
         device=_device_name(),
-        blas=blas if mx.default_device() == mx.Device(mx.cpu) else "",
+        blas=str(blas) if mx.default_device() == mx.Device(mx.cpu) else "",
         weights=loaded.weights,
         weights_bytes=loaded.weights_bytes,
         vocab_size=loaded.vocab_size,
@@ -75,6 +78,20 @@ def assemble(order: LoadModel, blas: str, progress: Progress) -> tuple[EngineCor
         load_s=time.monotonic() - begun_s,
     )
     return core, ready
+
+
+def _fastest_threads(runner: ModelRunner, blas: Blas) -> Blas:
+    """As many threads as are free: with other work on the machine, the threads of a BLAS wait for
+    each other at every product, and fewer are faster."""
+    most = blas.num_threads or 1
+    choices = {most, max(1, most - 1), max(1, most // 2)}
+    if len(choices) == 1:
+        return blas
+    taken_s = {}
+    for num_threads in choices:
+        blas.with_threads(num_threads)
+        taken_s[num_threads] = runner.time_chunk()
+    return blas.with_threads(min(taken_s, key=taken_s.__getitem__))
 
 
 def _limits(order: LoadModel, costs: StepCosts) -> SchedulerLimits:

@@ -72,7 +72,7 @@ def _load(link: ServerLink, order: LoadModel) -> EngineCore | None:
         link.send(LoadProgress(stage, fraction))
 
     try:
-        core, ready = assemble(order, chosen.name, progress)
+        core, ready = assemble(order, chosen, progress)
     except errors.ServerError as error:
         link.send(LoadFailed(type(error).__name__, str(error)))
         return None

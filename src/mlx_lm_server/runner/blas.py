@@ -25,7 +25,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 PREFIX = b"scipy_"
@@ -43,13 +43,25 @@ class Blas:
 
     name: str
     path: Path | None = None
+    num_threads: int | None = None
+
+    def with_threads(self, num_threads: int) -> Blas:
+        """Let large products use so many threads; no effect on a BLAS that we did not load."""
+        if self.path is not None:
+            ctypes.CDLL(str(self.path)).openblas_set_num_threads(num_threads)
+        return replace(self, num_threads=num_threads)
+
+    def __str__(self) -> str:
+        if self.num_threads is None:
+            return self.name
+        return f"{self.name}, {self.num_threads} thread{'s' if self.num_threads > 1 else ''}"
 
 
-def preload(num_threads: int | None = None) -> Blas:
+def preload(num_threads: int | None = None, *, with_small_gemm: bool = True) -> Blas:
     """Interpose the fastest BLAS at hand. Call it before anything imports mlx.
 
-    `num_threads` None takes the cores that this process may run on. Raises RuntimeError where mlx
-    is imported already.
+    `num_threads` None takes the cores that this process may run on; without `with_small_gemm` it
+    is the plain OpenBLAS. Raises RuntimeError where mlx is imported already.
     """
     if sys.platform != "linux":
         return Blas("Accelerate")
@@ -61,13 +73,12 @@ def preload(num_threads: int | None = None) -> Blas:
     if path is None:
         return Blas(REFERENCE_BLAS)
     # Whoever joins the global scope first is found first: the small products, then the whole BLAS.
-    small_gemm = _load_small_gemm()
+    small_gemm = _load_small_gemm() if with_small_gemm else None
     library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-    library.openblas_set_num_threads(num_threads)
     if small_gemm is not None:
         full = ctypes.cast(library.cblas_sgemm, ctypes.c_void_p)
         small_gemm.small_gemm_init(full, num_threads, SMALL_GEMM_SPIN_US)
-    return Blas(_name_of(library, small_gemm is not None), path)
+    return Blas(_name_of(library, small_gemm is not None), path).with_threads(num_threads)
 
 
 def usable_cores() -> int:

@@ -209,6 +209,12 @@ class ModelRunner:
             per_prefill_pair_s=per_pair_s,
         )
 
+    def time_chunk(self) -> float:
+        """Seconds of a prefill chunk, the fastest of some."""
+        size = 4 * CALIBRATION_TOKENS
+        with self._scratch_slab(num_slots=1, capacity=size):
+            return self._time(_plan(prefills=[_chunk(0, 0, [1] * size)]), repeats=3)
+
     def activation_bytes_per_token(self) -> int:
         """Peak memory of a forward beyond what it holds, per token, measured with one chunk."""
         size = 4 * CALIBRATION_TOKENS

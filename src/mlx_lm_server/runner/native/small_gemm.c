@@ -222,14 +222,18 @@ static void nn_product(int rows, int cols, long depth, const float *a, long lda,
     }
 }
 
-/* ---- threads */
+/* ---- threads
+ *
+ * A product is open while its caller works on it. A helper that comes in time takes blocks; the
+ * caller waits for those who did, never for one that the system has not scheduled yet.
+ */
 
 static struct {
-  pthread_mutex_t owner;   /* one product at a time is shared out; a second caller works alone */
+  pthread_mutex_t owner; /* one product at a time is shared out; a second caller works alone */
   int num_helpers;
   long spin_ns;
-  product *work;
-  atomic_int round, pending, sleepers;
+  product work;
+  atomic_int round, is_open, active, sleepers;
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER};
 
 static long now_ns(void) {
@@ -238,26 +242,27 @@ static long now_ns(void) {
   return t.tv_sec * 1000000000L + t.tv_nsec;
 }
 
-static void wait_for_round(int seen) {
+static int next_round(int seen) {
   long until = now_ns() + pool.spin_ns;
-  while (atomic_load_explicit(&pool.round, memory_order_acquire) == seen) {
+  int round;
+  while ((round = atomic_load(&pool.round)) == seen) {
     for (int i = 0; i < 64; i++) _mm_pause();
     if (now_ns() < until) continue;
     atomic_fetch_add(&pool.sleepers, 1);
     syscall(SYS_futex, &pool.round, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
     atomic_fetch_sub(&pool.sleepers, 1);
   }
+  return round;
 }
 
-static void *help(void *first_round) {
-  int seen = (int)(long)first_round;
-  for (;;) {
-    wait_for_round(seen);
-    seen = atomic_load_explicit(&pool.round, memory_order_acquire);
-    nt_blocks(pool.work);
-    atomic_fetch_sub_explicit(&pool.pending, 1, memory_order_release);
+static void *help(void *unused) {
+  for (int seen = 0;;) {
+    seen = next_round(seen);
+    atomic_fetch_add(&pool.active, 1);
+    if (atomic_load(&pool.is_open)) nt_blocks(&pool.work);
+    atomic_fetch_sub(&pool.active, 1);
   }
-  return NULL;
+  return unused;
 }
 
 static void nt_shared(product *p) {
@@ -265,13 +270,14 @@ static void nt_shared(product *p) {
     nt_blocks(p);
     return;
   }
-  pool.work = p;
-  atomic_store(&pool.pending, pool.num_helpers);
+  pool.work = *p;
+  atomic_store(&pool.is_open, 1);
   atomic_fetch_add(&pool.round, 1);
   if (atomic_load(&pool.sleepers) > 0)
     syscall(SYS_futex, &pool.round, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
-  nt_blocks(p);
-  while (atomic_load_explicit(&pool.pending, memory_order_acquire) > 0) _mm_pause();
+  nt_blocks(&pool.work);
+  atomic_store(&pool.is_open, 0);
+  while (atomic_load(&pool.active) > 0) _mm_pause();
   pthread_mutex_unlock(&pool.owner);
 }
 
@@ -305,7 +311,7 @@ void small_gemm_init(void *full, int num_threads, int spin_us) {
   int wanted = MIN(num_threads, MAX_THREADS) - 1;
   for (int i = 0; i < wanted; i++) {
     pthread_t thread;
-    if (pthread_create(&thread, NULL, help, (void *)0) != 0) break;
+    if (pthread_create(&thread, NULL, help, NULL) != 0) break;
     pthread_detach(thread);
     pool.num_helpers++;
   }

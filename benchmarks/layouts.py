@@ -1,0 +1,152 @@
+"""How the tokens of a step reach the model: the candidates for the running batch.
+
+    python -m benchmarks.layouts [mixed] [--quick]
+
+A step of decode rows and one prefill chunk, on the 30 M model in float32. All candidates have the
+same kernels and slabs; the first is what the engine does.
+
+    packed     one forward of [T, 1], rows of one capacity in one slab
+    split      two forwards: the decode rows [R, 1], then the chunk
+    row calls  one forward, but a slab and an attention call for each row
+    padded     mlx-lm's left-padded BatchKVCache: rows as long as the longest, decode rows only
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from time import perf_counter
+
+from benchmarks.claims import Claim
+from benchmarks.models import ensure_models
+from benchmarks.parts import Effort, Findings, console, run_parts
+from mlx_lm_server.core.kv_layout import capacity_for
+from mlx_lm_server.core.plan import CreateSlab, DecodeRow, PrefillChunk, StepPlan
+from mlx_lm_server.protocol import LoadModel
+from mlx_lm_server.runner import blas
+
+CHUNK_TOKENS = 32
+# Decode rows and how many tokens each holds: even, and one long row beside short ones.
+ROWS = {"8 even": (256,) * 8, "32 even": (160,) * 32, "1 long, 15 short": (4096, *(96,) * 15)}
+
+Timed = Callable[[], None]
+
+
+class Candidates:
+    """The model, and a slab for the rows in each of two ways."""
+
+    def __init__(self) -> None:
+        blas.preload()
+        import mlx.core as mx
+
+        from mlx_lm_server.runner import host_memory, loader
+        from mlx_lm_server.runner.attention import LayerCache, choose_kernel
+        from mlx_lm_server.runner.kv_storage import KVStorage
+
+        host_memory.keep_freed_blocks()
+        self._mx = mx
+        order = LoadModel(str(ensure_models()["float32"]))
+        self._loaded = loader.load(order, loader.memory_limit(None), lambda _s, _f: None)
+        self._storage = KVStorage(self._loaded.layers, self._loaded.kv_dtype)
+        kernel = choose_kernel(self._loaded.kv_dtype)
+        layers = range(len(self._loaded.layers))
+        self._caches = [LayerCache(layer, self._storage, kernel) for layer in layers]
+
+    def of(self, lengths: tuple[int, ...]) -> dict[str, Timed]:
+        shared, alone, chunk = self._places(lengths)
+        return {
+            "packed": lambda: self._forward(shared, chunk),
+            "split": lambda: (self._forward(shared, ()), self._forward((), chunk))[-1],
+            "row calls": lambda: self._forward(alone, chunk),
+            "packed, decode only": lambda: self._forward(shared, ()),
+            "padded, decode only": self._padded(lengths),
+        }
+
+    def _places(
+        self, lengths: tuple[int, ...]
+    ) -> tuple[tuple[DecodeRow, ...], tuple[DecodeRow, ...], tuple[PrefillChunk, ...]]:
+        """Decode rows in shared slabs, the same in a slab each, and the chunk."""
+        self._storage.slabs.clear()
+        capacities = sorted({capacity_for(n + 1) for n in lengths})
+        by_capacity = {
+            c: [r for r, n in enumerate(lengths) if capacity_for(n + 1) == c] for c in capacities
+        }
+        shared = []
+        for slab, (capacity, rows) in enumerate(by_capacity.items()):
+            self._storage.apply(CreateSlab(slab, len(rows), capacity))
+            shared += [DecodeRow(r, slab, slot, lengths[r]) for slot, r in enumerate(rows)]
+        alone = []
+        for row, length in enumerate(lengths):
+            self._storage.apply(CreateSlab(1000 + row, 1, capacity_for(length + 1)))
+            alone.append(DecodeRow(row, 1000 + row, 0, length))
+        self._storage.apply(CreateSlab(999, 1, 512))
+        chunk = PrefillChunk(len(lengths), 999, 0, 256, (1,) * CHUNK_TOKENS, samples=True)
+        return tuple(shared), tuple(alone), (chunk,)
+
+    def _forward(self, decodes: tuple[DecodeRow, ...], chunks: tuple[PrefillChunk, ...]) -> None:
+        from mlx_lm_server.runner.step_layout import layout_of
+
+        plan = StepPlan(0, (), (), (), decodes, chunks)
+        capacities = {slab_id: slab.capacity for slab_id, slab in self._storage.slabs.items()}
+        layout = layout_of(plan, capacities, with_bias=True)
+        for cache in self._caches:
+            cache.begin(layout)
+        ids = self._mx.ones((layout.num_tokens, 1), self._mx.int32)
+        hidden = self._loaded.backbone(ids, self._caches)
+        if chunks:  # decode rows and the last token of the chunk sample
+            hidden = self._mx.concatenate([hidden[: len(decodes)], hidden[-1:]])
+        self._mx.eval(self._loaded.head(hidden[:, 0]))
+
+    def _padded(self, lengths: tuple[int, ...]) -> Timed:
+        from mlx_lm.models.cache import BatchKVCache
+
+        mx = self._mx
+        longest = max(lengths)
+        shapes = [(len(lengths), s.kv_heads, longest, s.key_dim) for s in self._loaded.layers]
+
+        def step() -> None:
+            mx.eval(self._loaded.model(mx.ones((len(lengths), 1), mx.int32), cache=caches))
+            for cache in caches:
+                cache.trim(1)
+
+        caches = [BatchKVCache([longest - n for n in lengths]) for _ in shapes]
+        for cache, shape in zip(caches, shapes, strict=True):
+            cache.update_and_fetch(mx.zeros(shape), mx.zeros(shape))
+        return step
+
+
+def mixed(effort: Effort) -> Findings:
+    """Milliseconds of a step of decode rows beside a chunk of 32 tokens."""
+    candidates = Candidates()
+    claims: list[Claim] = []
+    found: dict[str, dict[str, float]] = {}
+    for name, lengths in ROWS.items():
+        steps = candidates.of(lengths)
+        times: dict[str, list[float]] = {label: [] for label in steps}
+        for _ in range(4 if effort.is_quick else 10 * effort.rounds):
+            for label, step in steps.items():
+                begun = perf_counter()
+                step()
+                times[label].append((perf_counter() - begun) * 1000)
+        found[name] = {label: median(taken[1:]) for label, taken in times.items()}
+        for label, step_ms in found[name].items():
+            console.print(f"  {name:18} {label:20} {step_ms:8.2f} ms")
+        claims += _claims(name, found[name])
+    return claims, found
+
+
+def _claims(name: str, step_ms: dict[str, float]) -> list[Claim]:
+    packed = step_ms["packed"]
+    padded = step_ms["padded, decode only"] / step_ms["packed, decode only"]
+    return [
+        Claim(f"{name}: split over packed", step_ms["split"] / packed),
+        Claim(f"{name}: row calls over packed", step_ms["row calls"] / packed),
+        Claim(f"{name}: padded over packed, decode only", padded),
+    ]
+
+
+PARTS = {"mixed": mixed}
+
+
+if __name__ == "__main__":
+    raise SystemExit(run_parts("layouts", PARTS, __doc__))
