@@ -22,6 +22,8 @@ from mlx_lm_server.server.model_files import ModelFacts
 
 # A text this long takes a few milliseconds to encode; longer ones leave the event loop.
 MAX_INLINE_CHARS = 8192
+# What rendering a message costs beyond its text, as if it were so much longer.
+CHARS_PER_MESSAGE = 64
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -66,7 +68,8 @@ class Tokenizer:
             raise InvalidRequestError(
                 "the model has no chat template; use /v1/completions, or start with --chat-template"
             )
-        if sum(len(str(message.get("content"))) for message in messages) <= MAX_INLINE_CHARS:
+        num_chars = sum(CHARS_PER_MESSAGE + len(str(m.get("content"))) for m in messages)
+        if num_chars <= MAX_INLINE_CHARS:
             text = self._template.render(messages, variables)
         else:
             text = await asyncio.to_thread(self._template.render, messages, variables)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -30,6 +31,10 @@ from mlx_lm_server.server.sse import EventStream, collect
 
 log = logging.getLogger(__name__)
 
+# A body this long takes a few milliseconds to parse.
+MAX_INLINE_BYTES = 32768
+Parsed = TypeVar("Parsed", bound=schema.Sampling)
+
 
 class OpenAIRoutes:
     """Stateless; everything it needs is in the services."""
@@ -46,7 +51,7 @@ class OpenAIRoutes:
         ]
 
     async def chat(self, http: Request) -> ASGIApp:
-        request = schema.parse_chat(await self._body(http))
+        request = await self._parse(http, schema.parse_chat)
         model = self._services.model()
         return await self._answer(
             http,
@@ -57,7 +62,7 @@ class OpenAIRoutes:
         )
 
     async def completions(self, http: Request) -> ASGIApp:
-        request = schema.parse_completion(await self._body(http))
+        request = await self._parse(http, schema.parse_completion)
         model = self._services.model()
         return await self._answer(
             http,
@@ -95,11 +100,14 @@ class OpenAIRoutes:
         build = chat_response if is_chat else completion_response
         return json_response(build(id, created, name, answers, generation.usage()))
 
-    async def _body(self, http: Request) -> dict[str, Any]:
+    async def _parse(self, http: Request, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
+        """The request that a body holds; a large one leaves the event loop meanwhile."""
         body = await read_body(http.receive)
         if log.isEnabledFor(TRACE):
             log.log(TRACE, "%s %s", http.url.path, body.decode("utf-8", "backslashreplace"))
-        return parse_object(body)
+        if len(body) <= MAX_INLINE_BYTES:
+            return parse(parse_object(body))
+        return await asyncio.to_thread(lambda: parse(parse_object(body)))
 
     async def models(self, http: Request) -> Response:
         cards = [self._card(name) for name in self._services.names.shown]
