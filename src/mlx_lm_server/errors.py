@@ -1,22 +1,22 @@
 """The exceptions of mlx-lm-server.
 
-    ServerError
-    ├── ConfigError                a flag, a config file or their combination is wrong (exit code 2)
-    ├── ModelError                 the model cannot be served
-    │   ├── ModelNotFoundError     no such path or hub id
-    │   ├── UnsupportedModelError  a family or format that is not served, named
-    │   └── ModelTooLargeError     does not fit the memory, with the numbers
-    ├── EngineError                the engine process failed
-    │   ├── EngineDiedError        it ended or was ended while requests were in it
-    │   └── EngineUnavailableError it is not ready (loading, restarting, shutting down)
-    └── RequestError               the client's request cannot be done; has `param` and `code`
-        ├── InvalidRequestError    a field is wrong
-        ├── ContextLengthError     prompt or prompt + max_tokens over the limit
-        ├── ModelUnknownError      `model` names nothing that is served
-        ├── AuthenticationError    missing or wrong API key
-        ├── RequestTooLargeError   the body is over --max-request-bytes, or can never fit the memory
-        ├── RequestTimeoutError    no token within the time limit
-        └── OverloadedError        the queue is full or the server is draining; has `retry_after_s`
+ServerError
+├── ConfigError                a flag, a config file or their combination is wrong (exit code 2)
+├── ModelError                 the model cannot be served
+│   ├── ModelNotFoundError     no such path or hub id
+│   ├── UnsupportedModelError  a family or format that is not served, named
+│   └── ModelTooLargeError     does not fit the memory, with the numbers
+├── EngineError                the engine process failed
+│   ├── EngineDiedError        it ended or was ended while requests were in it
+│   └── EngineUnavailableError it is not ready (loading, restarting, shutting down)
+└── RequestError               the client's request cannot be done; has `param` and `code`
+    ├── InvalidRequestError    a field is wrong
+    ├── ContextLengthError     prompt or prompt + max_tokens over the limit
+    ├── ModelUnknownError      `model` names nothing that is served
+    ├── AuthenticationError    missing or wrong API key
+    ├── RequestTooLargeError   the body is over --max-request-bytes, or can never fit the memory
+    ├── RequestTimeoutError    no token within the time limit
+    └── OverloadedError        the queue is full or the server is draining; has `retry_after_s`
 """
 
 from __future__ import annotations

@@ -18,6 +18,8 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -61,6 +63,7 @@ static inline __m128 fold(vec v) {
 
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
 enum { MAX_ROWS = 64, MAX_NN_ROWS = 16, MAX_NN_COLS = 256, NN_VECS = 4, NN_ROWS = 4 };
+enum { MIN_ALIGNED_ROWS = 8, MIN_ALIGNED_COLS = 128 };
 enum { BLOCK_BYTES = 192 * 1024, MAX_THREADS = 64 };
 /* Below this many multiplications a product is not worth waking a thread for. */
 enum { MIN_SHARED_WORK = 400 * 1000 };
@@ -150,8 +153,8 @@ typedef struct {
   long lda, ldb;
   float *c;
   long ldc;
-  int block;          /* columns of C in one block */
-  atomic_int next;    /* the next block that nobody has taken */
+  int block;       /* columns of C in one block */
+  atomic_int next; /* the next block that nobody has taken */
 } product;
 
 static int take_block(product *p) {
@@ -290,11 +293,30 @@ static int block_columns(int cols, long depth) {
   return block < 4 * TILE_COLS ? 4 * TILE_COLS : (int)block;
 }
 
+/* A copy of the rows that starts at a cache line: a vector that lies across two costs two loads.
+ * It belongs to the calling thread and lives until its next product. */
+static void align_rows(product *p) {
+  static __thread float *copy;
+  static __thread size_t capacity;
+  size_t size = sizeof(float) * p->rows * p->depth;
+  if (size > capacity) {
+    free(copy);
+    copy = aligned_alloc(64, (size + 63) / 64 * 64);
+    capacity = copy ? size : 0;
+  }
+  if (!copy) return;
+  for (int m = 0; m < p->rows; m++)
+    memcpy(copy + m * p->depth, p->a + m * p->lda, sizeof(float) * p->depth);
+  p->a = copy;
+  p->lda = p->depth;
+}
+
 void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha,
                  const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc) {
   int is_plain = order == ROW_MAJOR && trans_a == NO_TRANS && alpha == 1.0f && beta == 0.0f && k > 0;
   if (is_plain && trans_b == TRANS && m <= MAX_ROWS && k % WIDTH == 0) {
     product p = {m, n, k, a, b, lda, ldb, c, ldc, block_columns(n, k), 0};
+    if (m >= MIN_ALIGNED_ROWS && n >= MIN_ALIGNED_COLS) align_rows(&p);
     if ((double)m * n * k < MIN_SHARED_WORK) nt_blocks(&p);
     else nt_shared(&p);
   } else if (is_plain && trans_b == NO_TRANS && m <= MAX_NN_ROWS && n <= MAX_NN_COLS && n % WIDTH == 0) {
