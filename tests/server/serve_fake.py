@@ -13,7 +13,7 @@ import fakes
 from mlx_lm_server.config_loading import load_config
 from mlx_lm_server.errors import ConfigError
 from mlx_lm_server.server.connection import ConnectionLimits
-from mlx_lm_server.server.serve import run
+from mlx_lm_server.server.serve import Surroundings, run
 from mlx_lm_server.server.supervisor import Limits
 
 
@@ -24,13 +24,13 @@ def main() -> int:
     except ConfigError as error:
         print(error)
         return 2
-    return run(
-        config,
+    surroundings = Surroundings(
         engine_command=fakes.command(**spec["engine"]),
         limits=Limits(**spec["limits"]),
         connection_limits=ConnectionLimits(**spec["connection"]),
         drain_s=spec["drain_s"],
     )
+    return run(config, surroundings)
 
 
 if __name__ == "__main__":

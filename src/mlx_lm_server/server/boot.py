@@ -1,0 +1,93 @@
+"""From a model's name to a server that answers with it."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from mlx_lm_server.config import Config
+from mlx_lm_server.protocol import LoadModel, Ready
+from mlx_lm_server.server.banner import StartDisplay
+from mlx_lm_server.server.model_files import (
+    ModelFacts,
+    read_facts,
+    resolve_adapter,
+    resolve_model,
+)
+from mlx_lm_server.server.served_model import ModelNames, ServedModel, bounds_of, defaults_of
+from mlx_lm_server.server.services import Services
+from mlx_lm_server.server.supervisor import Limits, Supervisor
+from mlx_lm_server.server.tokenizer import Tokenizer, load_tokenizer
+from mlx_lm_server.server.waiting import first_of, in_daemon_thread
+
+
+async def boot(
+    services: Services,
+    engine_command: Sequence[str],
+    limits: Limits,
+    display: StartDisplay,
+    url: str,
+) -> Supervisor:
+    """Engine and tokenizer load side by side. Where the engine fails the supervisor says why.
+
+    Raises ModelError or ConfigError for files that cannot be used.
+    """
+    config = services.config
+    folder = await in_daemon_thread(resolve_model, config.model.model)
+    facts = read_facts(folder)
+    supervisor = Supervisor(
+        engine_command,
+        load_message(config, folder),
+        services.client,
+        services.metrics,
+        limits=limits,
+        on_progress=display.show,
+    )
+    services.supervisor = supervisor
+    supervisor.start()
+    tokenizer = await in_daemon_thread(
+        load_tokenizer, folder, facts, config.model.chat_template, config.model.chat_template_args
+    )
+    await first_of(supervisor.first_ready, supervisor.failure)
+    if not supervisor.failure.done():
+        ready = supervisor.first_ready.result()
+        model = _served_model(config, folder, facts, tokenizer, ready)
+        services.set_model(model)
+        gc.collect()
+        gc.freeze()  # what stays for ever need not be looked at again
+        display.banner(config, model, ready, url)
+    return supervisor
+
+
+def load_message(config: Config, folder: Path) -> LoadModel:
+    """What the engine is told. Raises ModelNotFoundError for a missing adapter."""
+    gb, goal_ms = config.kv.memory_limit_gb, config.batching.itl_goal_ms
+    return LoadModel(
+        model_path=str(folder),
+        adapter_path=resolve_adapter(config.model.adapter_path),
+        trust_remote_code=config.model.trust_remote_code,
+        cpu_weights=config.cpu.cpu_weights,
+        num_threads=config.cpu.cpu_threads,
+        max_batch_size=config.batching.max_batch_size,
+        max_num_batched_tokens=config.batching.max_num_batched_tokens,
+        prefill_step_size=config.batching.prefill_step_size,
+        prefill_batch_size=config.batching.prefill_batch_size,
+        itl_goal_s=None if goal_ms is None else goal_ms / 1000,
+        max_kv_tokens=config.kv.max_kv_size,
+        memory_limit_bytes=None if gb is None else int(gb * 10**9),
+    )
+
+
+def _served_model(
+    config: Config, folder: Path, facts: ModelFacts, tokenizer: Tokenizer, ready: Ready
+) -> ServedModel:
+    return ServedModel(
+        names=ModelNames.of(config, folder),
+        tokenizer=tokenizer,
+        bounds=bounds_of(config, facts, ready),
+        defaults=defaults_of(config, facts.defaults),
+        vocab_size=ready.vocab_size,
+        created_s=int(time.time()),
+    )

@@ -1,0 +1,106 @@
+"""Where the server listens, and uvicorn as it is used here."""
+
+from __future__ import annotations
+
+import resource
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from mlx_lm_server.config import ServerConfig
+from mlx_lm_server.errors import ConfigError, ServerError
+from mlx_lm_server.server.connection import ConnectionLimits, bounded_protocol
+
+# Longer than clients keep their idle connections, so that none is closed as it is used again.
+KEEP_ALIVE_S = 75
+# For connections that are open when everything else has ended.
+LAST_BYTES_S = 2
+MAX_OPEN_FILES = 65536
+
+
+@dataclass(frozen=True)
+class Listener:
+    """`sockets` is None where uvicorn binds a Unix socket."""
+
+    url: str
+    sockets: list[socket.socket] | None
+
+
+@contextmanager
+def listen(server: ServerConfig) -> Iterator[Listener]:
+    """Bound before anything is loaded: a port in use must not cost a download.
+
+    Raises ServerError where that fails.
+    """
+    _allow_many_files()
+    if server.uds is not None:
+        _check_unused(server.uds)
+        yield Listener(f"unix:{server.uds}", None)
+        Path(server.uds).unlink(missing_ok=True)
+        return
+    family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
+    with socket.socket(family) as bound:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind((server.host, server.port))
+        except OSError as error:
+            reason = error.strerror or error
+            raise ServerError(f"cannot listen on {server.host}:{server.port}: {reason}") from error
+        scheme = "https" if server.ssl_certfile else "http"
+        host = f"[{server.host}]" if family == socket.AF_INET6 else server.host
+        yield Listener(f"{scheme}://{host}:{bound.getsockname()[1]}", [bound])
+
+
+def _check_unused(path: str) -> None:
+    """A socket that a dead server left behind is replaced, one that answers is not."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError:
+            return
+    raise ServerError(f"cannot listen on {path}: another server does")
+
+
+def _allow_many_files() -> None:
+    """Each connection is a file; macOS allows 256 unless asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class HttpServer(uvicorn.Server):
+    """Leaves the signals to us: a first one drains before the connections are closed."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def http_server(app: ASGIApp, server: ServerConfig, limits: ConnectionLimits) -> HttpServer:
+    """Raises ConfigError for certificates that cannot be used."""
+    config = uvicorn.Config(
+        app,
+        uds=server.uds,
+        http=bounded_protocol(limits),
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=LAST_BYTES_S,
+        ssl_certfile=server.ssl_certfile,
+        ssl_keyfile=server.ssl_keyfile,
+    )
+    try:
+        config.load()
+    except OSError as error:
+        raise ConfigError(f"--ssl-certfile, --ssl-keyfile: {error}") from error
+    return HttpServer(config)
