@@ -116,7 +116,9 @@ class Sampler:
             picked = mx.array(drawing, mx.int32)
             tokens[picked] = self._draw(logits[picked], [rows[i] for i in drawing])
         for i, row in enumerate(rows):
-            _advance(row, tokens[i : i + 1])
+            row.next_index += 1
+            if row.has_penalties:
+                _count(row, tokens[i : i + 1])
         return tokens
 
     def _draw(self, logits: mx.array, rows: Sequence[RowSampling]) -> mx.array:
@@ -238,8 +240,7 @@ def _adjust_row(logits: mx.array, row: RowSampling) -> mx.array:
     return logits
 
 
-def _advance(row: RowSampling, token: mx.array) -> None:
-    row.next_index += 1
+def _count(row: RowSampling, token: mx.array) -> None:
     if row.output_counts is not None and row.seen is not None:
         row.output_counts = row.output_counts.at[token].add(1.0)
         row.seen = row.seen.at[token].maximum(1.0)
