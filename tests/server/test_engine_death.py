@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import openai
 import psutil
 import pytest
 
@@ -47,6 +48,16 @@ def test_a_death_after_the_first_token_is_an_event_and_the_stream_ends_in_order(
     *_, error, done = mortal.events("/v1/completions", prompt="abc", seed=fakes.DIE_AFTER_TOKEN)
     assert error["error"]["code"] == "engine_died"
     assert done == "[DONE]"
+    revived(mortal)
+
+
+def test_the_sdk_raises_what_the_event_says(mortal: RunningServer) -> None:
+    sdk = openai.OpenAI(base_url=f"{mortal.url}/v1", api_key="none", max_retries=0)
+    stream = sdk.completions.create(
+        model="default", prompt="abc", seed=fakes.DIE_AFTER_TOKEN, stream=True
+    )
+    with pytest.raises(openai.APIError, match="the engine ended"):
+        list(stream)
     revived(mortal)
 
 
