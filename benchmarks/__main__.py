@@ -1,16 +1,22 @@
 """Print the numbers that this project claims: every script, or those that are named.
 
-python -m benchmarks [list | engine | layouts | blas | serving] [part …] [--quick] [--rounds N]
+python -m benchmarks [list | SCRIPT] [part …] [--quick] [--rounds N]
 """
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import engine_loop, layouts, products, serving
+from benchmarks import engine_loop, layouts, products, serving, soak
 from benchmarks.parts import console, run_parts
 
-SCRIPTS = {"engine": engine_loop, "layouts": layouts, "blas": products, "serving": serving}
+SCRIPTS = {
+    "engine": engine_loop,
+    "layouts": layouts,
+    "blas": products,
+    "serving": serving,
+    "soak": soak,
+}
 
 
 def main(given: list[str]) -> int:

@@ -27,8 +27,8 @@ def test_log_is_right_to_three_in_ten_million() -> None:
 
 
 def test_swiglu_is_mlxs() -> None:
-    gate, x = mx.random.normal((64, 96)) * 6, mx.random.normal((64, 96))
-    assert mx.allclose(fast_math.swiglu(gate, x), nn.silu(gate) * x, rtol=1e-5, atol=1e-6)
+    gate, x = mx.random.normal((300, 96)) * 6, mx.random.normal((300, 96))
+    assert mx.allclose(fast_math.swiglu(gate, x), nn.silu(gate) * x, rtol=1e-5, atol=1e-5)
 
 
 def test_swiglu_of_extreme_gates_stays_finite() -> None:

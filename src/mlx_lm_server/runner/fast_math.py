@@ -44,6 +44,24 @@ LOG_TERMS = (
     3.3333331174e-1,
 )
 SQRT_HALF_BITS = 0x3F3504F3
+# tanh(x) = x · P(x²) / Q(x²) up to where float32 says 1 (Eigen's ptanh), highest power first.
+TANH_LIMIT = 7.90531110763549805
+TANH_TERMS = (
+    -2.76076847742355e-16,
+    2.00018790482477e-13,
+    -8.60467152213735e-11,
+    5.12229709037114e-08,
+    1.48572235717979e-05,
+    6.37261928875436e-04,
+    4.89352455891786e-03,
+)
+TANH_DIVISOR = (
+    1.19825839466702e-06,
+    1.18534705686654e-04,
+    2.26843463243900e-03,
+    4.89352518554385e-03,
+)
+SWIGLU_BLOCK_TOKENS = 128
 
 Unary = Callable[[mx.array], mx.array]
 
@@ -110,13 +128,26 @@ class BoundedCompile:
         return self._compiled(*inputs)
 
 
-def _swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    return gate * x / (1.0 + arithmetic_exp(-gate))
+def arithmetic_sigmoid(x: mx.array) -> mx.array:
+    """1 / (1 + exp(-x)) of float32, to 1e-7 of the whole range: (1 + tanh(x / 2)) / 2."""
+    half = mx.minimum(mx.maximum(x * 0.5, -TANH_LIMIT), TANH_LIMIT)
+    square = half * half
+    return 0.5 + 0.5 * (half * _horner(TANH_TERMS, square) / _horner(TANH_DIVISOR, square))
 
 
-_compiled_swiglu = BoundedCompile(_swiglu)
+_compiled_swiglu = BoundedCompile(lambda gate, x: gate * x * arithmetic_sigmoid(gate))
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """SiLU(gate) · x, for float32; stands in for mlx-lm's where `is_slow_cpu`."""
-    return _compiled_swiglu(gate, x)
+    """SiLU(gate) · x, for float32 `[tokens, …]`; stands in for mlx-lm's where `is_slow_cpu`.
+
+    Done in blocks of tokens, whose intermediate arrays stay in the CPU's cache.
+    """
+    num_tokens = gate.shape[0]
+    if num_tokens <= SWIGLU_BLOCK_TOKENS:
+        return _compiled_swiglu(gate, x)
+    blocks = [
+        _compiled_swiglu(gate[i : i + SWIGLU_BLOCK_TOKENS], x[i : i + SWIGLU_BLOCK_TOKENS])
+        for i in range(0, num_tokens, SWIGLU_BLOCK_TOKENS)
+    ]
+    return mx.concatenate(blocks)
