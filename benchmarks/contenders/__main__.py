@@ -34,12 +34,13 @@ def main() -> None:
     given = parser.parse_args()
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints must not answer
-    blas.preload(given.threads, with_small_gemm=given.name not in PLAIN_OPENBLAS)
+    has_small_gemm = given.name not in PLAIN_OPENBLAS
+    chosen = blas.preload(given.threads, with_small_gemm=has_small_gemm)
     import mlx.core as mx
 
     module, attribute = CONTENDERS[given.name]
     make = getattr(importlib.import_module(f"benchmarks.contenders.{module}"), attribute)
-    contender = make(given.model, given.threads)
+    contender = make(given.model, given.threads, chosen)
     answers.write(b"ready\n")
     for line in sys.stdin.buffer:
         load = msgspec.json.decode(line, type=Load)

@@ -16,6 +16,7 @@ from mlx_lm_server.core.plan import CreateSlab, DecodeRow, DropSlab, PrefillChun
 from mlx_lm_server.protocol import LoadModel
 from mlx_lm_server.runner import host_memory, loader
 from mlx_lm_server.runner.attention import CpuKernel, LayerCache, choose_kernel
+from mlx_lm_server.runner.blas import Blas
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.step_layout import layout_of
 
@@ -25,7 +26,7 @@ SLAB = 0
 class BareLoop:
     """All rows in one slab from the start, one forward and one argmax a step, read a step late."""
 
-    def __init__(self, model: str, threads: int | None) -> None:
+    def __init__(self, model: str, threads: int | None, _blas: Blas) -> None:
         host_memory.keep_freed_blocks()
         order = LoadModel(model, num_threads=threads)
         self._loaded = loader.load(order, loader.memory_limit(None), lambda _s, _f: None)
@@ -81,7 +82,7 @@ class PlainLoop:
 
     kv_bytes_per_token = 0
 
-    def __init__(self, model: str, threads: int | None) -> None:
+    def __init__(self, model: str, threads: int | None, _blas: Blas) -> None:
         from mlx_lm import load
 
         self._model, *_ = load(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from benchmarks.contenders.load import Load
+from mlx_lm_server.runner.blas import Blas
 
 
 class BatchGenerate:
@@ -12,7 +13,7 @@ class BatchGenerate:
 
     kv_bytes_per_token = 0
 
-    def __init__(self, model: str, threads: int | None) -> None:
+    def __init__(self, model: str, threads: int | None, _blas: Blas) -> None:
         from mlx_lm import load
 
         self._model, *_ = load(model)

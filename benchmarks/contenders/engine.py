@@ -14,9 +14,9 @@ from mlx_lm_server.runner.blas import Blas
 class Engine:
     """`EngineCore` stepped by hand. Must be made and used on one thread."""
 
-    def __init__(self, model: str, threads: int | None) -> None:
+    def __init__(self, model: str, threads: int | None, blas: Blas) -> None:
         order = LoadModel(model, num_threads=threads)
-        self._core, ready = assemble(order, Blas("OpenBLAS"), lambda _stage, _fraction: None)
+        self._core, ready = assemble(order, blas, lambda _stage, _fraction: None)
         self.kv_bytes_per_token = ready.kv_bytes_per_token
 
     def generate(self, load: Load) -> Iterator[list[int]]:
