@@ -22,8 +22,10 @@ from mlx_lm_server.runner import fast_math
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.step_layout import ChunkSpan, DecodeGroup, StepLayout
 
-# Queries that share one pass over the keys on a CPU: their scores stay in its cache.
+# Queries that share one pass over the keys on a CPU, and how many bytes of scores are worked on at
+# once, so that they stay in its second-level cache.
 CPU_QUERY_BLOCK = 128
+CPU_SCORES_BYTES = 2 * 1024 * 1024
 
 
 class AttentionKernel(Protocol):
@@ -87,23 +89,30 @@ class CpuKernel:
 
     def _query_block(self, q: mx.array, k: mx.array, v: mx.array, start: int) -> mx.array:
         """q `[kv_heads, share, block, dim]`, whose first query stands at position `start`."""
-        kv_heads, share, block, dim = q.shape
+        kv_heads, share, block, _ = q.shape
         end = start + block
-        folded = q.reshape(kv_heads, share * block, dim)
-        scores = (folded @ k[:, :end].swapaxes(-1, -2)).reshape(kv_heads, share, block, end)
-        if block > 1:
-            scores = scores + _causal_bias(start, block)
-        return self._weigh(scores, v[:, None, :end])
+        bias = _causal_bias(start, block) if block > 1 else None
+        at_once = max(1, CPU_SCORES_BYTES // (share * block * end * q.itemsize))
+        parts = [
+            self._heads(
+                q[h : h + at_once], k[h : h + at_once, :end], v[h : h + at_once, :end], bias
+            )
+            for h in range(0, kv_heads, at_once)
+        ]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def _heads(self, q: mx.array, k: mx.array, v: mx.array, bias: mx.array | None) -> mx.array:
+        """Some KV heads of a block: q `[n, share, block, dim]`, k and v `[n, end, dim]`."""
+        n, share, block, dim = q.shape
+        scores = q.reshape(n, share * block, dim) @ k.swapaxes(-1, -2)
+        if bias is not None:
+            scores = (scores.reshape(n, share, block, -1) + bias).reshape(scores.shape)
+        return self._weigh(scores, v).reshape(n, share, block, v.shape[-1])
 
     def _weigh(self, scores: mx.array, v: mx.array) -> mx.array:
         """softmax(scores) @ v, for scores `[…, m, s]` and v `[…, s, dim]`."""
         weights = self._exp_below(scores, scores.max(axis=-1, keepdims=True))
-        total = weights.sum(axis=-1, keepdims=True)
-        if v.ndim == scores.ndim and v.shape[1] == 1 and scores.shape[1] > 1:
-            heads, share, block, length = scores.shape
-            flat = weights.reshape(heads, share * block, length) @ v[:, 0]
-            return flat.reshape(heads, share, block, v.shape[-1]) / total
-        return (weights @ v) / total
+        return (weights @ v) / weights.sum(axis=-1, keepdims=True)
 
 
 def _causal_bias(start: int, block: int) -> mx.array:
