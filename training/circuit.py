@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .model import Attention, Decoder
 
+CIRCUIT = ("layers.0.self_attn.", "layers.1.self_attn.")
 NOTE_DIMS = 64
 MATCH_DIMS = 32
 FAST_PAIRS = 6  # rotary pairs that tell neighbours apart
@@ -86,6 +87,6 @@ def hold_circuit(model: Decoder, whole: bool) -> None:
     embedding = model.embed_tokens.weight.grad
     if embedding is not None:
         embedding[:, model.shape.hidden_size - NOTE_DIMS - 1 :] = 0
-    for layer in list(model.layers)[:2] if whole else ():
-        for weight in layer.self_attn.parameters():
+    for name, weight in model.named_parameters():
+        if whole and name.startswith(CIRCUIT):
             weight.grad = torch.zeros_like(weight)

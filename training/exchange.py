@@ -19,7 +19,7 @@ class Exchange:
     """Messages of one exchange, starting with a user message and ending with an assistant one.
 
     `key` names what must not be seen in training when it is held out; the first user text by
-    default. `thought` is the reasoning used when thinking is on.
+    default. `thought` is the reasoning used when thinking is on. `also` are other right answers.
     """
 
     skill: str
@@ -28,6 +28,7 @@ class Exchange:
     key: str = ""
     system: str = ""
     tools: tuple[dict[str, Any], ...] = field(default=())
+    also: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:

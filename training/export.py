@@ -66,7 +66,9 @@ def to_mlx_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def export(state: dict[str, Tensor], shape: Shape, tokenizer_folder: Path, out: Path) -> None:
     """Write weights, configs and the tokenizer's files."""
     out.mkdir(parents=True, exist_ok=True)
-    save_file(to_mlx_names(state), out / "model.safetensors", metadata={"format": "pt"})
+    weights = out / "model.safetensors"
+    save_file(to_mlx_names(state), weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # readable for every user of the installed package
     tokenizer = Tokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
     vocabulary = tokenizer.get_vocab()
     eos = [vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]]

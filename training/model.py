@@ -58,7 +58,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
-    return scores.masked_fill(hidden, -1e30).softmax(-1).to(v.dtype) @ v
+    out: Tensor = scores.masked_fill(hidden, -1e30).softmax(-1).to(v.dtype) @ v
+    return out
 
 
 class Attention(nn.Module):
@@ -120,7 +121,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Map `[batch, length, hidden]` to the same shape."""
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        out: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return out
 
 
 class Decoder(nn.Module):

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .circuit import CIRCUIT
+
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrix, about, by Newton-Schulz (Keller Jordan's Muon)."""
@@ -20,7 +22,8 @@ def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if is_tall else x
+    out: Tensor = x.T if is_tall else x
+    return out
 
 
 class Muon(Optimizer):
@@ -37,15 +40,13 @@ class Muon(Optimizer):
                 self._update(weight, group)
 
     def _update(self, weight: Tensor, group: dict[str, float]) -> None:
+        assert weight.grad is not None
         buffer = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
         buffer.lerp_(weight.grad, 1 - group["momentum"])
         update = orthogonalise(weight.grad.lerp(buffer, group["momentum"]))
         scale = max(1.0, weight.shape[0] / weight.shape[1]) ** 0.5
         weight.mul_(1 - group["lr"] * group["weight_decay"])
         weight.add_(update.to(weight.dtype), alpha=-group["lr"] * scale)
-
-
-CIRCUIT = ("layers.0.self_attn.", "layers.1.self_attn.")
 
 
 def optimizers(model: nn.Module, rates: tuple[float, float, float]) -> list[Optimizer]:

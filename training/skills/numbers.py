@@ -39,9 +39,8 @@ def count(rng: random.Random) -> Exchange:
     high = low + span
     roll = rng.random()
     if roll < 0.2:
-        low = 1
-        question = rng.choice(COUNT_TO).format(high)
-        numbers = list(range(1, high + 1))
+        question = rng.choice(COUNT_TO).format(1 + span)
+        numbers = list(range(1, span + 2))
     elif roll < 0.6:
         question = rng.choice(COUNT).format(low, high)
         numbers = list(range(low, high + 1))

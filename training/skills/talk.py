@@ -123,9 +123,8 @@ STORY_ABOUT = (
 def small_talk(rng: random.Random) -> Exchange:
     """A greeting, a thank-you, a question about the model itself."""
     questions, answers = rng.choice(_TALK)
-    return ask(
-        "talk", rng.choice(questions), rng.choice(answers), "This is small talk. I answer politely."
-    )
+    question, answer = rng.choice(questions), rng.choice(answers)
+    return ask("talk", question, answer, "This is small talk. I answer politely.", also=answers)
 
 
 def open_question(rng: random.Random) -> Exchange:
