@@ -17,7 +17,7 @@ from mlx_lm_server.server.engine_process import ENGINE_ENVIRONMENT
 
 STOP_LIMIT_S = 10.0
 # These run in the environment that the supervisor gives an engine.
-OURS = ("engine", "bare")
+OURS = ("engine", "engine_unhurried", "bare")
 
 
 class Worker:

@@ -17,6 +17,7 @@ from mlx_lm_server.runner import blas
 
 CONTENDERS = {
     "engine": ("engine", "Engine"),
+    "engine_unhurried": ("engine", "UnhurriedEngine"),
     "bare": ("bare", "BareLoop"),
     "plain": ("bare", "PlainLoop"),
     "batch_generate": ("batch_generate", "BatchGenerate"),

@@ -14,8 +14,10 @@ from mlx_lm_server.runner.blas import Blas
 class Engine:
     """`EngineCore` stepped by hand. Must be made and used on one thread."""
 
+    itl_goal_s: float | None = None
+
     def __init__(self, model: str, threads: int | None, blas: Blas) -> None:
-        order = LoadModel(model, num_threads=threads)
+        order = LoadModel(model, num_threads=threads, itl_goal_s=self.itl_goal_s)
         self._core, ready = assemble(order, blas, lambda _stage, _fraction: None)
         self.kv_bytes_per_token = ready.kv_bytes_per_token
 
@@ -28,3 +30,9 @@ class Engine:
             yield [int(output.req_id) for output in outputs]
             num_ended = sum(output.finish_reason is not None for output in outputs)
             self._core.handle(islice(requests, num_ended))
+
+
+class UnhurriedEngine(Engine):
+    """Prefills in whole budgets, whoever waits, so that all rows soon decode together."""
+
+    itl_goal_s = 60.0
