@@ -4,6 +4,10 @@ While rows decode, the step may take as long as the ITL goal; the cost model say
 tokens that allows (Sarathi-Serve, Agrawal et al. 2024, with time in place of a token count). They
 are shared so that a short prompt does not wait behind a long one and a long one always goes on:
 the oldest prompt gets a quarter, the rest goes to the prompts with the least left.
+
+What the model has learnt from large chunks on an idle machine promises too much for small ones, so
+a long prompt beside decoding rows starts small and at most doubles from step to step (`ramp`),
+while the model learns.
 """
 
 from __future__ import annotations
@@ -22,11 +26,16 @@ class PrefillPlan:
     """The prefill chunks of one step as they are granted. Lives within one `schedule` call."""
 
     def __init__(
-        self, limits: SchedulerLimits, cost_model: CostModel, decode: StepFeatures
+        self,
+        limits: SchedulerLimits,
+        cost_model: CostModel,
+        decode: StepFeatures,
+        ramp_tokens: int,
     ) -> None:
         self._limits = limits
         self._cost_model = cost_model
         self._has_decodes = decode.rows > 0
+        self._ramp_tokens = ramp_tokens
         self._features = decode  # of the step with what is granted so far
         self._decode_step_s = cost_model.forecast_s(decode)
         self._tokens_left = limits.max_num_batched_tokens - decode.rows
@@ -78,7 +87,10 @@ class PrefillPlan:
         goal_s = self._limits.step_goal_s(self._decode_step_s, is_short=self._is_short(request))
         slack_s = share * (goal_s - self._cost_model.forecast_s(self._features))
         context = request.num_computed_tokens + self._granted.get(request, 0)
-        return self._cost_model.max_chunk_tokens(slack_s, context)
+        num_tokens = self._cost_model.max_chunk_tokens(slack_s, context)
+        if self._is_short(request):
+            return num_tokens
+        return min(num_tokens, max(0, self._ramp_tokens - sum(self._granted.values())))
 
     def _is_short(self, request: Request) -> bool:
         return request.prefill_until <= self._limits.short_prompt_tokens

@@ -56,6 +56,7 @@ class Scheduler:
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
         self._forecast_step_s = 0.0
+        self._ramp_tokens = limits.first_chunk_tokens
 
     # ---- requests come and go
 
@@ -210,7 +211,11 @@ class Scheduler:
             rows=len(decoding), kv_tokens=sum(r.num_computed_tokens + 1 for r in decoding)
         )
         prefilling = [r for r in self._running if r.is_prefilling]
-        return PrefillPlan(self._limits, self._cost_model, decode).share_out(prefilling)
+        plan = PrefillPlan(self._limits, self._cost_model, decode, self._ramp_tokens)
+        chunks = plan.share_out(prefilling)
+        had = sum(num_tokens for _, num_tokens in chunks) if decoding else 0
+        self._ramp_tokens = max(self._limits.first_chunk_tokens, 2 * had)
+        return chunks
 
     def _make_plan(
         self,

@@ -18,7 +18,8 @@ class SchedulerLimits:
     `itl_goal_s` is how long a step with decoding rows may take, where that leaves prefill at least
     a third of the step; without it the goal is `auto_goal_factor` times the step without prefill,
     at least `auto_goal_floor_s`, and `short_prompt_factor` times that for prompts of at most
-    `short_prompt_tokens`. A chunk has at least `min_chunk_tokens`, whatever the goal. A row gets
+    `short_prompt_tokens`. A chunk has at least `min_chunk_tokens`, whatever the goal; of longer
+    prompts beside decoding rows a step takes at most `first_chunk_tokens` at first. A row gets
     room for `lookahead_tokens` of its answer when it joins.
     """
 
@@ -32,6 +33,7 @@ class SchedulerLimits:
     short_prompt_tokens: int = 256
     short_prompt_factor: float = 1.5
     min_chunk_tokens: int = 4
+    first_chunk_tokens: int = 16
     lookahead_tokens: int = 256
 
     def __post_init__(self) -> None:

@@ -22,8 +22,11 @@ def _prompts(*sizes: int) -> list[Request]:
     return requests
 
 
+UNBOUNDED = 10**9
+
+
 def _shares(limits: SchedulerLimits, decode: StepFeatures, *sizes: int) -> dict[str, int]:
-    plan = PrefillPlan(limits, CostModel(COSTS), decode)
+    plan = PrefillPlan(limits, CostModel(COSTS), decode, UNBOUNDED)
     return {request.req_id: n for request, n in plan.share_out(_prompts(*sizes))}
 
 
@@ -95,7 +98,9 @@ def test_prompts_for_which_only_crumbs_are_left_wait_for_the_next_step():
 def test_a_higher_priority_comes_before_a_shorter_prompt():
     requests = _prompts(3000, 100, 500)
     requests[2].priority = 1
-    plan = PrefillPlan(SchedulerLimits(max_num_batched_tokens=400), CostModel(COSTS), IDLE)
+    plan = PrefillPlan(
+        SchedulerLimits(max_num_batched_tokens=400), CostModel(COSTS), IDLE, UNBOUNDED
+    )
     shares = plan.share_out([requests[2], requests[0], requests[1]])
     assert [(request.req_id, n) for request, n in shares] == [("r2", 400)]
 
@@ -114,5 +119,17 @@ def test_a_long_context_gets_a_shorter_chunk():
     costs = StepCosts(0.01, 0.001, 0.0, 0.0, 1e-6)
     (request,) = _prompts(5000)
     request.num_computed_tokens = 3000
-    plan = PrefillPlan(SchedulerLimits(itl_goal_s=0.05), CostModel(costs), DECODING)
+    plan = PrefillPlan(SchedulerLimits(itl_goal_s=0.05), CostModel(costs), DECODING, UNBOUNDED)
     assert plan.share_out([request]) == [(request, 10)]
+
+
+def test_a_long_prompt_beside_decoding_rows_starts_small() -> None:
+    plan = PrefillPlan(SchedulerLimits(itl_goal_s=60.0), CostModel(COSTS), DECODING, ramp_tokens=16)
+    [(_, num_tokens)] = plan.share_out(_prompts(3000))
+    assert num_tokens == 16
+
+
+def test_a_short_prompt_beside_decoding_rows_does_not() -> None:
+    plan = PrefillPlan(SchedulerLimits(itl_goal_s=60.0), CostModel(COSTS), DECODING, ramp_tokens=16)
+    [(_, num_tokens)] = plan.share_out(_prompts(128))
+    assert num_tokens == 128
