@@ -1,0 +1,215 @@
+"""Text that is still arriving, read by scripts.
+
+A script is a generator that reads a text from front to back and yields where it needs more of it;
+so a format of nested parts is written down in the order in which its parts come. What a script
+does depends on the text alone, never on how it was cut into pieces.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+Script = Generator[None, None, T]
+Emit = Callable[[str], None]
+
+JSON_OUTSIDE_STRINGS = frozenset(' \t\r\n,:0123456789+-.eEtrufalsn"{}[]')
+
+
+class UnparsableError(Exception):
+    """The text is not what the format says."""
+
+
+class EndOfTextError(UnparsableError):
+    """The text ended where the format goes on."""
+
+
+class Markers:
+    """Strings to look for; none may begin with another of them."""
+
+    __slots__ = ("_first_letters", "_longest", "_pattern", "_texts")
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self._texts = tuple(dict.fromkeys(texts))
+        self._pattern = re.compile("|".join(map(re.escape, self._texts)))
+        self._first_letters = tuple({text[0] for text in self._texts})
+        self._longest = max(map(len, self._texts))
+
+    def search(self, text: str) -> re.Match[str] | None:
+        return self._pattern.search(text)
+
+    def may_be_in(self, text: str) -> bool:
+        return any(letter in text for letter in self._first_letters)
+
+    def beginning_at_end(self, text: str) -> int:
+        """Length of the longest suffix that could go on to be one of them."""
+        for length in range(min(len(text), self._longest - 1), 0, -1):
+            suffix = text[-length:]
+            if any(marker.startswith(suffix) for marker in self._texts):
+                return length
+        return 0
+
+
+class JsonScan:
+    """Finds the end of a JSON value (object, array or string) that comes in pieces. `depth` 1
+    begins within an object. Control characters that a model left bare in a string are noted in
+    `bare`."""
+
+    __slots__ = ("_depth", "_is_escaped", "_is_in_string", "bare")
+
+    def __init__(self, depth: int = 0) -> None:
+        self._depth = depth
+        self._is_in_string = False
+        self._is_escaped = False
+        self.bare: list[int] = []
+
+    def feed(self, piece: str) -> int | None:
+        """Where in the piece the value ends; None where it goes on. Raises UnparsableError."""
+        self.bare = []
+        for place, letter in enumerate(piece):
+            if self._is_in_string:
+                if self._read_in_string(letter, place) and self._depth == 0:
+                    return place + 1
+            elif letter == '"':
+                self._is_in_string = True
+            elif letter in "{[":
+                self._depth += 1
+            elif letter in "}]":
+                self._depth -= 1
+                if self._depth <= 0:
+                    return place + 1
+            elif letter not in JSON_OUTSIDE_STRINGS:
+                raise UnparsableError(f"{letter!r} outside a string")
+        return None
+
+    def _read_in_string(self, letter: str, place: int) -> bool:
+        """True where the string ends."""
+        if self._is_escaped:
+            self._is_escaped = False
+        elif letter == "\\":
+            self._is_escaped = True
+        elif letter == '"':
+            self._is_in_string = False
+            return True
+        elif letter < " ":
+            self.bare.append(place)
+        return False
+
+
+def _escape(piece: str, places: Sequence[int]) -> str:
+    if not places:
+        return piece
+    letters = list(piece)
+    for place in places:
+        if place < len(letters):
+            letters[place] = f"\\u{ord(letters[place]):04x}"
+    return "".join(letters)
+
+
+class Reader:
+    """The text that has come and is not read yet. Its generators are parts of scripts."""
+
+    __slots__ = ("_taken", "is_at_end", "text")
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.is_at_end = False
+        self._taken: list[str] | None = None
+
+    @property
+    def is_exhausted(self) -> bool:
+        return self.is_at_end and not self.text
+
+    def take(self, count: int) -> str:
+        piece, self.text = self.text[:count], self.text[count:]
+        if self._taken is not None:
+            self._taken.append(piece)
+        return piece
+
+    def remember(self, text: str) -> None:
+        """From here on keep what is read; `text` was read just before."""
+        self._taken = [text]
+
+    def recall(self) -> str:
+        """What was read since `remember`, and no more remembering."""
+        taken, self._taken = self._taken, None
+        return "".join(taken or ())
+
+    def more(self) -> Script[None]:
+        """Raises EndOfTextError."""
+        if self.is_at_end:
+            raise EndOfTextError("the text ends too early")
+        yield
+
+    def pass_until(self, markers: Markers, emit: Emit) -> Script[str | None]:
+        """Emit what comes before the first marker, take the marker and return it; None where the
+        text ends without one."""
+        while True:
+            if markers.may_be_in(self.text):
+                found = markers.search(self.text)
+                if found:
+                    emit(self.take(found.start()))
+                    return self.take(len(found[0]))
+                held = 0 if self.is_at_end else markers.beginning_at_end(self.text)
+                if len(self.text) > held:
+                    emit(self.take(len(self.text) - held))
+            elif self.text:
+                emit(self.take(len(self.text)))
+            if self.is_at_end:
+                return None
+            yield
+
+    def until(self, marker: str) -> Script[str]:
+        """The text before a marker, which is taken too. Raises EndOfTextError."""
+        while (place := self.text.find(marker)) < 0:
+            yield from self.more()
+        text = self.take(place)
+        self.take(len(marker))
+        return text
+
+    def skip_space(self) -> Script[None]:
+        """Ends at a letter or at the end of the text."""
+        while True:
+            self.take(len(self.text) - len(self.text.lstrip()))
+            if self.text or self.is_at_end:
+                return
+            yield
+
+    def next_of(self, *options: str) -> Script[str | None]:
+        """Which of them the text goes on with, if any; nothing is taken."""
+        while True:
+            for option in options:
+                if self.text.startswith(option):
+                    return option
+            if self.is_at_end or not any(option.startswith(self.text) for option in options):
+                return None
+            yield
+
+    def accept(self, *options: str) -> Script[str | None]:
+        """The same, and what is found is taken."""
+        found = yield from self.next_of(*options)
+        if found is not None:
+            self.take(len(found))
+        return found
+
+    def expect(self, *options: str) -> Script[str]:
+        """Raises UnparsableError."""
+        found = yield from self.accept(*options)
+        if found is None:
+            raise UnparsableError(f"expected {options[0]}")
+        return found
+
+    def json_value(self, emit: Emit, depth: int = 0) -> Script[str]:
+        """An object, array or string as it comes, valid as far as brackets go."""
+        scan, pieces = JsonScan(depth), []
+        while True:
+            end = scan.feed(self.text)
+            raw = self.take(len(self.text) if end is None else end)
+            pieces.append(_escape(raw, scan.bare))
+            if pieces[-1]:
+                emit(pieces[-1])
+            if end is not None:
+                return "".join(pieces)
+            yield from self.more()
