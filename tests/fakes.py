@@ -33,6 +33,7 @@ from mlx_lm_server.protocol import (
     Ready,
     RequestOutput,
     Shutdown,
+    TokenLogprobs,
     decode_to_engine,
     encode_frame,
 )
@@ -73,6 +74,12 @@ class Seen(msgspec.Struct):
     repetition_penalty: float
     logit_bias: dict[int, float]
     stop_token_ids: tuple[int, ...]
+    min_tokens: int
+    typical_p: float
+    xtc_probability: float
+    xtc_threshold: float
+    logprobs: int | None
+    prompt_logprobs: int | None
 
     @classmethod
     def of(cls, request: AddRequest) -> Seen:
@@ -196,7 +203,9 @@ class FakeEngine:
             reason = "stop"
         elif row.num_said >= request.sampling.max_tokens:
             reason = "length"
-        return RequestOutput(request.req_id, [token], reason)
+        num_top = request.sampling.logprobs
+        scores = None if num_top is None else [_scores(token, num_top)]
+        return RequestOutput(request.req_id, [token], reason, queue_s=0.001, logprobs=scores)
 
     def _suffer(self, output: RequestOutput) -> None:
         row = self.rows.get(output.req_id)
@@ -242,6 +251,12 @@ class FakeEngine:
             messages.append(decode_to_engine(bytes(self.buffer[LENGTH.size : end])))
             del self.buffer[:end]
         return messages
+
+
+def _scores(token: int, num_top: int) -> TokenLogprobs:
+    """The token itself is the likeliest, the ids after it follow."""
+    ids = [token + i for i in range(num_top)]
+    return TokenLogprobs(-0.5, ids, [-0.5 - i for i in range(num_top)])
 
 
 def command(**options: object) -> list[str]:

@@ -75,6 +75,43 @@ class ModelConfig:
         unset="none",
         metavar="JSON",
     )
+    tool_call_parser: Literal[
+        "auto",
+        "none",
+        "hermes",
+        "llama3_json",
+        "mistral",
+        "deepseek",
+        "deepseek_v32",
+        "kimi_k2",
+        "qwen3_coder",
+        "glm",
+        "minimax_m2",
+        "pythonic",
+        "gemma4",
+        "function_gemma",
+        "harmony",
+    ] = option(
+        "auto",
+        "Format of the model's tool calls; `none` leaves them in the text.",
+        why="The chat template shows how the model calls tools.",
+    )
+    reasoning_parser: Literal[
+        "auto",
+        "none",
+        "think",
+        "magistral",
+        "seed",
+        "cohere",
+        "gemma4",
+        "exaone",
+        "granite",
+        "harmony",
+    ] = option(
+        "auto",
+        "Marks around the model's reasoning; `none` leaves it in the text.",
+        why="The chat template shows how the model thinks.",
+    )
 
 
 @dataclass(frozen=True)
@@ -282,6 +319,14 @@ class GenerationConfig:
         120.0,
         "Time without a new token after which a request ends; not the whole answer. 0 = off.",
         why="Long answers live, stuck ones do not.",
+        unit="s",
+        low=0,
+    )
+    keep_alive_s: float = option(
+        15.0,
+        "Time without a first token after which a stream gets a comment, and each time again. "
+        "0 = off.",
+        why="Proxies close a connection that is silent for 30 to 60 s.",
         unit="s",
         low=0,
     )

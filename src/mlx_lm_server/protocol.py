@@ -30,7 +30,9 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like
     `temperature` 0 is greedy. `top_k` 0, `top_p` 1, `min_p` 0 and `repetition_penalty` 1 are off.
     `seed` is a 64-bit unsigned number: the server draws one where the client gave none.
     `stop_token_ids` holds the model's EOS ids too; such a token ends the request, is counted and
-    is sent, and the server leaves it out of the text.
+    is sent, and the server leaves it out of the text. It is not drawn before `min_tokens`.
+    `typical_p` 1 and `xtc_probability` 0 are off. `logprobs` is how many alternatives to name
+    beside each drawn token, `prompt_logprobs` the same for each token of the prompt; None is off.
     """
 
     max_tokens: int
@@ -44,6 +46,12 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like
     repetition_penalty: float = 1.0
     logit_bias: dict[int, float] = {}
     stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    typical_p: float = 1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 # ---- server → engine
@@ -117,14 +125,30 @@ class LoadFailed(Message, frozen=True):
     message: str
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural logarithm of the model's probability of a token, before temperature and penalties,
+    and the likeliest tokens there, the likeliest first."""
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
 class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
-    """New tokens of one request, and its end where `finish_reason` is set."""
+    """New tokens of one request, and its end where `finish_reason` is set.
+
+    `logprobs` has one entry for each token, `prompt_logprobs` one for each prompt token but the
+    first; both only where they were asked for. `queue_s` comes with the first token.
+    """
 
     req_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    queue_s: float = 0.0
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

@@ -82,6 +82,7 @@ def test_a_surrogate_pair_is_a_character(server: RunningServer) -> None:
     assert response.json()["choices"][0]["message"]["content"] == "🥊"
 
 
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 BAD_FIELDS: list[tuple[str, Any]] = [
     ("messages", []),
     ("messages", None),
@@ -161,6 +162,33 @@ BAD_FIELDS: list[tuple[str, Any]] = [
     ("priority", 2**40),
     ("chat_template_kwargs", []),
     ("chat_template_kwargs", "x"),
+    ("n", 0),
+    ("n", 129),
+    ("n", 1.0),
+    ("n", True),
+    ("min_tokens", -1),
+    ("min_tokens", 4097),
+    ("ignore_eos", 1),
+    ("typical_p", 0),
+    ("typical_p", 1.1),
+    ("xtc_probability", 2),
+    ("xtc_threshold", 0.6),
+    ("metadata", {"a": 1}),
+    ("metadata", {str(i): "x" for i in range(17)}),
+    ("timings", "yes"),
+    ("logprobs", 3),
+    ("top_logprobs", 3),
+    ("top_logprobs", 21),
+    ("reasoning_effort", "huge"),
+    ("parallel_tool_calls", "no"),
+    ("tools", {}),
+    ("tools", [{"type": "function"}]),
+    ("tools", [{"type": "retrieval", "function": {"name": "f"}}]),
+    ("tools", [{"type": "function", "function": {"name": "f", "parameters": []}}]),
+    ("tool_choice", "sometimes"),
+    ("messages", [{"role": "user", "content": "x", "tool_calls": [CALL]}]),
+    ("chat_template_kwargs", {"enable_thinking": True}),
+    ("chat_template_kwargs", {"unknown": 1}),
     ("model", 1),
     ("model", ["tiny"]),
 ]
@@ -186,23 +214,21 @@ def test_an_unknown_field_is_named(server: RunningServer, name: str) -> None:
         assert (error["param"], error["code"]) == (name, "unknown_parameter")
 
 
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("tools", [TOOL]),  # the template has none
         ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("response_format", {"type": "json_object"}),
-        ("logprobs", True),
-        ("top_logprobs", 3),
-        ("n", 2),
-        ("n", 1.0),
-        ("n", True),
+        ("best_of", 2),
         ("guided_json", {}),
-        ("ignore_eos", True),
-        ("min_tokens", 5),
         ("reasoning_effort", "low"),
+        ("prompt_logprobs", 1),
         ("store", True),
-        ("metadata", {"a": "b"}),
         ("audio", {}),
         ("cache_salt", "x"),
     ],

@@ -117,7 +117,7 @@ def test_a_prompt_that_is_none_is_a_400_that_names_it(
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("echo", True), ("suffix", "x"), ("logprobs", 0), ("best_of", 2), ("n", 2)],
+    [("suffix", "x"), ("best_of", 2), ("guided_regex", "x"), ("use_beam_search", True)],
 )
 def test_what_comes_later_is_refused_by_name(
     server: RunningServer, name: str, value: object

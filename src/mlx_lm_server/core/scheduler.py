@@ -19,8 +19,9 @@ so a row may be planned on a token that is still on the device (pending). Invari
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
+from types import MappingProxyType
 
 from mlx_lm_server.core.cost_model import CostModel, StepFeatures
 from mlx_lm_server.core.fair_queue import FairQueue
@@ -31,9 +32,11 @@ from mlx_lm_server.core.prefill import PrefillPlan
 from mlx_lm_server.core.request import Request, RequestStatus
 from mlx_lm_server.core.scheduler_limits import SchedulerLimits
 from mlx_lm_server.errors import InvalidRequestError, RequestTooLargeError
-from mlx_lm_server.protocol import EngineStats, FinishReason, RequestOutput
+from mlx_lm_server.protocol import EngineStats, FinishReason, RequestOutput, TokenLogprobs
 
 __all__ = ["Scheduler", "SchedulerLimits"]
+
+NO_LOGPROBS: Mapping[int, TokenLogprobs] = MappingProxyType({})
 
 
 class Scheduler:
@@ -269,30 +272,47 @@ class Scheduler:
     # ---- read a step
 
     def update(
-        self, plan: StepPlan, sampled_tokens: Sequence[int], step_s: float | None, now_s: float
+        self,
+        plan: StepPlan,
+        sampled_tokens: Sequence[int],
+        step_s: float | None,
+        now_s: float,
+        logprobs: Mapping[int, TokenLogprobs] = NO_LOGPROBS,
     ) -> list[RequestOutput]:
         """Take in the tokens of a plan, in the order of its `sampling_rows`. `step_s` is how long
-        the step took, None where that would teach nothing (a first, compiling step)."""
+        the step took, None where that would teach nothing (a first, compiling step). `logprobs`
+        has those of the tokens whose requests asked, by place."""
         if step_s is not None and (plan.decodes or plan.prefills):
             self._cost_model.observe(StepFeatures.of(plan), step_s)
         outputs = []
         sampling = self._in_flight.pop(plan.step)
-        for request, token in zip(sampling, sampled_tokens, strict=True):
+        for place, (request, token) in enumerate(zip(sampling, sampled_tokens, strict=True)):
             request.num_pending_tokens -= 1
             if request.status is not RequestStatus.FINISHED:
-                outputs.append(self._append_token(request, token, now_s))
+                scores = logprobs.get(place) if logprobs else None
+                outputs.append(self._append_token(request, token, now_s, scores))
         return outputs
 
-    def _append_token(self, request: Request, token: int, now_s: float) -> RequestOutput:
+    def _append_token(
+        self, request: Request, token: int, now_s: float, scores: TokenLogprobs | None
+    ) -> RequestOutput:
+        queue_s = 0.0
         if not request.output_ids:
             request.first_token_s = now_s
+            queue_s = (request.admitted_s or now_s) - request.arrival_s
         request.output_ids.append(token)
         self._num_output_tokens += 1
         self._queue.charge(request.client_key, output_tokens=1)
         reason = _finish_reason(request, token)
         if reason is not None:
             self._finish(request, reason)
-        return RequestOutput(req_id=request.req_id, token_ids=[token], finish_reason=reason)
+        return RequestOutput(
+            req_id=request.req_id,
+            token_ids=[token],
+            finish_reason=reason,
+            queue_s=queue_s,
+            logprobs=None if scores is None else [scores],
+        )
 
     # ---- what is going on
 

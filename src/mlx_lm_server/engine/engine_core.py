@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from mlx_lm_server.core.plan import StepPlan
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import Scheduler
 from mlx_lm_server.errors import RequestError
-from mlx_lm_server.protocol import Abort, AddRequest, EngineStats, RequestOutput
+from mlx_lm_server.protocol import Abort, AddRequest, EngineStats, RequestOutput, TokenLogprobs
 
 
 class Runner(Protocol):
@@ -20,6 +20,8 @@ class Runner(Protocol):
     def sample(self) -> None: ...
 
     def read(self) -> list[int]: ...
+
+    def read_logprobs(self) -> Mapping[int, TokenLogprobs]: ...
 
 
 class EngineCore:
@@ -82,4 +84,5 @@ class EngineCore:
         step_s, self._running_since_s = now_s - self._running_since_s, now_s
         if finished is None:
             return []
-        return self._scheduler.update(finished, tokens, step_s, now_s)
+        logprobs = self._runner.read_logprobs()
+        return self._scheduler.update(finished, tokens, step_s, now_s, logprobs)

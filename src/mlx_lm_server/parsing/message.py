@@ -33,6 +33,22 @@ class MessageDelta:
     def __bool__(self) -> bool:
         return bool(self.content or self.reasoning or self.calls or self.warnings)
 
+    def add(self, later: MessageDelta) -> None:
+        self.content += later.content
+        self.reasoning += later.reasoning
+        for call in later.calls:
+            self._add_call(call)
+        self.warnings += later.warnings
+        if later.broken_call is not None:
+            self.broken_call = later.broken_call
+
+    def _add_call(self, call: CallDelta) -> None:
+        """Clients take one piece of each call at a time."""
+        if self.calls and self.calls[-1].index == call.index:
+            self.calls[-1].arguments += call.arguments
+        else:
+            self.calls.append(call)
+
 
 class _Part:
     """Text of one kind, without the white space around it."""

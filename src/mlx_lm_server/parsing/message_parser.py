@@ -55,6 +55,10 @@ class MessageParser:
         return self._out.is_reasoning
 
     @property
+    def knows_reasoning(self) -> bool:
+        return self._answer.is_harmony or self._answer.reasoning is not None
+
+    @property
     def num_calls(self) -> int:
         """Calls that are complete."""
         return self._out.num_ended_calls

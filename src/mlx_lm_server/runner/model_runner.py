@@ -34,9 +34,11 @@ from mlx_lm_server.core.plan import (
     StepPlan,
 )
 from mlx_lm_server.errors import UnsupportedModelError
+from mlx_lm_server.protocol import TokenLogprobs
 from mlx_lm_server.runner.attention import CpuKernel, LayerCache, choose_kernel
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.loader import LoadedModel
+from mlx_lm_server.runner.logprobs import RowScores
 from mlx_lm_server.runner.sampler import RowSampling, Sampler, start_row
 from mlx_lm_server.runner.step_layout import layout_of
 
@@ -53,6 +55,7 @@ class _Forward:
 
     result: mx.array
     rows: tuple[int, ...]
+    scores: RowScores | None = None
 
 
 class ModelRunner:
@@ -71,6 +74,7 @@ class ModelRunner:
         self._last_tokens = mx.zeros((max_batch_size,), mx.int32)
         self._forward: _Forward | None = None
         self._drawn: _Forward | None = None
+        self._scores: dict[int, TokenLogprobs] = {}
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -134,22 +138,34 @@ class ModelRunner:
         if self._drawn is None or not self._drawn.rows:
             return
         logits, rows = self._drawn.result, self._drawn.rows
-        tokens = self._sampler.sample(logits, [self._sampling[row] for row in rows])
+        sampling = [self._sampling[row] for row in rows]
+        wanted = [row.params.logprobs for row in sampling]
+        if any(num is not None for num in wanted):
+            self._drawn.scores = RowScores(logits, wanted)
+        tokens = self._sampler.sample(logits, sampling)
         self._last_tokens[mx.array(rows, mx.int32)] = tokens
         self._drawn.result = tokens
-        mx.async_eval(tokens, self._last_tokens)
+        scores = self._drawn.scores.take(tokens) if self._drawn.scores else ()
+        mx.async_eval(tokens, self._last_tokens, *scores)
 
     def read(self) -> list[int]:
         """Wait for the forward that `sample` took, submit the one that `execute` built, and give
         the tokens in the order of their plan's sampling rows."""
         drawn, self._drawn = self._drawn, None
+        self._scores = {}
         if drawn is not None:
             mx.eval(drawn.result)
+            if drawn.scores is not None:
+                self._scores = drawn.scores.read()
         if self._forward is not None:
             mx.async_eval(self._forward.result)
         if drawn is None or not drawn.rows:
             return []
         return drawn.result.tolist()  # type: ignore[return-value]
+
+    def read_logprobs(self) -> dict[int, TokenLogprobs]:
+        """Of the tokens read last, by their place among them, where they were asked for."""
+        return self._scores
 
     # ---- at start
 

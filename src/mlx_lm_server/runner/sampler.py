@@ -4,7 +4,8 @@ The draw is Gumbel-max (Gumbel 1954; as exponential races: the token with the la
 E ~ Exp(1)) with E hashed from the row's seed, the index of the token in its sequence and the token
 id. So a row's token depends on its own logits and parameters only, never on what shares the batch.
 
-Candidates follow the order of vLLM: logit bias and penalties, temperature, min_p, top_k, top_p.
+Candidates are dropped in this order: logit bias and penalties, temperature, min_p, top_k,
+typical_p, XTC, top_p.
 Top-p needs no sort: the winner of the race over *all* candidates is right if it lies in the
 nucleus, which one sum decides; else nothing less likely than it lies there either, so the race is
 run again among what is more likely. After `_race_rounds` rounds the most likely token is taken,
@@ -23,9 +24,11 @@ import mlx.core as mx
 
 from mlx_lm_server.protocol import SamplingParams
 from mlx_lm_server.runner import fast_math
+from mlx_lm_server.runner.truncation import exclude_top_choices, keep_typical
 
 MASK_64 = (1 << 64) - 1
 RACE_MISS_PROBABILITY = 1e-6
+XTC_SALT = 0x58544358544358
 
 
 @dataclass(slots=True)
@@ -38,6 +41,12 @@ class RowSampling:
     output_counts: mx.array | None = None
     seen: mx.array | None = None
     bias: mx.array | None = None
+    stop_ids: mx.array | None = None  # not to be drawn before index `ends_from`
+    ends_from: int = 0
+
+    @property
+    def may_not_end(self) -> bool:
+        return self.stop_ids is not None and self.next_index < self.ends_from
 
     @property
     def has_penalties(self) -> bool:
@@ -45,7 +54,7 @@ class RowSampling:
 
     @property
     def changes_logits(self) -> bool:
-        return self.has_penalties or self.bias is not None
+        return self.has_penalties or self.bias is not None or self.may_not_end
 
     @property
     def is_greedy(self) -> bool:
@@ -64,6 +73,9 @@ def start_row(
     if params.logit_bias:
         ids = mx.array(list(params.logit_bias), mx.int32)
         row.bias = mx.zeros(vocab_size).at[ids].add(mx.array(list(params.logit_bias.values())))
+    if params.min_tokens and params.stop_token_ids:
+        row.stop_ids = mx.array(list(params.stop_token_ids), mx.int32)
+        row.ends_from = len(prompt_ids) + params.min_tokens
     return row
 
 
@@ -130,6 +142,7 @@ class Sampler:
         if any(params.top_k):
             weights = _keep_top_k(weights, params.top_k)
         keys = [_row_key(row.params.seed, row.next_index) for row in rows]
+        weights = _truncate(weights, params.key, keys)
         race = self._race(
             weights,
             mx.array([[k >> 32] for k in keys], mx.uint32),
@@ -217,6 +230,26 @@ def _keep_top_k(weights: mx.array, top_k: Sequence[int]) -> mx.array:
     return mx.where(is_off | (weights >= floor), weights, 0.0)
 
 
+def _truncate(weights: mx.array, params: Sequence[SamplingParams], keys: Sequence[int]) -> mx.array:
+    """typical_p and XTC, for the rows that ask. Whether XTC applies to a token is hashed from the
+    row's key."""
+    typical = [i for i, p in enumerate(params) if p.typical_p < 1.0]
+    if typical:
+        limits = mx.array([[params[i].typical_p] for i in typical])
+        rows = mx.array(typical, mx.int32)
+        weights[rows] = keep_typical(weights[rows], limits)
+    xtc = [
+        i
+        for i, p in enumerate(params)
+        if p.xtc_probability and _chance(keys[i] ^ XTC_SALT) < p.xtc_probability
+    ]
+    if xtc:
+        limits = mx.array([[params[i].xtc_threshold] for i in xtc])
+        rows = mx.array(xtc, mx.int32)
+        weights[rows] = exclude_top_choices(weights[rows], limits)
+    return weights
+
+
 def _adjust(logits: mx.array, rows: Sequence[RowSampling]) -> mx.array:
     """Penalties and bias, for the rows that have them."""
     for i, row in enumerate(rows):
@@ -237,6 +270,8 @@ def _adjust_row(logits: mx.array, row: RowSampling) -> mx.array:
         logits = logits - params.presence_penalty * mx.minimum(row.output_counts, 1.0)
     if row.bias is not None:
         logits = logits + row.bias
+    if row.may_not_end:
+        logits[row.stop_ids] = -mx.inf
     return logits
 
 
@@ -249,6 +284,10 @@ def _count(row: RowSampling, token: mx.array) -> None:
 def _row_key(seed: int, index: int) -> int:
     """64 bits from seed and token index (SplitMix64, Steele et al. 2014)."""
     return _splitmix(_splitmix(seed & MASK_64) ^ (index * 0x9E3779B97F4A7C15 & MASK_64))
+
+
+def _chance(key: int) -> float:
+    return _splitmix(key) / 2.0**64
 
 
 def _splitmix(x: int) -> int:

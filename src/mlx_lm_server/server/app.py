@@ -13,6 +13,7 @@ from mlx_lm_server.server.health import HealthRoutes
 from mlx_lm_server.server.http_errors import HttpError
 from mlx_lm_server.server.middleware import Auth, BodyLimit, Border
 from mlx_lm_server.server.openai.routes import OpenAIRoutes
+from mlx_lm_server.server.openai.text_routes import TextRoutes
 from mlx_lm_server.server.services import Services
 
 
@@ -34,7 +35,8 @@ class Routes:
     answer errors before the Border sees them."""
 
     def __init__(self, services: Services) -> None:
-        routes = [*HealthRoutes(services).routes(), *OpenAIRoutes(services).routes()]
+        parts = (HealthRoutes(services), OpenAIRoutes(services), TextRoutes(services))
+        routes = [route for part in parts for route in part.routes()]
         self._router = Router(routes, redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

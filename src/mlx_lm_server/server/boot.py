@@ -16,6 +16,7 @@ from mlx_lm_server.server.model_files import (
     resolve_adapter,
     resolve_model,
 )
+from mlx_lm_server.server.model_formats import ModelFormats
 from mlx_lm_server.server.served_model import ModelNames, ServedModel, bounds_of, defaults_of
 from mlx_lm_server.server.services import Services
 from mlx_lm_server.server.supervisor import Limits, Supervisor
@@ -83,6 +84,8 @@ def load_message(config: Config, folder: Path) -> LoadModel:
 def _served_model(
     config: Config, folder: Path, facts: ModelFacts, tokenizer: Tokenizer, ready: Ready
 ) -> ServedModel:
+    template = tokenizer.template.source if tokenizer.has_chat_template else ""
+    formats = ModelFormats.of(config.model, template)
     return ServedModel(
         names=ModelNames.of(config, folder),
         tokenizer=tokenizer,
@@ -90,4 +93,6 @@ def _served_model(
         defaults=defaults_of(config, facts.defaults),
         vocab_size=ready.vocab_size,
         created_s=int(time.time()),
+        formats=formats,
+        marker_ids=tokenizer.special_ids_of(formats.markers()),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -85,9 +86,36 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
             raise ModelError(f"the chat template cannot be compiled: {error}") from error
+        self.source = source
         self._variables = dict(variables)
+        self.takes_argument_objects = self._takes_argument_objects()
 
-    def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
+    def reads(self, name: str) -> bool:
+        """Whether the template mentions a variable."""
+        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+
+    def _takes_argument_objects(self) -> bool:
+        """Whether a call's arguments are to be an object, as most templates have it, or JSON text;
+        tried out with a call."""
+        call = {"type": "function", "function": {"name": "f", "arguments": {"key": "x"}}}
+        messages = [
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": "", "tool_calls": [{"id": "abcdefghi", **call}]},
+        ]
+        try:
+            text = self._template.render(messages=messages, tools=[call], **self._variables)
+        except TEMPLATE_FAULTS:
+            return False
+        return "{'key'" not in text
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """The prompt up to where the assistant speaks. Raises InvalidRequestError."""
         for name in RESERVED_NAMES & variables.keys():
             raise InvalidRequestError(
@@ -95,7 +123,12 @@ class ChatTemplate:
             )
         known = {**self._variables, **variables}
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **known)
+            return self._template.render(
+                messages=messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                **known,
+            )
         except TEMPLATE_FAULTS as error:
             reason = str(error) or type(error).__name__
             raise InvalidRequestError(

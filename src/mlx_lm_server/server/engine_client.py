@@ -27,6 +27,7 @@ from mlx_lm_server.protocol import (
     Message,
     Outputs,
     RequestOutput,
+    TokenLogprobs,
 )
 from mlx_lm_server.server.generate_request import GenerateRequest
 from mlx_lm_server.server.metrics import Metrics
@@ -72,6 +73,8 @@ class OutputStream:
 
     __slots__ = (
         "_mailbox",
+        "_prompt_scores",
+        "_scores",
         "_unread",
         "arrival_s",
         "error",
@@ -84,6 +87,7 @@ class OutputStream:
         "last_token_s",
         "num_cached_tokens",
         "num_prompt_tokens",
+        "queue_s",
         "req_id",
     )
 
@@ -104,6 +108,19 @@ class OutputStream:
         self.is_released = False
         self._mailbox = mailbox
         self._unread: list[int] = []
+        self._scores: list[TokenLogprobs] = []
+        self._prompt_scores: list[TokenLogprobs] = []
+        self.queue_s = 0.0
+
+    @property
+    def has_scores(self) -> bool:
+        return bool(self._scores or self._prompt_scores)
+
+    def read_scores(self) -> tuple[list[TokenLogprobs], list[TokenLogprobs]]:
+        """Logprobs of the tokens read last, and of the prompt, once."""
+        scores, self._scores = self._scores, []
+        prompt_scores, self._prompt_scores = self._prompt_scores, []
+        return scores, prompt_scores
 
     @property
     def num_unread(self) -> int:
@@ -114,6 +131,12 @@ class OutputStream:
         self.last_token_s = now
         if output.num_cached_tokens:
             self.num_cached_tokens = output.num_cached_tokens
+        if output.queue_s:
+            self.queue_s = output.queue_s
+        if output.logprobs is not None:
+            self._scores += output.logprobs
+        if output.prompt_logprobs is not None:
+            self._prompt_scores = output.prompt_logprobs
         if output.finish_reason is not None:
             self.finish_reason = output.finish_reason
             self.is_ended = True

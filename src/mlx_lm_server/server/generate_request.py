@@ -2,35 +2,114 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
-from mlx_lm_server.protocol import FinishReason, SamplingParams
+from mlx_lm_server.parsing.message import MessageDelta
+from mlx_lm_server.parsing.message_parser import AnswerFormat
+from mlx_lm_server.protocol import FinishReason, SamplingParams, TokenLogprobs
+
+AnswerReason = FinishReason | Literal["tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """One sequence to generate; checked against all limits, nothing left to default."""
+    """One sequence to generate; checked against all limits, nothing left to default.
+
+    `answer` says how the text is to be taken apart; None leaves it whole. `marker_ids` are special
+    tokens that are part of the text for that reason. The text begins with `echo`, and holds nothing
+    else where `is_prompt_only`. `is_one_call` ends it after one tool call. `is_copy`: the prompt
+    was counted with another sequence.
+    """
 
     prompt_ids: list[int]
     sampling: SamplingParams
     stop_strings: tuple[str, ...] = ()
     priority: int = 0
     client_key: str = ""
+    answer: AnswerFormat | None = None
+    marker_ids: frozenset[int] = frozenset()
+    is_one_call: bool = False
+    echo: str | None = None
+    is_prompt_only: bool = False
+    is_copy: bool = False
+
+
+@dataclass(slots=True)
+class ScoredToken:
+    """A token and its logprobs; the first token of a prompt has none."""
+
+    token_id: int
+    scores: TokenLogprobs | None
 
 
 @dataclass(slots=True)
 class Delta:
-    """New text of sequence `index`, and its end where `finish_reason` is set."""
+    """New text of sequence `index`, and its end where `finish_reason` is set. `message` has what is
+    not plain text, `tokens` the tokens since the last delta where logprobs were asked for."""
 
     index: int
     text: str
-    finish_reason: FinishReason | None = None
+    finish_reason: AnswerReason | None = None
+    message: MessageDelta | None = None
+    tokens: list[ScoredToken] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        return self.message is None and self.tokens is None
+
+
+@dataclass(slots=True)
+class Answer:
+    """All deltas of one sequence."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: list[list[str]] = field(default_factory=list)  # [id, name, arguments]
+    warnings: list[str] = field(default_factory=list)
+    tokens: list[ScoredToken] = field(default_factory=list)
+    finish_reason: AnswerReason = "error"
+    _texts: list[str] = field(default_factory=list)
+
+    def add(self, delta: Delta) -> None:
+        self._texts.append(delta.text)
+        if delta.message is not None:
+            self._add_message(delta.message)
+        if delta.tokens is not None:
+            self.tokens += delta.tokens
+        if delta.finish_reason is not None:
+            self.finish_reason = delta.finish_reason
+            self.text = "".join(self._texts)
+
+    def _add_message(self, message: MessageDelta) -> None:
+        self.reasoning += message.reasoning
+        self.warnings += message.warnings
+        for call in message.calls:
+            if call.id is not None and call.name is not None:
+                self.calls.append([call.id, call.name, ""])
+            self.calls[-1][2] += call.arguments
+        if message.broken_call is not None:  # its text is content
+            self.calls.pop()
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds from the arrival, and the pace of one HTTP request."""
+
+    queue_s: float
+    ttft_s: float
+    total_s: float
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
 
 
 @dataclass(slots=True)
 class Usage:
-    """Tokens of all sequences of one HTTP request."""
+    """Tokens of all sequences of one HTTP request; `reasoning_tokens` None where the model's
+    reasoning is not told apart."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    reasoning_tokens: int | None = None
+    timings: Timings | None = None

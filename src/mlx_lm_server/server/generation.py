@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 from mlx_lm_server.errors import ServerError
 from mlx_lm_server.protocol import FinishReason
+from mlx_lm_server.server.answer_reader import AnswerReader
 from mlx_lm_server.server.engine_client import EngineClient, Mailbox, OutputStream
-from mlx_lm_server.server.generate_request import Delta, GenerateRequest, Usage
+from mlx_lm_server.server.generate_request import Delta, GenerateRequest, Timings, Usage
 from mlx_lm_server.server.metrics import Metrics
-from mlx_lm_server.server.output_processor import OutputProcessor
 from mlx_lm_server.server.tokenizer import Tokenizer
 
 
@@ -37,11 +37,9 @@ class Generation:
         self._on_done = on_done
         self._mailbox = Mailbox()
         self._streams = client.submit(request_id, requests, self._mailbox, arrival_s)
-        self._processors = [
-            OutputProcessor(
-                tokenizer.detokenizer(), request.stop_strings, request.sampling.stop_token_ids
-            )
-            for request in requests
+        self._requests = requests
+        self._readers = [
+            AnswerReader(index, request, tokenizer) for index, request in enumerate(requests)
         ]
         self._num_open = len(requests)
         self._open = [True] * len(requests)
@@ -71,20 +69,26 @@ class Generation:
             self._close(stream, "abort" if isinstance(error, ClientGoneError) else "error")
             self.close()
             raise
-        text, finish_reason = self._processors[stream.index].push(ids, reason)
-        if finish_reason is not None:
-            self._close(stream, finish_reason)
-            if reason is None:  # a stop string: the engine does not know yet
+        reader = self._readers[stream.index]
+        if stream.has_scores:
+            delta = reader.read_scored(ids, reason, *stream.read_scores())
+        else:
+            delta = reader.read(ids, reason)
+        if delta is None:
+            return
+        deltas.append(delta)
+        if delta.finish_reason is not None:
+            end = delta.finish_reason
+            self._close(stream, "stop" if end == "tool_calls" else end)
+            if reason is None:  # a stop string or a call: the engine does not know yet
                 self._client.release(stream)
-        if text or finish_reason is not None:
-            deltas.append(Delta(stream.index, text, finish_reason))
 
     def _close(self, stream: OutputStream, reason: FinishReason) -> None:
         self._open[stream.index] = False
         self._num_open -= 1
         self.finish_reasons.append(reason)
         stream.is_ended = True
-        self._metrics.observe_end(stream, self._processors[stream.index].num_tokens, reason)
+        self._metrics.observe_end(stream, self._readers[stream.index].num_tokens, reason)
         if self.is_done:
             self._on_done(self)
 
@@ -112,8 +116,35 @@ class Generation:
         )
 
     def usage(self) -> Usage:
+        readers = self._readers
+        tells_reasoning = any(reader.tells_reasoning for reader in readers)
+        counted = [s for s, r in zip(self._streams, self._requests, strict=True) if not r.is_copy]
         return Usage(
-            prompt_tokens=sum(stream.num_prompt_tokens for stream in self._streams),
-            completion_tokens=sum(processor.num_tokens for processor in self._processors),
-            cached_tokens=sum(stream.num_cached_tokens for stream in self._streams),
+            prompt_tokens=sum(stream.num_prompt_tokens for stream in counted),
+            completion_tokens=sum(reader.num_tokens for reader in readers),
+            cached_tokens=sum(stream.num_cached_tokens for stream in counted),
+            reasoning_tokens=sum(r.num_reasoning_tokens for r in readers)
+            if tells_reasoning
+            else None,
         )
+
+    def timings(self) -> Timings:
+        """Of all sequences together, as one client sees them."""
+        streams, usage = self._streams, self.usage()
+        arrival_s = streams[0].arrival_s
+        first_s = min(stream.first_token_s or stream.last_token_s for stream in streams)
+        last_s = max(stream.last_token_s for stream in streams)
+        queue_s = min(stream.queue_s for stream in streams)
+        num_prefilled = usage.prompt_tokens - usage.cached_tokens
+        num_decoded = usage.completion_tokens - len(streams)
+        return Timings(
+            queue_s=queue_s,
+            ttft_s=first_s - arrival_s,
+            total_s=last_s - arrival_s,
+            prefill_tokens_per_s=_pace(num_prefilled, first_s - arrival_s - queue_s),
+            decode_tokens_per_s=_pace(num_decoded, last_s - first_s),
+        )
+
+
+def _pace(num_tokens: int, seconds: float) -> float:
+    return num_tokens / seconds if num_tokens > 0 and seconds > 0 else 0.0

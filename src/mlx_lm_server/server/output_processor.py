@@ -12,18 +12,23 @@ from mlx_lm_server.protocol import FinishReason
 class OutputProcessor:
     """Pure and per sequence. After a finish reason nothing more is taken."""
 
-    __slots__ = ("_detokenizer", "_stop_strings", "_stop_token_ids", "num_tokens")
+    __slots__ = ("_detokenizer", "_min_tokens", "_stop_strings", "_stop_token_ids", "num_tokens")
 
     def __init__(
         self,
         detokenizer: Detokenizer,
         stop_strings: Sequence[str],
         stop_token_ids: Collection[int],
+        min_tokens: int = 0,
     ) -> None:
         self._detokenizer = detokenizer
         self._stop_strings = StopStrings(stop_strings) if stop_strings else None
         self._stop_token_ids = stop_token_ids
+        self._min_tokens = min_tokens
         self.num_tokens = 0
+
+    def is_stop_token(self, token_id: int) -> bool:
+        return token_id in self._stop_token_ids
 
     def push(
         self, ids: Sequence[int], finish_reason: FinishReason | None
@@ -45,7 +50,11 @@ class OutputProcessor:
         num_tokens = self.num_tokens + len(ids)
         for token_id in self._without_stop_token(ids, finish_reason):
             self.num_tokens += 1
-            pieces.append(stops.push(self._detokenizer.push((token_id,))))
+            piece = self._detokenizer.push((token_id,))
+            if self.num_tokens <= self._min_tokens:  # too early to stop
+                pieces.append(piece)
+                continue
+            pieces.append(stops.push(piece))
             if stops.is_stopped:
                 return "".join(pieces), "stop"
         self.num_tokens = num_tokens

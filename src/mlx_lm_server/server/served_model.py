@@ -10,6 +10,7 @@ from mlx_lm_server.config import Config
 from mlx_lm_server.errors import ContextLengthError, ModelUnknownError, RequestTooLargeError
 from mlx_lm_server.protocol import Ready
 from mlx_lm_server.server.model_files import ModelFacts, SamplingDefaults
+from mlx_lm_server.server.model_formats import ModelFormats
 from mlx_lm_server.server.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -113,6 +114,8 @@ class ServedModel:
     defaults: SamplingDefaults
     vocab_size: int
     created_s: int
+    formats: ModelFormats
+    marker_ids: frozenset[int]
 
 
 def bounds_of(config: Config, facts: ModelFacts, ready: Ready) -> Bounds:

@@ -15,12 +15,12 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from mlx_lm_server.errors import ServerError
-from mlx_lm_server.protocol import FinishReason
-from mlx_lm_server.server.generate_request import Delta, Usage
+from mlx_lm_server.server.generate_request import Answer, AnswerReason, Delta, Usage
 from mlx_lm_server.server.generation import ClientGoneError, Generation
 from mlx_lm_server.server.http_errors import describe
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
 START = {
     "type": "http.response.start",
     "status": 200,
@@ -37,7 +37,8 @@ class ChunkWriter(Protocol):
 
     def begin(self, index: int) -> bytes: ...
     def text(self, index: int, text: str) -> bytes: ...
-    def finish(self, index: int, reason: FinishReason) -> bytes: ...
+    def rich(self, delta: Delta) -> bytes: ...
+    def finish(self, index: int, reason: AnswerReason) -> bytes: ...
     def usage(self, usage: Usage) -> bytes: ...
 
 
@@ -59,52 +60,81 @@ async def _watch(receive: Receive, generation: Generation) -> None:
     generation.cancel(ClientGoneError("the client closed its connection"))
 
 
-async def collect(
-    generation: Generation, receive: Receive, num_sequences: int
-) -> list[tuple[str, FinishReason]]:
-    """Text and finish reason of each sequence. Raises what ended the request otherwise."""
-    texts: list[list[str]] = [[] for _ in range(num_sequences)]
-    reasons: list[FinishReason] = ["error"] * num_sequences
+async def collect(generation: Generation, receive: Receive, num_sequences: int) -> list[Answer]:
+    """What each sequence says. Raises what ended the request otherwise."""
+    answers = [Answer() for _ in range(num_sequences)]
     async with cancelled_on_disconnect(receive, generation):
         while not generation.is_done:
             for delta in await generation.next():
-                texts[delta.index].append(delta.text)
-                if delta.finish_reason is not None:
-                    reasons[delta.index] = delta.finish_reason
-    return [("".join(pieces), reason) for pieces, reason in zip(texts, reasons, strict=True)]
+                answers[delta.index].add(delta)
+    return answers
 
 
 class EventStream:
     """An ASGI response. The status waits for the first token, so that an error before it still has
-    a status of its own; an error after it is an event, and the stream ends in order."""
+    a status of its own; an error after it is an event, and the stream ends in order. Where the
+    first token takes longer than `keep_alive_s`, the stream begins with comments instead, so that
+    nobody on the way takes it for dead."""
 
-    def __init__(self, generation: Generation, writer: ChunkWriter) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        writer: ChunkWriter,
+        *,
+        keep_alive_s: float = 0.0,
+        with_timings: bool = False,
+    ) -> None:
         self._generation = generation
         self._writer = writer
+        self._keep_alive_s = keep_alive_s
+        self._with_timings = with_timings
         self._has_begun: set[int] = set()
+        self._is_open = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        generation = self._generation
-        async with cancelled_on_disconnect(receive, generation):
-            deltas = await generation.next()
-            await send({**START})
+        async with cancelled_on_disconnect(receive, self._generation):
             try:
-                while not generation.is_done:
-                    await send(
-                        {
-                            "type": "http.response.body",
-                            "body": self._encode(deltas),
-                            "more_body": True,
-                        }
-                    )
-                    deltas = await generation.next()
-                last = self._encode(deltas) + self._writer.usage(generation.usage())
+                last = await self._stream(send)
             except ClientGoneError:
                 raise
             except ServerError as error:
+                if not self._is_open:
+                    raise
                 _, body = describe(error)
                 last = b"data: " + msgspec.json.encode(body) + b"\n\n"
             await send({"type": "http.response.body", "body": last + DONE})
+
+    async def _stream(self, send: Send) -> bytes:
+        """All events but the last, which are returned."""
+        generation = self._generation
+        deltas = await self._first(send)
+        await self._open(send)
+        while not generation.is_done:
+            body = self._encode(deltas)
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            deltas = await generation.next()
+        usage = generation.usage()
+        if self._with_timings:
+            usage.timings = generation.timings()
+        return self._encode(deltas) + self._writer.usage(usage)
+
+    async def _open(self, send: Send) -> None:
+        if not self._is_open:
+            self._is_open = True
+            await send({**START})
+
+    async def _first(self, send: Send) -> list[Delta]:
+        """The first deltas, and comments until they come."""
+        if not self._keep_alive_s:
+            return await self._generation.next()
+        first = asyncio.ensure_future(self._generation.next())
+        try:
+            while not (await asyncio.wait({first}, timeout=self._keep_alive_s))[0]:
+                await self._open(send)
+                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+            return first.result()
+        finally:
+            first.cancel()
 
     def _encode(self, deltas: Sequence[Delta]) -> bytes:
         writer = self._writer
@@ -113,7 +143,9 @@ class EventStream:
             if delta.index not in self._has_begun:
                 self._has_begun.add(delta.index)
                 chunks.append(writer.begin(delta.index))
-            if delta.text:
+            if not delta.is_plain:
+                chunks.append(writer.rich(delta))
+            elif delta.text:
                 chunks.append(writer.text(delta.index, delta.text))
             if delta.finish_reason is not None:
                 chunks.append(writer.finish(delta.index, delta.finish_reason))

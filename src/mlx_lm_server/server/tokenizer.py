@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from mlx_lm_server.server.model_files import ModelFacts
 MAX_INLINE_CHARS = 8192
 # What rendering a message costs beyond its text, as if it were so much longer.
 CHARS_PER_MESSAGE = 64
+CHARS_PER_TOOL = 512
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -39,14 +41,36 @@ class Tokenizer:
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         added = backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
-        self._byte_table: ByteTable | None = None
-        if isinstance(backend.decoder, ByteLevelDecoder):
-            self._byte_table = ByteTable(backend.id_to_token, self._special_ids)
+        self._is_byte_level = isinstance(backend.decoder, ByteLevelDecoder)
+        self._byte_tables: dict[frozenset[int], ByteTable] = {}
         self._byte_ids = _byte_fallback_ids(backend)
 
     @property
     def has_chat_template(self) -> bool:
         return self._template is not None
+
+    @property
+    def template(self) -> ChatTemplate:
+        """Raises InvalidRequestError."""
+        if self._template is None:
+            raise InvalidRequestError(
+                "the model has no chat template; use /v1/completions, or start with --chat-template"
+            )
+        return self._template
+
+    def special_ids_of(self, texts: Sequence[str]) -> frozenset[int]:
+        """Ids of those of the texts that are special tokens."""
+        found = (self._backend.token_to_id(text) for text in texts)
+        return frozenset(i for i in found if i in self._special_ids)
+
+    def token_of(self, token_id: int) -> str | None:
+        """As the vocabulary writes it."""
+        found: str | None = self._backend.id_to_token(token_id)
+        return found
+
+    def id_of(self, token: str) -> int | None:
+        found: int | None = self._backend.token_to_id(token)
+        return found
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Raises InvalidRequestError for text that is no valid Unicode."""
@@ -60,26 +84,54 @@ class Tokenizer:
         ids: list[int] = encoding.ids
         return ids
 
-    async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]
-    ) -> list[int]:
-        """Prompt ids up to where the assistant speaks. Raises InvalidRequestError."""
-        if self._template is None:
-            raise InvalidRequestError(
-                "the model has no chat template; use /v1/completions, or start with --chat-template"
-            )
+    async def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The prompt, as a rule up to where the assistant speaks. Raises InvalidRequestError."""
+        render = partial(
+            self.template.render,
+            messages,
+            variables,
+            tools,
+            add_generation_prompt=add_generation_prompt,
+        )
         num_chars = sum(CHARS_PER_MESSAGE + len(str(m.get("content"))) for m in messages)
-        if num_chars <= MAX_INLINE_CHARS:
-            text = self._template.render(messages, variables)
-        else:
-            text = await asyncio.to_thread(self._template.render, messages, variables)
-        return await self.encode(text, add_special_tokens=False)
+        num_chars += CHARS_PER_TOOL * len(tools or ())
+        return render() if num_chars <= MAX_INLINE_CHARS else await asyncio.to_thread(render)
 
-    def detokenizer(self) -> Detokenizer:
-        """A fresh one for one sequence; special tokens have no text."""
-        if self._byte_table is not None:
-            return ByteLevelDetokenizer(self._byte_table)
-        return WindowDetokenizer(self._decode, self._special_ids, self._byte_ids, self.vocab_size)
+    def detokenizer(self, visible_ids: frozenset[int] = frozenset()) -> Detokenizer:
+        """A fresh one for one sequence; special tokens have no text, but for `visible_ids`."""
+        hidden_ids = self._special_ids - visible_ids if visible_ids else self._special_ids
+        if self._is_byte_level:
+            return ByteLevelDetokenizer(self._table(visible_ids, hidden_ids))
+        return WindowDetokenizer(self._decode, hidden_ids, self._byte_ids, self.vocab_size)
+
+    def _table(self, visible_ids: frozenset[int], hidden_ids: frozenset[int]) -> ByteTable:
+        table = self._byte_tables.get(visible_ids)
+        if table is None:
+            table = self._byte_tables[visible_ids] = ByteTable(
+                self._backend.id_to_token, hidden_ids
+            )
+        return table
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """What one token stands for, special tokens too; half a character where it is so."""
+        if self._is_byte_level:
+            return self._table(self._special_ids, frozenset())[token_id]
+        token = self._backend.id_to_token(token_id) or ""
+        if token_id in self._byte_ids:
+            return bytes.fromhex(token[3:5])
+        # A leading space belongs to the token, but a decoder drops it at the start of a text.
+        return token.replace("\u2581", " ").encode()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids as they are, special tokens included."""
+        return self._decode([i for i in ids if i < self.vocab_size])
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._backend.decode(ids, skip_special_tokens=False)

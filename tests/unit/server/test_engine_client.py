@@ -49,7 +49,7 @@ class Letters:
 
 
 class LetterTokenizer:
-    def detokenizer(self) -> Letters:
+    def detokenizer(self, visible_ids: frozenset[int] = frozenset()) -> Letters:
         return Letters()
 
 

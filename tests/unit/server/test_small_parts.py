@@ -22,7 +22,7 @@ from mlx_lm_server.server.api_keys import ApiKeys
 from mlx_lm_server.server.health import judge
 from mlx_lm_server.server.http_errors import STATUSES, HttpError, describe, headers_of
 from mlx_lm_server.server.metrics import TTFT_BOUNDS, Histogram
-from mlx_lm_server.server.openai.stream import ChatChunks, CompletionChunks
+from mlx_lm_server.server.openai.stream import ChatChunks, CompletionChunks, Head
 
 
 @given(st.lists(st.text(max_size=20), max_size=8), st.lists(st.integers(1, 9), min_size=1))
@@ -141,6 +141,13 @@ def test_health_without_a_queue_is_not_overloaded_by_nobody() -> None:
     assert status == "ok"
 
 
+class NoTokens:
+    """For chunks that name no tokens."""
+
+    def bytes_of(self, token_id: int) -> bytes:
+        raise AssertionError("nobody asked for logprobs")
+
+
 @pytest.mark.parametrize("kind", [ChatChunks, CompletionChunks])
 @given(text=st.text(), model=st.text())
 def test_a_chunk_is_json_whatever_the_text(
@@ -149,7 +156,7 @@ def test_a_chunk_is_json_whatever_the_text(
     import json
 
     for include_usage in (False, True):
-        chunks = kind("id", 1, model, include_usage=include_usage)
+        chunks = kind(Head("id", 1, model), NoTokens(), include_usage=include_usage)
         [choice] = json.loads(chunks.text(3, text)[6:])["choices"]
         assert choice["index"] == 3
         assert (choice.get("text"), choice.get("delta")) in (

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection
+from dataclasses import replace
+
+import msgspec
 
 from mlx_lm_server.errors import InvalidRequestError
 from mlx_lm_server.protocol import SamplingParams
 from mlx_lm_server.server.generate_request import GenerateRequest
+from mlx_lm_server.server.openai.chat_prompt import chat_prompt
+from mlx_lm_server.server.openai.infill import infill_prompt
 from mlx_lm_server.server.openai.schema import (
-    ChatMessage,
     ChatRequest,
     CompletionRequest,
     Sampling,
@@ -24,35 +28,73 @@ SMALLEST_TOP_P = 1e-6
 async def from_chat(
     request: ChatRequest, model: ServedModel, client_key: str
 ) -> list[GenerateRequest]:
-    """Raises RequestError. An answer is one sequence."""
-    messages = [_for_template(message) for message in request.messages]
-    ids = await model.tokenizer.encode_chat(messages, request.chat_template_kwargs or {})
+    """Raises RequestError. One sequence for each choice."""
+    prompt = chat_prompt(
+        model,
+        request.messages,
+        request.chat_template_kwargs,
+        effort=request.reasoning_effort,
+        tools=request.tools,
+        tool_choice=request.tool_choice,
+    )
+    text = await prompt.render(model)
+    ids = await model.tokenizer.encode(text, add_special_tokens=False)
     wanted = request.max_completion_tokens
     if wanted is None:
         wanted = request.max_tokens
-    return [_generate_request(request, ids, wanted, model, client_key)]
+    answer = model.formats.answer(text, prompt.tools)
+    one = replace(
+        _generate_request(request, ids, wanted, model, client_key),
+        answer=answer,
+        marker_ids=model.marker_ids if answer is not None else frozenset(),
+        is_one_call=request.parallel_tool_calls is False,
+    )
+    return _choices(one, request.num_choices)
 
 
 async def from_completion(
     request: CompletionRequest, model: ServedModel, client_key: str
 ) -> list[GenerateRequest]:
-    """Raises RequestError. Each prompt is one sequence."""
-    found = []
+    """Raises RequestError. One sequence for each choice of each prompt."""
+    found: list[GenerateRequest] = []
     for prompt in request.prompt:
-        if isinstance(prompt, str):
-            prompt = await model.tokenizer.encode(prompt, add_special_tokens=True)
-        else:
-            _check_ids(prompt, model, "prompt")
-        found.append(_generate_request(request, prompt, request.max_tokens, model, client_key))
+        ids = await _prompt_ids(prompt, request.suffix, model)
+        one = _generate_request(request, ids, request.max_tokens or None, model, client_key)
+        if request.echo:
+            text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
+            one = _with_echo(one, text, is_prompt_only=request.max_tokens == 0)
+        found += _choices(one, request.num_choices)
     return found
 
 
-def _for_template(message: ChatMessage) -> dict[str, str]:
-    """What a template sees: only what was given, and `developer` by its older name."""
-    fields: dict[str, str] = message.model_dump(exclude_none=True)
-    if message.role == "developer":
-        fields["role"] = "system"
-    return fields
+async def _prompt_ids(prompt: str | list[int], suffix: str | None, model: ServedModel) -> list[int]:
+    if isinstance(prompt, str):
+        if suffix:
+            return await infill_prompt(prompt, suffix, model.tokenizer)
+        return await model.tokenizer.encode(prompt, add_special_tokens=True)
+    if suffix:
+        raise InvalidRequestError("suffix: only together with a text prompt", param="suffix")
+    check_ids(prompt, model, "prompt")
+    return prompt
+
+
+def _with_echo(one: GenerateRequest, text: str, *, is_prompt_only: bool) -> GenerateRequest:
+    """An echo with logprobs has those of the prompt too. The engine always draws a token; where
+    only the prompt is wanted, it is left out."""
+    sampling = msgspec.structs.replace(one.sampling, prompt_logprobs=one.sampling.logprobs)
+    if is_prompt_only:
+        sampling = msgspec.structs.replace(sampling, max_tokens=1)
+    return replace(one, sampling=sampling, echo=text, is_prompt_only=is_prompt_only)
+
+
+def _choices(one: GenerateRequest, num: int) -> list[GenerateRequest]:
+    """Choice i draws with the seed plus i, so that each can be had again alone."""
+    copies = [one]
+    for i in range(1, num):
+        seed = (one.sampling.seed + i) & MAX_64_BITS
+        sampling = msgspec.structs.replace(one.sampling, seed=seed)
+        copies.append(replace(one, sampling=sampling, is_copy=True))
+    return copies
 
 
 def _generate_request(
@@ -65,6 +107,11 @@ def _generate_request(
     if not prompt_ids:
         raise InvalidRequestError("the prompt is empty", param="prompt")
     max_tokens = model.bounds.max_tokens(len(prompt_ids), wanted)
+    if (request.min_tokens or 0) > max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens: {request.min_tokens} is over max_tokens, which is {max_tokens}",
+            param="min_tokens",
+        )
     return GenerateRequest(
         prompt_ids=prompt_ids,
         sampling=_sampling(request, max_tokens, model),
@@ -76,9 +123,10 @@ def _generate_request(
 
 def _sampling(request: Sampling, max_tokens: int, model: ServedModel) -> SamplingParams:
     stop_token_ids = request.stop_token_ids or []
-    _check_ids(stop_token_ids, model, "stop_token_ids")
-    _check_ids(request.logit_bias or (), model, "logit_bias")
+    check_ids(stop_token_ids, model, "stop_token_ids")
+    check_ids(request.logit_bias or (), model, "logit_bias")
     default = model.defaults
+    eos_ids = () if request.ignore_eos else model.tokenizer.eos_ids
     seed = secrets.randbits(64) if request.seed is None else request.seed & MAX_64_BITS
     return SamplingParams(
         max_tokens=max_tokens,
@@ -91,7 +139,12 @@ def _sampling(request: Sampling, max_tokens: int, model: ServedModel) -> Samplin
         frequency_penalty=request.frequency_penalty or 0.0,
         repetition_penalty=_or(request.repetition_penalty, default.repetition_penalty),
         logit_bias=request.logit_bias or {},
-        stop_token_ids=tuple({*stop_token_ids, *model.tokenizer.eos_ids}),
+        stop_token_ids=tuple({*stop_token_ids, *eos_ids}),
+        min_tokens=request.min_tokens or 0,
+        typical_p=_or(request.typical_p, 1.0),
+        xtc_probability=request.xtc_probability or 0.0,
+        xtc_threshold=_or(request.xtc_threshold, 0.1),
+        logprobs=request.num_logprobs,
     )
 
 
@@ -101,7 +154,8 @@ def _or(value: float | None, default: float | None) -> float:
     return chosen
 
 
-def _check_ids(ids: Collection[int], model: ServedModel, param: str) -> None:
+def check_ids(ids: Collection[int], model: ServedModel, param: str) -> None:
+    """Raises InvalidRequestError for an id that is none of the model's."""
     lowest, highest = min(ids, default=0), max(ids, default=0)
     if lowest < 0 or highest >= model.vocab_size:
         wrong = lowest if lowest < 0 else highest

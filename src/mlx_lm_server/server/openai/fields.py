@@ -1,7 +1,7 @@
 """Fields that clients know and this server does not do.
 
-What would change the answer is refused by name; a value that changes nothing (`n: 1`,
-`logprobs: false`, null) is let through, since clients send such values unasked.
+What would change the answer is refused by name; a value that changes nothing (`best_of: 1`,
+`store: false`, null) is let through, since clients send such values unasked.
 """
 
 from __future__ import annotations
@@ -13,14 +13,7 @@ from mlx_lm_server.errors import InvalidRequestError
 
 # name → values that change nothing; null never does
 COMMON: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "echo": (False,),
-    "min_tokens": (0,),
-    "ignore_eos": (False,),
-    "typical_p": (1, 1.0),
-    "xtc_probability": (0, 0.0),
-    "xtc_threshold": (),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
     "early_stopping": (False,),
@@ -42,22 +35,15 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "request_id": (),
     "return_token_ids": (False,),
     "store": (False,),
-    "metadata": ({},),
     "service_tier": ("auto", "default"),
 }
 CHAT: dict[str, tuple[Any, ...]] = {
     **COMMON,
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
-    "reasoning_effort": (),
     "reasoning": (),
     "thinking_budget": (),
     "verbosity": ("medium",),
@@ -73,12 +59,9 @@ CHAT: dict[str, tuple[Any, ...]] = {
 }
 COMPLETION: dict[str, tuple[Any, ...]] = {
     **COMMON,
-    "suffix": ("",),
-    "logprobs": (),
     "add_special_tokens": (True,),
 }
 MESSAGE: dict[str, tuple[Any, ...]] = {
-    "tool_calls": ([],),
     "function_call": (),
     "refusal": (),
     "audio": (),
@@ -115,5 +98,5 @@ def supported(
 
 
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:
-    """Types count: `logprobs: 0` asks for something, `logprobs: false` does not."""
+    """Types count: 0 may ask for something where false does not."""
     return value is None or any(type(value) is type(one) and value == one for one in neutral)

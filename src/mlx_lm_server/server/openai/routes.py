@@ -23,6 +23,7 @@ from mlx_lm_server.server.openai import adapter, schema
 from mlx_lm_server.server.openai.stream import (
     ChatChunks,
     CompletionChunks,
+    Head,
     chat_response,
     completion_response,
 )
@@ -56,7 +57,7 @@ class OpenAIRoutes:
         return await self._answer(
             http,
             request,
-            num_sequences=1,
+            num_sequences=request.num_choices,
             adapt=lambda key: adapter.from_chat(request, model, key),
             id="chatcmpl-" + secrets.token_hex(16),
         )
@@ -67,7 +68,7 @@ class OpenAIRoutes:
         return await self._answer(
             http,
             request,
-            num_sequences=len(request.prompt),
+            num_sequences=len(request.prompt) * request.num_choices,
             adapt=lambda key: adapter.from_completion(request, model, key),
             id="cmpl-" + secrets.token_hex(16),
         )
@@ -90,15 +91,22 @@ class OpenAIRoutes:
             generation = services.generate(id, sequences, arrival_s)
         log.debug("%s: %d sequences, user=%s", id, num_sequences, request.user)
         is_chat = isinstance(request, schema.ChatRequest)
-        created = int(time.time())
+        head = Head(id, int(time.time()), name, request.metadata)
+        tokenizer = services.model().tokenizer
         if request.stream:
             kind = ChatChunks if is_chat else CompletionChunks
             return EventStream(
-                generation, kind(id, created, name, include_usage=request.wants_usage)
+                generation,
+                kind(head, tokenizer, include_usage=request.wants_usage),
+                keep_alive_s=services.config.generation.keep_alive_s,
+                with_timings=bool(request.timings),
             )
         answers = await collect(generation, http.receive, num_sequences)
+        usage = generation.usage()
+        if request.timings:
+            usage.timings = generation.timings()
         build = chat_response if is_chat else completion_response
-        return json_response(build(id, created, name, answers, generation.usage()))
+        return json_response(build(head, answers, usage, tokenizer))
 
     async def _parse(self, http: Request, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
         """The request that a body holds; a large one leaves the event loop meanwhile."""

@@ -1,28 +1,50 @@
 """Deltas → the bytes of OpenAI's chunks, and the whole responses.
 
-A chunk differs from the next in one string, so everything around it is encoded once per request.
+A chunk of plain text differs from the next in one string, so everything around it is encoded once
+per request; other chunks are put together as objects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from mlx_lm_server.protocol import FinishReason
-from mlx_lm_server.server.generate_request import Usage
+from mlx_lm_server.parsing.message import MessageDelta
+from mlx_lm_server.server.generate_request import Answer, AnswerReason, Delta, Usage
+from mlx_lm_server.server.openai.logprobs import CompletionLogprobs, TokenBytes, chat_logprobs
 
 encode = msgspec.json.encode
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
-    return {
+    found: dict[str, Any] = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
+    if usage.reasoning_tokens is not None:
+        found["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+    if usage.timings is not None:
+        found["timings"] = msgspec.to_builtins(usage.timings)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What all chunks of a response say, or the response itself."""
+
+    id: str
+    created: int
+    model: str
+    metadata: Mapping[str, str] | None = None
+
+    def fields(self, kind: str) -> dict[str, Any]:
+        found = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return found if self.metadata is None else {**found, "metadata": self.metadata}
 
 
 class Chunks:
@@ -34,9 +56,9 @@ class Chunks:
     AFTER_TEXT = b""
     LAST = b""
 
-    def __init__(self, id: str, created: int, model: str, *, include_usage: bool) -> None:
-        head = {"id": id, "object": self.KIND, "created": created, "model": model}
-        self._head = b"data: " + encode(head)[:-1] + b',"choices":['
+    def __init__(self, head: Head, tokenizer: TokenBytes, *, include_usage: bool) -> None:
+        self._head = b"data: " + encode(head.fields(self.KIND))[:-1] + b',"choices":['
+        self._tokenizer = tokenizer
         self._include_usage = include_usage
         # With include_usage every chunk but the last says that it has none.
         self._tail = (b'],"usage":null}' if include_usage else b"]}") + b"\n\n"
@@ -51,11 +73,19 @@ class Chunks:
             self._before_text.append(self._before(len(self._before_text)))
         return self._before_text[index] + encode(text) + self._after_text
 
+    def rich(self, delta: Delta) -> bytes:
+        """Chunks of a delta that is more than text."""
+        raise NotImplementedError
+
+    def _chunk(self, index: int, fields: Mapping[str, Any]) -> bytes:
+        choice = encode({"index": index, **fields, "finish_reason": None})
+        return self._head + choice + self._tail
+
     def begin(self, index: int) -> bytes:
         """The chunk before a sequence's first text; empty where there is none."""
         return b""
 
-    def finish(self, index: int, reason: FinishReason) -> bytes:
+    def finish(self, index: int, reason: AnswerReason) -> bytes:
         choice = b'{"index":%d,' % index + self.LAST + b',"finish_reason":' + encode(reason) + b"}"
         return self._head + choice + self._tail
 
@@ -79,6 +109,13 @@ class ChatChunks(Chunks):
         )
         return self._head + choice + self._tail
 
+    def rich(self, delta: Delta) -> bytes:
+        said = _message_fields(delta.message) if delta.message is not None else {}
+        if delta.text or not said:
+            said["content"] = delta.text
+        scores = chat_logprobs(delta.tokens, self._tokenizer) if delta.tokens else None
+        return self._chunk(delta.index, {"delta": said, "logprobs": scores})
+
 
 class CompletionChunks(Chunks):
     KIND = "text_completion"
@@ -86,42 +123,86 @@ class CompletionChunks(Chunks):
     AFTER_TEXT = b',"logprobs":null'
     LAST = b'"text":"","logprobs":null'
 
+    def __init__(self, head: Head, tokenizer: TokenBytes, *, include_usage: bool) -> None:
+        super().__init__(head, tokenizer, include_usage=include_usage)
+        self._scores: dict[int, CompletionLogprobs] = {}
+
+    def rich(self, delta: Delta) -> bytes:
+        scores = self._scores.setdefault(delta.index, CompletionLogprobs(self._tokenizer))
+        fields = {"text": delta.text, "logprobs": scores.of(delta.tokens or [])}
+        return self._chunk(delta.index, fields)
+
+
+def _message_fields(message: MessageDelta) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if message.reasoning:
+        found["reasoning_content"] = message.reasoning
+    if message.calls:
+        found["tool_calls"] = [
+            {"index": call.index, "function": {"arguments": call.arguments}}
+            if call.id is None
+            else {
+                "index": call.index,
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for call in message.calls
+        ]
+    if message.warnings:
+        found["warning"] = "; ".join(message.warnings)
+    return found
+
 
 def chat_response(
-    id: str, created: int, model: str, sequences: Sequence[tuple[str, FinishReason]], usage: Usage
+    head: Head, answers: Sequence[Answer], usage: Usage, tokenizer: TokenBytes
 ) -> bytes:
     choices = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": text, "refusal": None},
-            "logprobs": None,
-            "finish_reason": reason,
+            "message": _message(answer),
+            "logprobs": chat_logprobs(answer.tokens, tokenizer) if answer.tokens else None,
+            "finish_reason": answer.finish_reason,
         }
-        for index, (text, reason) in enumerate(sequences)
+        for index, answer in enumerate(answers)
     ]
-    return _response(id, "chat.completion", created, model, choices, usage)
+    return _response(head, "chat.completion", choices, usage)
+
+
+def _message(answer: Answer) -> dict[str, Any]:
+    """Content is null where there is nothing but calls or reasoning."""
+    is_empty = not answer.text and bool(answer.calls or answer.reasoning)
+    found: dict[str, Any] = {
+        "role": "assistant",
+        "content": None if is_empty else answer.text,
+        "refusal": None,
+    }
+    if answer.reasoning:
+        found["reasoning_content"] = answer.reasoning
+    if answer.calls:
+        found["tool_calls"] = [
+            {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+            for id, name, arguments in answer.calls
+        ]
+    if answer.warnings:
+        found["warning"] = "; ".join(answer.warnings)
+    return found
 
 
 def completion_response(
-    id: str, created: int, model: str, sequences: Sequence[tuple[str, FinishReason]], usage: Usage
+    head: Head, answers: Sequence[Answer], usage: Usage, tokenizer: TokenBytes
 ) -> bytes:
     choices = [
-        {"index": index, "text": text, "logprobs": None, "finish_reason": reason}
-        for index, (text, reason) in enumerate(sequences)
-    ]
-    return _response(id, "text_completion", created, model, choices, usage)
-
-
-def _response(
-    id: str, kind: str, created: int, model: str, choices: Sequence[Any], usage: Usage
-) -> bytes:
-    return encode(
         {
-            "id": id,
-            "object": kind,
-            "created": created,
-            "model": model,
-            "choices": choices,
-            "usage": usage_object(usage),
+            "index": index,
+            "text": answer.text,
+            "logprobs": CompletionLogprobs(tokenizer).of(answer.tokens) if answer.tokens else None,
+            "finish_reason": answer.finish_reason,
         }
-    )
+        for index, answer in enumerate(answers)
+    ]
+    return _response(head, "text_completion", choices, usage)
+
+
+def _response(head: Head, kind: str, choices: Sequence[Any], usage: Usage) -> bytes:
+    return encode({**head.fields(kind), "choices": choices, "usage": usage_object(usage)})

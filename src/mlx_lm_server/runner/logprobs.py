@@ -1,0 +1,55 @@
+"""Logprobs of drawn tokens, for the rows that asked for them.
+
+They are the model's own: of the logits before penalties, bias and temperature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mlx_lm_server.protocol import TokenLogprobs
+
+
+class RowScores:
+    """Of one step. Made before the draw, since the draw may change the logits."""
+
+    def __init__(self, logits: mx.array, wanted: Sequence[int | None]) -> None:
+        """`logits` is `[n, vocab]`; `wanted[i]` how many alternatives row i names, None for no
+        logprobs at all."""
+        self._rows = [i for i, num in enumerate(wanted) if num is not None]
+        self._num_top = [num for num in wanted if num is not None]
+        picked = logits
+        if len(self._rows) < len(wanted):
+            picked = logits[mx.array(self._rows, mx.int32)]
+        self._logits = picked.astype(mx.float32)
+        self._arrays: list[mx.array] = []
+
+    def take(self, tokens: mx.array) -> list[mx.array]:
+        """Score the drawn tokens `[n]`; the arrays to be computed."""
+        drawn = tokens[mx.array(self._rows, mx.int32)][:, None]
+        self._arrays = list(score(self._logits, drawn, max(self._num_top)))
+        return self._arrays
+
+    def read(self) -> dict[int, TokenLogprobs]:
+        """By row; waits for the arrays."""
+        own, ids, tops = (cast(list[Any], array.tolist()) for array in self._arrays)
+        found = zip(self._rows, self._num_top, own, ids, tops, strict=True)
+        return {row: TokenLogprobs(o[0], i[:num], t[:num]) for row, num, o, i, t in found}
+
+
+def score(logits: mx.array, tokens: mx.array, num_top: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Logits `[n, vocab]` and tokens `[n, 1]` → logprobs `[n, 1]`, and ids and logprobs
+    `[n, num_top]` of the likeliest tokens, the likeliest first."""
+    total = mx.logsumexp(logits, axis=-1, keepdims=True)
+    own = mx.take_along_axis(logits, tokens, axis=-1) - total
+    if num_top == 0:
+        empty = mx.zeros((logits.shape[0], 0))
+        return own, empty.astype(mx.int32), empty
+    ids = mx.argpartition(-logits, num_top - 1, axis=-1)[:, :num_top]
+    values = mx.take_along_axis(logits, ids, axis=-1)
+    order = mx.argsort(-values, axis=-1)
+    ids = mx.take_along_axis(ids, order, axis=-1)
+    return own, ids, mx.take_along_axis(values, order, axis=-1) - total

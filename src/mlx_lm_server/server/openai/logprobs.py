@@ -1,0 +1,76 @@
+"""Scored tokens → OpenAI's two forms of logprobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from mlx_lm_server.server.generate_request import ScoredToken
+
+
+class TokenBytes(Protocol):
+    """The tokenizer, as far as it is needed here."""
+
+    def bytes_of(self, token_id: int) -> bytes: ...
+
+
+# JSON has no minus infinity; OpenAI writes this for tokens that cannot come.
+LOWEST = -9999.0
+
+
+def chat_logprobs(tokens: Iterable[ScoredToken], tokenizer: TokenBytes) -> dict[str, Any]:
+    found = []
+    for token in tokens:
+        if token.scores is None:
+            continue
+        top = zip(token.scores.top_ids, token.scores.top_logprobs, strict=True)
+        one = _entry(token.token_id, token.scores.logprob, tokenizer)
+        one["top_logprobs"] = [_entry(i, logprob, tokenizer) for i, logprob in top]
+        found.append(one)
+    return {"content": found, "refusal": None}
+
+
+def _entry(token_id: int, logprob: float, tokenizer: TokenBytes) -> dict[str, Any]:
+    raw = tokenizer.bytes_of(token_id)
+    text = raw.decode("utf-8", "replace")
+    return {"token": text, "logprob": max(logprob, LOWEST), "bytes": list(raw)}
+
+
+class CompletionLogprobs:
+    """Of one choice; offsets count on from one chunk to the next."""
+
+    def __init__(self, tokenizer: TokenBytes) -> None:
+        self._tokenizer = tokenizer
+        self._offset = 0
+
+    def of(self, tokens: Iterable[ScoredToken]) -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
+        for token in tokens:
+            text = self._text(token.token_id)
+            found["tokens"].append(text)
+            found["text_offset"].append(self._offset)
+            self._offset += len(text)
+            scores = token.scores
+            if scores is None:
+                found["token_logprobs"].append(None)
+                found["top_logprobs"].append(None)
+                continue
+            found["token_logprobs"].append(max(scores.logprob, LOWEST))
+            top = zip(scores.top_ids, scores.top_logprobs, strict=True)
+            found["top_logprobs"].append(
+                {self._text(i): max(logprob, LOWEST) for i, logprob in reversed(list(top))}
+            )
+        return found
+
+    def _text(self, token_id: int) -> str:
+        """Half a character is written in hexadecimal, as OpenAI does, so that no two are alike."""
+        raw = self._tokenizer.bytes_of(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

@@ -1,0 +1,89 @@
+"""What a model's tokenizer and template do, as endpoints of their own: vLLM's and llama.cpp's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from mlx_lm_server.server.json_body import parse_object
+from mlx_lm_server.server.middleware import read_body
+from mlx_lm_server.server.openai import text_schema
+from mlx_lm_server.server.openai.adapter import check_ids
+from mlx_lm_server.server.openai.chat_prompt import ChatPrompt, chat_prompt
+from mlx_lm_server.server.served_model import ServedModel
+from mlx_lm_server.server.services import Services
+
+
+class TextRoutes:
+    """Stateless; nothing here reaches the engine."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    def routes(self) -> list[BaseRoute]:
+        return [
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/apply-template", self.apply_template, methods=["POST"]),
+        ]
+
+    async def tokenize(self, http: Request) -> Response:
+        request = text_schema.parse_tokenize(await _body(http))
+        model = self._model(request.model)
+        if request.messages is not None:
+            text = await _prompt_of(request, model).render(
+                model, add_generation_prompt=request.add_generation_prompt
+            )
+        else:
+            text = request.text
+        ids = await model.tokenizer.encode(text, add_special_tokens=request.adds_special_tokens)
+        found: dict[str, Any] = {
+            "count": len(ids),
+            "max_model_len": model.bounds.context_tokens,
+            "tokens": ids,
+        }
+        if request.return_token_strs:
+            found["token_strs"] = [model.tokenizer.token_of(i) for i in ids]
+        return _json(found)
+
+    async def detokenize(self, http: Request) -> Response:
+        request = text_schema.parse_detokenize(await _body(http))
+        model = self._model(request.model)
+        check_ids(request.tokens, model, "tokens")
+        text = model.tokenizer.decode(request.tokens)
+        return _json({"prompt": text, "content": text})
+
+    async def apply_template(self, http: Request) -> Response:
+        request = text_schema.parse_apply_template(await _body(http))
+        model = self._model(request.model)
+        text = await _prompt_of(request, model).render(
+            model, add_generation_prompt=request.add_generation_prompt
+        )
+        return _json({"prompt": text})
+
+    def _model(self, name: str | None) -> ServedModel:
+        model = self._services.model()
+        model.names.resolve(name)
+        return model
+
+
+def _prompt_of(request: text_schema.Rendering, model: ServedModel) -> ChatPrompt:
+    return chat_prompt(
+        model,
+        request.messages or (),
+        request.chat_template_kwargs,
+        effort=request.reasoning_effort,
+        tools=request.tools,
+    )
+
+
+async def _body(http: Request) -> dict[str, Any]:
+    return parse_object(await read_body(http.receive))
+
+
+def _json(found: dict[str, Any]) -> Response:
+    return Response(msgspec.json.encode(found), media_type="application/json")
