@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlx_lm_server.protocol import SamplingParams
+from mlx_lm_server.protocol import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +115,12 @@ class StepPlan:
     @property
     def sampling_rows(self) -> tuple[int, ...]:
         return tuple(d.row for d in self.decodes) + tuple(p.row for p in self.prefills if p.samples)
+
+
+@dataclass(frozen=True, slots=True)
+class RowLogprobs:
+    """What a row that asked for logprobs gets with a token: the token's, and with its first token
+    those of its prompt from the second token on."""
+
+    token: TokenLogprobs | None
+    prompt: list[TokenLogprobs] | None = None

@@ -27,16 +27,16 @@ from mlx_lm_server.core.cost_model import CostModel, StepFeatures
 from mlx_lm_server.core.fair_queue import FairQueue
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.memory_ledger import request_arithmetic
-from mlx_lm_server.core.plan import DecodeRow, JoinedRow, PrefillChunk, StepPlan
+from mlx_lm_server.core.plan import DecodeRow, JoinedRow, PrefillChunk, RowLogprobs, StepPlan
 from mlx_lm_server.core.prefill import PrefillPlan
 from mlx_lm_server.core.request import Request, RequestStatus
 from mlx_lm_server.core.scheduler_limits import SchedulerLimits
 from mlx_lm_server.errors import InvalidRequestError, RequestTooLargeError
-from mlx_lm_server.protocol import EngineStats, FinishReason, RequestOutput, TokenLogprobs
+from mlx_lm_server.protocol import EngineStats, FinishReason, RequestOutput
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
-NO_LOGPROBS: Mapping[int, TokenLogprobs] = MappingProxyType({})
+NO_LOGPROBS: Mapping[int, RowLogprobs] = MappingProxyType({})
 
 
 class Scheduler:
@@ -277,7 +277,7 @@ class Scheduler:
         sampled_tokens: Sequence[int],
         step_s: float | None,
         now_s: float,
-        logprobs: Mapping[int, TokenLogprobs] = NO_LOGPROBS,
+        logprobs: Mapping[int, RowLogprobs] = NO_LOGPROBS,
     ) -> list[RequestOutput]:
         """Take in the tokens of a plan, in the order of its `sampling_rows`. `step_s` is how long
         the step took, None where that would teach nothing (a first, compiling step). `logprobs`
@@ -294,7 +294,7 @@ class Scheduler:
         return outputs
 
     def _append_token(
-        self, request: Request, token: int, now_s: float, scores: TokenLogprobs | None
+        self, request: Request, token: int, now_s: float, scores: RowLogprobs | None
     ) -> RequestOutput:
         queue_s = 0.0
         if not request.output_ids:
@@ -311,7 +311,8 @@ class Scheduler:
             token_ids=[token],
             finish_reason=reason,
             queue_s=queue_s,
-            logprobs=None if scores is None else [scores],
+            logprobs=None if scores is None or scores.token is None else [scores.token],
+            prompt_logprobs=None if scores is None else scores.prompt,
         )
 
     # ---- what is going on

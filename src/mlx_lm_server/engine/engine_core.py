@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
-from mlx_lm_server.core.plan import StepPlan
+from mlx_lm_server.core.plan import RowLogprobs, StepPlan
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import Scheduler
 from mlx_lm_server.errors import RequestError
-from mlx_lm_server.protocol import Abort, AddRequest, EngineStats, RequestOutput, TokenLogprobs
+from mlx_lm_server.protocol import Abort, AddRequest, EngineStats, RequestOutput
 
 
 class Runner(Protocol):
@@ -21,7 +21,7 @@ class Runner(Protocol):
 
     def read(self) -> list[int]: ...
 
-    def read_logprobs(self) -> Mapping[int, TokenLogprobs]: ...
+    def read_logprobs(self) -> Mapping[int, RowLogprobs]: ...
 
 
 class EngineCore:

@@ -1,16 +1,18 @@
-"""Logprobs of drawn tokens, for the rows that asked for them.
+"""Logprobs of drawn tokens and of prompts, for the rows that asked for them.
 
 They are the model's own: of the logits before penalties, bias and temperature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
 
 from mlx_lm_server.protocol import TokenLogprobs
+
+HEAD_TOKENS = 64
 
 
 class RowScores:
@@ -38,6 +40,43 @@ class RowScores:
         own, ids, tops = (cast(list[Any], array.tolist()) for array in self._arrays)
         found = zip(self._rows, self._num_top, own, ids, tops, strict=True)
         return {row: TokenLogprobs(o[0], i[:num], t[:num]) for row, num, o, i, t in found}
+
+
+class PromptScores:
+    """Of the prompt of one row, chunk by chunk. The head is computed in pieces, since a chunk's
+    logits would be larger than everything else."""
+
+    def __init__(self, prompt_ids: Sequence[int], num_top: int) -> None:
+        self._prompt_ids = tuple(prompt_ids)
+        self._num_top = num_top
+        self._pending: list[tuple[mx.array, ...]] = []
+        self._found: list[TokenLogprobs] = []
+
+    def take(
+        self, hidden: mx.array, start: int, head: Callable[[mx.array], mx.array]
+    ) -> list[mx.array]:
+        """Hidden states `[n, 1, dim]` of the prompt's tokens from `start` on, each of which
+        foretells the next one; the arrays to be computed."""
+        last = min(start + hidden.shape[0], len(self._prompt_ids) - 1)
+        for first in range(start, last, HEAD_TOKENS):
+            following = self._prompt_ids[first + 1 : min(first + HEAD_TOKENS, last) + 1]
+            place = first - start
+            logits = head(hidden[place : place + len(following), 0]).astype(mx.float32)
+            tokens = mx.array(following, mx.int32)[:, None]
+            self._pending.append(score(logits, tokens, self._num_top))
+        return [array for piece in self._pending for array in piece]
+
+    def settle(self) -> None:
+        """The arrays taken so far are computed."""
+        for piece in self._pending:
+            own, ids, tops = (cast(list[Any], array.tolist()) for array in piece)
+            self._found += [
+                TokenLogprobs(o[0], i, t) for o, i, t in zip(own, ids, tops, strict=True)
+            ]
+        self._pending = []
+
+    def read(self) -> list[TokenLogprobs]:
+        return self._found
 
 
 def score(logits: mx.array, tokens: mx.array, num_top: int) -> tuple[mx.array, mx.array, mx.array]:

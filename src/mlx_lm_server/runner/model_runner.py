@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 
@@ -31,14 +31,14 @@ from mlx_lm_server.core.plan import (
     DropSlab,
     JoinedRow,
     PrefillChunk,
+    RowLogprobs,
     StepPlan,
 )
 from mlx_lm_server.errors import UnsupportedModelError
-from mlx_lm_server.protocol import TokenLogprobs
 from mlx_lm_server.runner.attention import CpuKernel, LayerCache, choose_kernel
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.loader import LoadedModel
-from mlx_lm_server.runner.logprobs import RowScores
+from mlx_lm_server.runner.logprobs import PromptScores, RowScores
 from mlx_lm_server.runner.sampler import RowSampling, Sampler, start_row
 from mlx_lm_server.runner.step_layout import layout_of
 
@@ -56,6 +56,9 @@ class _Forward:
     result: mx.array
     rows: tuple[int, ...]
     scores: RowScores | None = None
+    prompts: list[PromptScores] = field(default_factory=list)
+    beside: list[mx.array] = field(default_factory=list)  # computed with the forward
+    told: dict[int, PromptScores] = field(default_factory=dict)  # by place among `rows`
 
 
 class ModelRunner:
@@ -74,7 +77,7 @@ class ModelRunner:
         self._last_tokens = mx.zeros((max_batch_size,), mx.int32)
         self._forward: _Forward | None = None
         self._drawn: _Forward | None = None
-        self._scores: dict[int, TokenLogprobs] = {}
+        self._scores: dict[int, RowLogprobs] = {}
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -104,13 +107,28 @@ class ModelRunner:
         )
 
     def _build(self, plan: StepPlan) -> _Forward:
-        result = self._hidden(plan, self._input_ids(plan))
+        hidden = result = self._hidden(plan, self._input_ids(plan))
         picked = _sampling_positions(plan)
         if 0 < len(picked) < result.shape[0]:
             result = result[mx.array(picked, mx.int32)]
         if picked:
             result = self._loaded.head(result[:, 0])
-        return _Forward(result, plan.sampling_rows)
+        forward = _Forward(result, plan.sampling_rows)
+        self._score_prompts(plan, hidden, forward)
+        return forward
+
+    def _score_prompts(self, plan: StepPlan, hidden: mx.array, forward: _Forward) -> None:
+        """For the chunks of rows that want the logprobs of their prompt."""
+        end = len(plan.decodes)
+        for chunk in plan.prefills:
+            begin, end = end, end + len(chunk.token_ids)
+            scores = self._sampling[chunk.row].prompt_scores
+            if scores is None:
+                continue
+            forward.beside += scores.take(hidden[begin:end], chunk.start, self._loaded.head)
+            forward.prompts.append(scores)
+            if chunk.samples:
+                forward.told[plan.sampling_rows.index(chunk.row)] = scores
 
     def _hidden(self, plan: StepPlan, ids: mx.array) -> mx.array:
         """Hidden states of the packed tokens, `[T, 1, hidden]`."""
@@ -154,17 +172,16 @@ class ModelRunner:
         drawn, self._drawn = self._drawn, None
         self._scores = {}
         if drawn is not None:
-            mx.eval(drawn.result)
-            if drawn.scores is not None:
-                self._scores = drawn.scores.read()
+            mx.eval(drawn.result, *drawn.beside)
+            self._scores = _read_scores(drawn)
         if self._forward is not None:
-            mx.async_eval(self._forward.result)
+            mx.async_eval(self._forward.result, *self._forward.beside)
         if drawn is None or not drawn.rows:
             return []
         return drawn.result.tolist()  # type: ignore[return-value]
 
-    def read_logprobs(self) -> dict[int, TokenLogprobs]:
-        """Of the tokens read last, by their place among them, where they were asked for."""
+    def read_logprobs(self) -> dict[int, RowLogprobs]:
+        """With the tokens read last, by their place among them, where they were asked for."""
         return self._scores
 
     # ---- at start
@@ -279,6 +296,17 @@ def _decode(slot: int, position: int) -> DecodeRow:
 
 def _chunk(slot: int, start: int, ids: Sequence[int]) -> PrefillChunk:
     return PrefillChunk(slot, PROBE_SLAB, slot, start, tuple(ids), samples=True)
+
+
+def _read_scores(drawn: _Forward) -> dict[int, RowLogprobs]:
+    for prompt in drawn.prompts:
+        prompt.settle()
+    tokens = drawn.scores.read() if drawn.scores is not None else {}
+    prompts = {place: scores.read() for place, scores in drawn.told.items()}
+    return {
+        place: RowLogprobs(tokens.get(place), prompts.get(place))
+        for place in tokens.keys() | prompts.keys()
+    }
 
 
 def _sampling_positions(plan: StepPlan) -> list[int]:

@@ -24,6 +24,7 @@ import mlx.core as mx
 
 from mlx_lm_server.protocol import SamplingParams
 from mlx_lm_server.runner import fast_math
+from mlx_lm_server.runner.logprobs import PromptScores
 from mlx_lm_server.runner.truncation import exclude_top_choices, keep_typical
 
 MASK_64 = (1 << 64) - 1
@@ -43,6 +44,7 @@ class RowSampling:
     bias: mx.array | None = None
     stop_ids: mx.array | None = None  # not to be drawn before index `ends_from`
     ends_from: int = 0
+    prompt_scores: PromptScores | None = None
 
     @property
     def may_not_end(self) -> bool:
@@ -76,6 +78,8 @@ def start_row(
     if params.min_tokens and params.stop_token_ids:
         row.stop_ids = mx.array(list(params.stop_token_ids), mx.int32)
         row.ends_from = len(prompt_ids) + params.min_tokens
+    if params.prompt_logprobs is not None and not output_ids:
+        row.prompt_scores = PromptScores(prompt_ids, params.prompt_logprobs)
     return row
 
 

@@ -1,0 +1,107 @@
+"""Logprobs are those of mlx-lm's own forward, whoever shares the batch, chunked or whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import msgspec
+import numpy as np
+import pytest
+
+from mlx_lm_server.protocol import AddRequest, RequestOutput, SamplingParams, TokenLogprobs
+from tests.mlx.driver import EngineDriver, random_prompts
+from tests.mlx.tiny_models import VOCAB_SIZE, write_model
+
+GREEDY = SamplingParams(max_tokens=6, seed=0, temperature=0.0, logprobs=3)
+
+
+class ScoreDriver(EngineDriver):
+    """Keeps the outputs too."""
+
+    outputs: dict[str, list[RequestOutput]]
+
+    def submit(self, req_id: str, prompt: list[int], sampling: SamplingParams) -> None:
+        self.outputs = getattr(self, "outputs", {})
+        self.tokens[req_id] = []
+        self._collect(self.core.handle([AddRequest(req_id, prompt, sampling)]))
+
+    def _collect(self, outputs: list[RequestOutput]) -> None:  # type: ignore[override]
+        super()._collect(outputs)
+        for output in outputs:
+            self.outputs.setdefault(output.req_id, []).append(output)
+
+    def scores(self, req_id: str) -> list[TokenLogprobs]:
+        return [s for output in self.outputs[req_id] for s in output.logprobs or ()]
+
+    def prompt_scores(self, req_id: str) -> list[TokenLogprobs]:
+        [found] = [o.prompt_logprobs for o in self.outputs[req_id] if o.prompt_logprobs is not None]
+        return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("qwen3", tmp_path_factory.mktemp("logprobs") / "qwen3")
+
+
+def reference(folder: Path, ids: list[int]) -> np.ndarray:
+    """`[len(ids), vocab]` logprobs of mlx-lm's model."""
+    from mlx_lm.utils import load_model
+
+    model, _ = load_model(folder)
+    logits = model(mx.array([ids]))[0].astype(mx.float32)
+    return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+
+def check(found: list[TokenLogprobs], expected: np.ndarray, tokens: list[int], top: int) -> None:
+    assert len(found) == len(tokens)
+    for one, row, token in zip(found, expected, tokens, strict=True):
+        assert one.logprob == pytest.approx(float(row[token]), abs=1e-3)
+        assert len(one.top_ids) == len(one.top_logprobs) == top
+        assert one.top_logprobs == pytest.approx(sorted(row, reverse=True)[:top], abs=1e-3)
+        assert one.top_logprobs == pytest.approx([float(row[i]) for i in one.top_ids], abs=1e-3)
+
+
+def test_rows_that_ask_get_those_of_the_model_and_others_get_none(folder: Path) -> None:
+    driver = ScoreDriver(folder)
+    prompts = random_prompts(1, [5, 40, 17, 3], VOCAB_SIZE)
+    wanted = [3, None, 0, 20]
+    for i, (prompt, num) in enumerate(zip(prompts, wanted, strict=True)):
+        driver.submit(str(i), prompt, msgspec.structs.replace(GREEDY, logprobs=num))
+    driver.finish()
+    for i, (prompt, num) in enumerate(zip(prompts, wanted, strict=True)):
+        tokens = driver.tokens[str(i)]
+        if num is None:
+            assert driver.scores(str(i)) == []
+            continue
+        rows = reference(folder, prompt + tokens)[len(prompt) - 1 : -1]
+        check(driver.scores(str(i)), rows, tokens, num)
+
+
+def test_they_are_of_the_model_before_temperature_and_penalties(folder: Path) -> None:
+    driver = ScoreDriver(folder)
+    [prompt] = random_prompts(2, [9], VOCAB_SIZE)
+    sampling = SamplingParams(
+        max_tokens=8, seed=5, temperature=1.7, logit_bias={7: 9.0}, frequency_penalty=1.5,
+        top_k=50, logprobs=2,
+    )  # fmt: skip
+    driver.submit("a", prompt, sampling)
+    driver.finish()
+    rows = reference(folder, prompt + driver.tokens["a"])[len(prompt) - 1 : -1]
+    check(driver.scores("a"), rows, driver.tokens["a"], 2)
+
+
+@pytest.mark.parametrize("prefill_step_size", [None, 7, 64])
+def test_those_of_a_prompt(folder: Path, prefill_step_size: int | None) -> None:
+    driver = ScoreDriver(folder, prefill_step_size=prefill_step_size)
+    prompts = random_prompts(3, [150, 30, 1], VOCAB_SIZE)
+    sampling = msgspec.structs.replace(GREEDY, prompt_logprobs=2, max_tokens=1)
+    plain = msgspec.structs.replace(GREEDY, logprobs=None)
+    for i, prompt in enumerate(prompts):
+        driver.submit(str(i), prompt, sampling)
+    driver.submit("plain", prompts[0], plain)
+    driver.finish()
+    for i, prompt in enumerate(prompts):
+        rows = reference(folder, prompt)[:-1]
+        check(driver.prompt_scores(str(i)), rows, prompt[1:], 2)
+    assert all(o.prompt_logprobs is None for o in driver.outputs["plain"])
