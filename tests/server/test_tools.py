@@ -175,12 +175,28 @@ def test_a_flag_names_the_format(start: Any, flag: str, text: str, content: str)
     assert message["content"] == content
 
 
-def test_a_strict_tool_is_refused_by_name(tools: RunningServer) -> None:
-    strict = {"type": "function", "function": {"name": "f", "strict": True}}
-    body = {"messages": [{"role": "user", "content": "x"}], "tools": [strict]}
+def strict_tool(**schema: Any) -> dict[str, Any]:
+    properties = {"a": {"type": "integer", **schema}}
+    parameters = {"type": "object", "properties": properties, "required": ["a"]}
+    function = {"name": "f", "strict": True, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_strict_call_fits_its_schema_or_is_text(tools: RunningServer, stream: bool) -> None:
+    fits = said(tools, CALL + "<eos>", stream=stream, tools=[strict_tool()])
+    assert fits["tool_calls"][0]["function"]["arguments"] == '{"a": 1}'
+    wrong = said(tools, CALL + "<eos>", stream=stream, tools=[strict_tool(type="string")])
+    assert "tool_calls" not in wrong
+    assert wrong["content"] == "f|" + CALL
+    assert "arguments.a must be of type string" in wrong["warning"]
+
+
+def test_a_strict_schema_that_cannot_be_checked_is_refused_by_name(tools: RunningServer) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "tools": [strict_tool(pattern="x")]}
     error = tools.client.post("/v1/chat/completions", json=body).json()["error"]
     assert (error["param"], error["code"]) == ("tools", "unsupported_parameter")
-    assert "strict" in error["message"]
+    assert "pattern" in error["message"]
 
 
 def test_markers_that_are_special_tokens_are_still_read(start: Any, tmp_path: Path) -> None:

@@ -5,8 +5,16 @@ White space at the border of two parts belongs to the format, not to the parts, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from mlx_lm_server.parsing.reader import UnparsableError
+from mlx_lm_server.parsing.strict_schema import StrictSchema
+
+NOTHING_STRICT: Mapping[str, StrictSchema] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -81,10 +89,17 @@ class _Part:
 
 
 class MessageBuilder:
-    """Where scripts put what they read. One per sequence."""
+    """Where scripts put what they read. One per sequence.
 
-    def __init__(self, new_id: Callable[[], str]) -> None:
+    Calls of a strict tool are held until they are complete and fit its schema.
+    """
+
+    def __init__(
+        self, new_id: Callable[[], str], strict: Mapping[str, StrictSchema] = NOTHING_STRICT
+    ) -> None:
         self._new_id = new_id
+        self._strict = strict
+        self._held_call: CallDelta | None = None
         self._delta = MessageDelta()
         self._content = _Part()
         self._reasoning = _Part()
@@ -113,19 +128,34 @@ class MessageBuilder:
         self._content.begin()
 
     def begin_call(self, name: str, id: str | None = None) -> None:
-        self._content.begin()
         call = CallDelta(self.num_calls, id or self._new_id(), name)
+        if name in self._strict:
+            self._held_call = call
+        else:
+            self._begin(call)
+
+    def _begin(self, call: CallDelta) -> None:
+        self._content.begin()
         self._delta.calls.append(call)
         self.num_calls += 1
         self._is_call_open = True
 
     def arguments(self, text: str) -> None:
+        if self._held_call is not None:
+            self._held_call.arguments += text
+            return
         calls = self._delta.calls
         if not calls or calls[-1].index != self.num_calls - 1:
             calls.append(CallDelta(self.num_calls - 1))
         calls[-1].arguments += text
 
     def end_call(self) -> None:
+        """Raises UnparsableError for a strict call that does not fit."""
+        if self._held_call is not None:
+            call = self._held_call
+            self._strict[call.name or ""].check(_parsed(call.arguments))
+            self._held_call = None
+            self._begin(call)
         self.num_ended_calls += 1
         self._is_call_open = False
 
@@ -137,6 +167,7 @@ class MessageBuilder:
 
     def give_back(self, raw: str, warning: str | None) -> None:
         """What began as a call is none: its text is content."""
+        self._held_call = None
         if self._is_call_open:
             self._is_call_open = False
             self._delta.broken_call = self.num_calls - 1
@@ -153,3 +184,10 @@ class MessageBuilder:
         """The text ends here."""
         if not self.is_reasoning:
             self._delta.content += self._content.flush()
+
+
+def _parsed(arguments: str) -> Any:
+    try:
+        return json.loads(arguments)
+    except ValueError as error:
+        raise UnparsableError(str(error)) from error

@@ -45,8 +45,8 @@ class MessageParser:
     def __init__(self, answer: AnswerFormat) -> None:
         self._answer = answer
         self._reader = Reader()
-        self._out = MessageBuilder(_id_maker(answer.tools))
         self._schemas = answer.schemas or ToolSchemas(())
+        self._out = MessageBuilder(_id_maker(answer.tools), self._schemas.strict)
         self._markers = Markers(_markers_of(answer)) if _markers_of(answer) else None
         self._script: Script[None] | None = self._begin()
 

@@ -18,6 +18,7 @@ from mlx_lm_server.parsing.reader import (
     Script,
     UnparsableError,
 )
+from mlx_lm_server.parsing.strict_schema import StrictSchema
 
 # A call that begins like this can be streamed: its name is known before its arguments.
 HEAD = re.compile(
@@ -34,6 +35,11 @@ class ToolSchemas:
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
         functions = [tool.get("function", {}) for tool in tools]
         self._parameters = {f.get("name"): f.get("parameters") or {} for f in functions}
+        self.strict = {
+            str(f.get("name")): StrictSchema(f.get("parameters") or {})
+            for f in functions
+            if f.get("strict")
+        }
 
     def kinds(self, function: str, argument: str) -> frozenset[str]:
         """JSON types that the argument may have; empty where that is not known."""

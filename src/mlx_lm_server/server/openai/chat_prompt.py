@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_lm_server.errors import InvalidRequestError
+from mlx_lm_server.parsing.strict_schema import unknown_keyword
 from mlx_lm_server.server.chat_template import ChatTemplate
 from mlx_lm_server.server.openai.schema import ChatMessage, Tool
 from mlx_lm_server.server.served_model import ServedModel
@@ -138,8 +139,9 @@ def _tools(
     _check_choice(choice)
     if not tools or choice == "none":
         return None
-    if any(tool.function.strict for tool in tools):
-        raise _unsupported("tools", "`strict: true` of a tool needs a grammar, and")
+    for tool in tools:
+        if tool.function.strict and (word := unknown_keyword(tool.function.parameters)):
+            raise _unsupported("tools", f"`{word}` in the schema of a strict tool is not checked:")
     if not template.reads("tools"):
         raise _unsupported("tools", "the model's chat template has no tools:")
     formats = model.formats

@@ -1,0 +1,360 @@
+"""Every field of a request has an effect that is observed here, or is refused by name.
+
+The lists are checked against the schemas: a new field fails until somebody observes it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer
+
+from mlx_lm_server.server.openai import fields
+from mlx_lm_server.server.openai.schema import (
+    ChatMessage,
+    ChatRequest,
+    CompletionRequest,
+    StreamOptions,
+)
+from mlx_lm_server.server.openai.text_schema import (
+    ApplyTemplateRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from tests.server.harness import EOS_ID, RunningServer, make_model
+from tests.server.test_tools import CALL, TEMPLATE, TOOL
+
+PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
+FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+
+
+class Scene:
+    """A server that shows what its engine saw."""
+
+    def __init__(self, server: RunningServer, record: Path) -> None:
+        self.server = server
+        self._record = record
+
+    def answer(self, kind: str, **body: Any) -> dict[str, Any]:
+        given = {"messages": [{"role": "user", "content": "abc"}]} if kind == "chat" else {}
+        given |= {"prompt": "abc"} if kind == "completion" else {}
+        response = self.server.client.post(PATHS[kind], json={**given, "max_tokens": 9, **body})
+        assert response.status_code == 200, response.text
+        found: dict[str, Any] = response.json()
+        return found
+
+    def choice(self, kind: str, **body: Any) -> dict[str, Any]:
+        choice: dict[str, Any] = self.answer(kind, **body)["choices"][0]
+        return choice
+
+    def text(self, kind: str, **body: Any) -> str:
+        choice = self.choice(kind, **body)
+        return str(choice["message"]["content"] if kind == "chat" else choice["text"])
+
+    def seen(self, kind: str, **body: Any) -> dict[str, Any]:
+        self.answer(kind, **body)
+        found: dict[str, Any] = json.loads(self._record.read_text())
+        return found
+
+    def events(self, kind: str, **body: Any) -> list[Any]:
+        given = {"messages": [{"role": "user", "content": "abc"}], "prompt": "abc"}
+        del given["prompt" if kind == "chat" else "messages"]
+        return self.server.events(PATHS[kind], **{**given, "max_tokens": 9, **body})
+
+    def post(self, path: str, **body: Any) -> dict[str, Any]:
+        response = self.server.client.post(path, json=body)
+        assert response.status_code == 200, response.text
+        found: dict[str, Any] = response.json()
+        return found
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
+    root = tmp_path_factory.mktemp("fields")
+    folder = make_model(root / "tiny")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in FIM])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    record = root / "seen.json"
+    server = RunningServer(
+        folder,
+        flags={
+            "--chat-template": TEMPLATE + "{{ reasoning_effort }}",
+            "--log-level": "debug",
+            "--served-model-name": ["tiny", "other"],
+        },
+        engine={"record_sampling": record, "vocab_size": 270},
+    ).start()
+    yield Scene(server, record)
+    server.stop()
+
+
+# field → value, what the engine must see, under which name
+ENGINE: dict[str, tuple[Any, Any, str]] = {
+    "max_tokens": (7, 7, "max_tokens"),
+    "temperature": (0.25, 0.25, "temperature"),
+    "top_p": (0.75, 0.75, "top_p"),
+    "top_k": (11, 11, "top_k"),
+    "min_p": (0.125, 0.125, "min_p"),
+    "presence_penalty": (0.5, 0.5, "presence_penalty"),
+    "frequency_penalty": (-0.5, -0.5, "frequency_penalty"),
+    "repetition_penalty": (1.5, 1.5, "repetition_penalty"),
+    "logit_bias": ({"3": 2.0}, {"3": 2.0}, "logit_bias"),
+    "seed": (12, 12, "seed"),
+    "priority": (4, 4, "priority"),
+    "min_tokens": (5, 5, "min_tokens"),
+    "typical_p": (0.5, 0.5, "typical_p"),
+    "xtc_probability": (0.5, 0.5, "xtc_probability"),
+    "xtc_threshold": (0.25, 0.25, "xtc_threshold"),
+}
+
+
+@pytest.mark.parametrize("kind", PATHS)
+@pytest.mark.parametrize("name", ENGINE)
+def test_the_engine_is_told(scene: Scene, kind: str, name: str) -> None:
+    value, expected, where = ENGINE[name]
+    assert scene.seen(kind, **{name: value})[where] == expected
+    assert scene.seen(kind)[where] != expected
+
+
+def _observe_stream(scene: Scene, kind: str) -> bool:
+    return bool(scene.events(kind)[-1] == "[DONE]")
+
+
+def _observe_stream_options(scene: Scene, kind: str) -> bool:
+    usage = scene.events(kind, stream_options={"include_usage": True})[-2]
+    return bool(usage["usage"]["completion_tokens"] == 9)
+
+
+def _observe_user(scene: Scene, kind: str) -> bool:
+    scene.answer(kind, user=f"somebody-{kind}")
+    return f"user=somebody-{kind}" in scene.server.output()
+
+
+def _observe_n(scene: Scene, kind: str) -> bool:
+    answer = scene.answer(kind, n=3, seed=5, max_tokens=2)
+    alone = scene.answer(kind, max_tokens=2)["usage"]
+    seen = json.loads(scene._record.read_text())
+    return (
+        [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+        and answer["usage"]["prompt_tokens"] == alone["prompt_tokens"]
+        and answer["usage"]["completion_tokens"] == 6
+        and bool(seen)
+    )
+
+
+def _observe_timings(scene: Scene, kind: str) -> bool:
+    whole = scene.answer(kind, timings=True)["usage"]["timings"]
+    streamed = scene.events(kind, timings=True)[-2]["usage"]["timings"]
+    names = {"queue_s", "ttft_s", "total_s", "prefill_tokens_per_s", "decode_tokens_per_s"}
+    return set(whole) == set(streamed) == names and 0 < whole["ttft_s"] <= whole["total_s"]
+
+
+def _observe_metadata(scene: Scene, kind: str) -> bool:
+    given = {"job": "7"}
+    whole, event = scene.answer(kind, metadata=given), scene.events(kind, metadata=given)[0]
+    return bool(whole["metadata"] == event["metadata"] == given)
+
+
+Observe = Callable[[Scene, str], bool]
+BOTH: dict[str, Observe] = {
+    "model": lambda s, k: s.answer(k, model="other")["model"] == "other",
+    "stop": lambda s, k: s.text(k, stop="b") == "a",
+    "stop_token_ids": lambda s, k: s.text(k, stop_token_ids=[ord("b") - ord("!")]) == "a",
+    "ignore_eos": lambda s, k: EOS_ID not in s.seen(k, ignore_eos=True)["stop_token_ids"],
+    "stream": _observe_stream,
+    "stream_options": _observe_stream_options,
+    "user": _observe_user,
+    "n": _observe_n,
+    "timings": _observe_timings,
+    "metadata": _observe_metadata,
+}
+
+
+def _with_tools(scene: Scene, **body: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": CALL + CALL + "<eos>"}]
+    return scene.choice("chat", messages=messages, tools=[TOOL], max_tokens=400, **body)
+
+
+def _observe_logprobs(scene: Scene, _kind: str) -> bool:
+    whole = scene.choice("chat", logprobs=True, max_tokens=2)["logprobs"]["content"]
+    events = scene.events("chat", logprobs=True, max_tokens=2)[:-1]
+    streamed = [e["choices"][0]["logprobs"] for e in events if e["choices"][0]["logprobs"]]
+    first = {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}
+    return whole[0] == first and [t for s in streamed for t in s["content"]] == whole
+
+
+CHAT: dict[str, Observe] = {
+    "messages": lambda s, k: s.text(k, messages=[{"role": "user", "content": "zzz"}])[:3] == "zzz",
+    "max_completion_tokens": lambda s, k: s.seen(k, max_completion_tokens=3)["max_tokens"] == 3,
+    "chat_template_kwargs": lambda s, k: s.choice(k, chat_template_kwargs={"enable_thinking": True})
+    ["message"].get("reasoning_content") is not None,
+    "reasoning_effort": lambda s, k: s.choice(k, reasoning_effort="low", max_tokens=13)["message"][
+        "reasoning_content"
+    ]
+    == "low",
+    "tools": lambda s, k: len(_with_tools(s)["message"]["tool_calls"]) == 2,
+    "tool_choice": lambda s, k: "tool_calls" not in _with_tools(s, tool_choice="none")["message"],
+    "parallel_tool_calls": lambda s, k: len(
+        _with_tools(s, parallel_tool_calls=False)["message"]["tool_calls"]
+    )
+    == 1,
+    "logprobs": _observe_logprobs,
+    "top_logprobs": lambda s, k: [
+        one["token"]
+        for one in s.choice(k, logprobs=True, top_logprobs=2)["logprobs"]["content"][0][
+            "top_logprobs"
+        ]
+    ]
+    == ["a", "b"],
+}  # fmt: skip
+
+
+def _observe_completion_logprobs(scene: Scene, _kind: str) -> bool:
+    found = scene.choice("completion", logprobs=2, max_tokens=2)["logprobs"]
+    events = scene.events("completion", logprobs=2, max_tokens=2)[:-1]
+    streamed = [e["choices"][0]["logprobs"] for e in events if e["choices"][0]["logprobs"]]
+    offsets = [offset for one in streamed for offset in one["text_offset"]]
+    return offsets == [0, 1] and found == {
+        "tokens": ["a", "b"],
+        "token_logprobs": [-0.5, -0.5],
+        "top_logprobs": [{"a": -0.5, "b": -1.5}, {"b": -0.5, "c": -1.5}],
+        "text_offset": [0, 1],
+    }
+
+
+def _observe_echo(scene: Scene, kind: str) -> bool:
+    only = scene.answer(kind, echo=True, max_tokens=0)
+    events = scene.events(kind, echo=True, max_tokens=2)[:-1]
+    return (
+        scene.text(kind, echo=True, max_tokens=2) == "abcab"
+        and "".join(event["choices"][0]["text"] for event in events) == "abcab"
+        and only["choices"][0]["text"] == "abc"
+        and only["choices"][0]["finish_reason"] == "length"
+        and only["usage"]["completion_tokens"] == 0
+    )
+
+
+COMPLETION: dict[str, Observe] = {
+    "prompt": lambda s, k: s.text(k, prompt="zzz")[:3] == "zzz",
+    "echo": _observe_echo,
+    # the fake says its prompt: prefix and suffix, between tokens that have no text
+    "suffix": lambda s, k: s.text(k, suffix="xyz") == "abcxyz",
+    "logprobs": _observe_completion_logprobs,
+}
+STREAM_OPTIONS = {"include_usage": "test_stream_options"}
+MESSAGE = {  # observed in test_chat.py and test_tools.py
+    *("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"),
+}
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("kind", PATHS)
+def test_a_field_of_both_has_its_effect(scene: Scene, kind: str, name: str) -> None:
+    assert BOTH[name](scene, kind)
+
+
+@pytest.mark.parametrize("name", CHAT)
+def test_a_field_of_chat_has_its_effect(scene: Scene, name: str) -> None:
+    assert CHAT[name](scene, "chat")
+
+
+@pytest.mark.parametrize("name", COMPLETION)
+def test_a_field_of_completions_has_its_effect(scene: Scene, name: str) -> None:
+    assert COMPLETION[name](scene, "completion")
+
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+TEXT: dict[str, dict[str, Callable[[Scene], bool]]] = {
+    "tokenize": {
+        "model": lambda s: (
+            s.server.client.post("/tokenize", json={"prompt": "a", "model": "x"}).status_code == 404
+        ),
+        "prompt": lambda s: s.post("/tokenize", prompt="ab")["tokens"] == [64, 65],
+        "content": lambda s: s.post("/tokenize", content="ab")["count"] == 2,
+        "messages": lambda s: s.post("/tokenize", messages=MESSAGES)["count"] == 2,
+        "add_special_tokens": lambda s: (
+            s.post("/tokenize", prompt="a", add_special_tokens=False)["count"] == 1
+        ),
+        "return_token_strs": lambda s: (
+            s.post("/tokenize", prompt="a b", return_token_strs=True)["token_strs"]
+            == ["a", "Ġ", "b"]
+        ),
+    },
+    "detokenize": {
+        "model": lambda s: (
+            s.server.client.post("/detokenize", json={"tokens": [1], "model": "x"}).status_code
+            == 404
+        ),
+        "tokens": lambda s: s.post("/detokenize", tokens=[64, 65, EOS_ID])["prompt"] == "ab<eos>",
+    },
+    "apply-template": {
+        "model": lambda s: (
+            s.server.client.post(
+                "/apply-template", json={"messages": MESSAGES, "model": "x"}
+            ).status_code
+            == 404
+        ),
+        "messages": lambda s: s.post("/apply-template", messages=MESSAGES)["prompt"] == "hi",
+        "tools": lambda s: (
+            s.post("/apply-template", messages=MESSAGES, tools=[TOOL])["prompt"] == "f|hi"
+        ),
+        "reasoning_effort": lambda s: (
+            s.post("/apply-template", messages=MESSAGES, reasoning_effort="low")["prompt"]
+            == "hi<think>low"
+        ),
+        "chat_template_kwargs": lambda s: (
+            s.post(
+                "/apply-template",
+                messages=MESSAGES,
+                chat_template_kwargs={"enable_thinking": True},
+            )["prompt"]
+            == "hi<think>"
+        ),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [(p, name) for p, names in TEXT.items() for name in names]
+)
+def test_a_field_of_the_tokenizers_endpoints_has_its_effect(
+    scene: Scene, path: str, name: str
+) -> None:
+    assert TEXT[path][name](scene)
+
+
+def test_the_generation_prompt_can_be_left_out(server: RunningServer) -> None:
+    body = {"messages": MESSAGES, "add_generation_prompt": False}
+    assert server.client.post("/apply-template", json=body).json() == {"prompt": "<user>hi"}
+    assert server.client.post("/tokenize", json=body).json()["count"] == 3
+    del body["add_generation_prompt"]
+    prompt = server.client.post("/apply-template", json=body).json()["prompt"]
+    assert prompt == "<user>hi<assistant>"
+
+
+def test_no_field_is_forgotten() -> None:
+    assert ChatRequest.model_fields.keys() == ENGINE.keys() | BOTH.keys() | CHAT.keys()
+    assert CompletionRequest.model_fields.keys() == ENGINE.keys() | BOTH.keys() | COMPLETION.keys()
+    assert StreamOptions.model_fields.keys() == STREAM_OPTIONS.keys()
+    assert ChatMessage.model_fields.keys() == MESSAGE
+    prompt_switch = {"add_generation_prompt"}
+    rendering = TEXT["apply-template"].keys() | prompt_switch
+    assert ApplyTemplateRequest.model_fields.keys() == rendering
+    assert TokenizeRequest.model_fields.keys() == TEXT["tokenize"].keys() | rendering
+    assert DetokenizeRequest.model_fields.keys() == TEXT["detokenize"].keys()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("chat", name) for name in fields.CHAT] + [("completion", name) for name in fields.COMPLETION],
+)
+def test_what_is_not_done_is_refused_by_name(scene: Scene, kind: str, name: str) -> None:
+    body = {"messages": MESSAGES, "prompt": "x", name: {"not": "neutral"}}
+    del body["prompt" if kind == "chat" else "messages"]
+    error = scene.server.client.post(PATHS[kind], json=body).json()["error"]
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")

@@ -1,0 +1,50 @@
+"""A stream that waits for its first token is not silent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests import fakes
+from tests.server.harness import http_request, read_all
+
+BODY = b'{"prompt": "abc", "stream": true, "max_tokens": 2, "seed": %d}'
+
+
+def test_comments_come_until_the_first_token_and_the_sdk_skips_them(start: Any) -> None:
+    server = start(flags={"--keep-alive-s": "0.05"}, engine={"rows": 1, "step_s": 0.05})
+    with server.connect() as first, server.connect() as second:
+        first.sendall(http_request("/v1/completions", BODY.replace(b'": 2', b'": 12') % 1))
+        second.sendall(http_request("/v1/completions", BODY % 2, "connection: close"))
+        answer = read_all(second)
+    head, _, events = answer.partition(b"\r\n\r\n")
+    assert b" 200 " in head
+    assert events.count(b": keep-alive\n\n") >= 2
+    assert events.index(b": keep-alive") < events.index(b"data: ")
+    assert events.rindex(b": keep-alive") < events.index(b"data: ")
+    assert b"data: [DONE]" in events
+
+
+def test_an_error_after_a_comment_is_an_event(start: Any) -> None:
+    server = start(flags={"--keep-alive-s": "0.05", "--first-token-timeout-s": "0.5"})
+    with server.client.stream(
+        "POST", "/v1/completions", json={"prompt": "a", "stream": True, "seed": fakes.SILENT}
+    ) as response:
+        assert response.status_code == 200
+        lines = [line for line in response.iter_lines() if line]
+    assert lines[0] == ": keep-alive"
+    assert "request_timeout" in lines[-2]
+    assert lines[-1] == "data: [DONE]"
+
+
+def test_an_error_without_a_comment_has_its_status(start: Any) -> None:
+    server = start(flags={"--keep-alive-s": "0", "--first-token-timeout-s": "0.3"})
+    response = server.complete("a", stream=True, seed=fakes.SILENT)
+    assert response.status_code == 408
+
+
+def test_a_client_that_leaves_while_it_waits_is_noticed(start: Any) -> None:
+    server = start(flags={"--keep-alive-s": "0.05"})
+    with server.connect() as link:
+        link.sendall(http_request("/v1/completions", BODY % fakes.SILENT))
+        assert b"keep-alive" in link.recv(65536) + link.recv(65536)
+    server.wait_until(server.is_idle)
