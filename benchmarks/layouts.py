@@ -40,17 +40,20 @@ class Candidates:
         import mlx.core as mx
 
         from mlx_lm_server.runner import host_memory, loader
-        from mlx_lm_server.runner.attention import LayerCache, choose_kernel
+        from mlx_lm_server.runner.forwards import PackedForward
+        from mlx_lm_server.runner.kernels import choose_kernel
         from mlx_lm_server.runner.kv_storage import KVStorage
 
         host_memory.keep_freed_blocks()
         self._mx = mx
         order = LoadModel(str(ensure_models()["float32"]))
         self._loaded = loader.load(order, loader.memory_limit(None), lambda _s, _f: None)
-        self._storage = KVStorage(self._loaded.layers, self._loaded.kv_dtype)
+        state = self._loaded.state
+        assert state is not None, self._loaded.why_no_state
+        self._layers = state.kv
+        self._storage = KVStorage(state.kv, self._loaded.kv_dtype)
         kernel = choose_kernel(self._loaded.kv_dtype)
-        layers = range(len(self._loaded.layers))
-        self._caches = [LayerCache(layer, self._storage, kernel) for layer in layers]
+        self._packed = PackedForward(self._loaded.lm, state, self._storage, kernel)
 
     def of(self, lengths: tuple[int, ...]) -> dict[str, Timed]:
         shared, alone, chunk = self._places(lengths)
@@ -84,28 +87,19 @@ class Candidates:
         return tuple(shared), tuple(alone), (chunk,)
 
     def _forward(self, decodes: tuple[DecodeRow, ...], chunks: tuple[PrefillChunk, ...]) -> None:
-        from mlx_lm_server.runner.step_layout import layout_of
-
         plan = StepPlan(0, (), (), (), decodes, chunks)
-        capacities = {slab_id: slab.capacity for slab_id, slab in self._storage.slabs.items()}
-        layout = layout_of(plan, capacities, with_bias=True)
-        for cache in self._caches:
-            cache.begin(layout)
-        ids = self._mx.ones((layout.num_tokens, 1), self._mx.int32)
-        hidden = self._loaded.backbone(ids, self._caches)
-        if chunks:  # decode rows and the last token of the chunk sample
-            hidden = self._mx.concatenate([hidden[: len(decodes)], hidden[-1:]])
-        self._mx.eval(self._loaded.head(hidden[:, 0]))
+        ids = self._mx.ones((len(decodes) + plan.num_prefill_tokens,), self._mx.int32)
+        self._mx.eval(self._packed.run(plan, ids).result)
 
     def _padded(self, lengths: tuple[int, ...]) -> Timed:
         from mlx_lm.models.cache import BatchKVCache
 
         mx = self._mx
         longest = max(lengths)
-        shapes = [(len(lengths), s.kv_heads, longest, s.key_dim) for s in self._loaded.layers]
+        shapes = [(len(lengths), s.kv_heads, longest, s.key_dim) for s in self._layers]
 
         def step() -> None:
-            mx.eval(self._loaded.model(mx.ones((len(lengths), 1), mx.int32), cache=caches))
+            mx.eval(self._loaded.lm.model(mx.ones((len(lengths), 1), mx.int32), cache=caches))
             for cache in caches:
                 cache.trim(1)
 

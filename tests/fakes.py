@@ -133,6 +133,7 @@ class FakeEngine:
             context_tokens=self.options.context,
             kv_bytes_per_token=1,
             kv_limit_bytes=self.options.kv_tokens,
+            kv_limit_tokens=self.options.kv_tokens,
             memory_limit_bytes=0,
             load_s=self.options.load_s,
         )

@@ -15,10 +15,10 @@ from mlx_lm_server.core.kv_layout import capacity_for
 from mlx_lm_server.core.plan import CreateSlab, DecodeRow, DropSlab, PrefillChunk, StepPlan
 from mlx_lm_server.protocol import LoadModel
 from mlx_lm_server.runner import host_memory, loader
-from mlx_lm_server.runner.attention import CpuKernel, LayerCache, choose_kernel
 from mlx_lm_server.runner.blas import Blas
+from mlx_lm_server.runner.forwards import PackedForward
+from mlx_lm_server.runner.kernels import choose_kernel
 from mlx_lm_server.runner.kv_storage import KVStorage
-from mlx_lm_server.runner.step_layout import layout_of
 
 SLAB = 0
 
@@ -30,11 +30,11 @@ class BareLoop:
         host_memory.keep_freed_blocks()
         order = LoadModel(model, num_threads=threads)
         self._loaded = loader.load(order, loader.memory_limit(None), lambda _s, _f: None)
-        self._storage = KVStorage(self._loaded.layers, self._loaded.kv_dtype)
+        state = self._loaded.state
+        assert state is not None, self._loaded.why_no_state
+        self._storage = KVStorage(state.kv, self._loaded.kv_dtype)
         kernel = choose_kernel(self._loaded.kv_dtype)
-        self._needs_bias = isinstance(kernel, CpuKernel)
-        layers = range(len(self._loaded.layers))
-        self._caches = [LayerCache(layer, self._storage, kernel) for layer in layers]
+        self._packed = PackedForward(self._loaded.lm, state, self._storage, kernel)
         self.kv_bytes_per_token = self._storage.bytes_per_token
 
     def generate(self, load: Load) -> Iterator[list[int]]:
@@ -67,14 +67,8 @@ class BareLoop:
         self, decodes: tuple[DecodeRow, ...], chunks: tuple[PrefillChunk, ...], ids: mx.array
     ) -> mx.array:
         plan = StepPlan(0, (), (), (), decodes, chunks)
-        capacities = {SLAB: self._storage.slabs[SLAB].capacity}
-        layout = layout_of(plan, capacities, self._needs_bias)
-        for cache in self._caches:
-            cache.begin(layout)
-        hidden = self._loaded.backbone(ids[:, None], self._caches)
-        if chunks:
-            hidden = hidden[-1:]
-        return mx.argmax(self._loaded.head(hidden[:, 0]), axis=-1).astype(mx.int32)
+        logits = self._packed.run(plan, ids).result
+        return mx.argmax(logits, axis=-1).astype(mx.int32)
 
 
 class PlainLoop:

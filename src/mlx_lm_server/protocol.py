@@ -15,6 +15,7 @@ import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 CpuWeights = Literal["auto", "float32", "native"]
+Batching = Literal["packed", "split", "alone"]
 
 LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 256 * 1024 * 1024
@@ -103,7 +104,12 @@ class LoadProgress(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """The model is loaded and the engine takes requests."""
+    """The model is loaded and the engine takes requests.
+
+    `kv_limit_tokens` is the longest row that fits alone; `kv_bytes_per_token` holds as long as no
+    window is full. `batching` says how rows share forwards, `batching_reason` why not in a better
+    way.
+    """
 
     model_type: str
     device: str
@@ -116,6 +122,9 @@ class Ready(Message, frozen=True):
     kv_limit_bytes: int
     memory_limit_bytes: int
     load_s: float
+    kv_limit_tokens: int = 0
+    batching: Batching = "packed"
+    batching_reason: str = ""
 
 
 class LoadFailed(Message, frozen=True):

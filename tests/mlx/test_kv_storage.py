@@ -14,7 +14,8 @@ from mlx_lm_server.core.plan import (
     ResizeSlab,
     StepPlan,
 )
-from mlx_lm_server.runner.attention import AttentionKernel, CpuKernel, FusedKernel, LayerCache
+from mlx_lm_server.runner.attention import LayerCache
+from mlx_lm_server.runner.kernels import AttentionKernel, CpuKernel, FusedKernel
 from mlx_lm_server.runner.kv_storage import KVStorage, LayerShape
 from mlx_lm_server.runner.step_layout import layout_of
 

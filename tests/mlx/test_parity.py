@@ -135,12 +135,13 @@ def test_preempted_rows_go_on_with_the_same_tokens(models: dict[str, Path]) -> N
     assert cramped.core.stats().num_preemptions_total > 0
 
 
-def test_a_family_that_is_not_served_is_refused_by_name(
+def test_a_family_that_mlx_lm_does_not_have_is_refused_by_name(
     tmp_path: Path, models: dict[str, Path]
 ) -> None:
-    config = (models["qwen3"] / "config.json").read_text().replace('"qwen3"', '"mamba2"')
+    config = (models["qwen3"] / "config.json").read_text().replace('"qwen3"', '"qwen99"')
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(UnsupportedModelError, match="mamba2"):
+    (tmp_path / "model.safetensors").symlink_to(models["qwen3"] / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match="qwen99"):
         EngineDriver(tmp_path)
 
 

@@ -10,7 +10,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-VOCAB_SIZE = 320
+from tests.contract.tiny_configs import VOCAB_SIZE, tiny_config
+
+__all__ = ["CONFIGS", "VOCAB_SIZE", "write_adapter", "write_model"]
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -74,7 +76,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def write_model(family: str, folder: Path, bits: int | None = None, seed: int = 0) -> Path:
     """A model folder with config.json and model.safetensors; quantised where `bits` is given."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = _COMMON | CONFIGS[family]
+    config = _COMMON | CONFIGS[family] if family in CONFIGS else tiny_config(family)
     model = _random_model(config, seed)
     if bits is not None:
         nn.quantize(model, group_size=32, bits=bits)

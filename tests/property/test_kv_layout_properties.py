@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from scheduler_sim import SlabStore
 
+from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout
 
 MAX_ROWS = 12
@@ -16,7 +17,7 @@ sizes = st.one_of(st.integers(1, 300), st.integers(1, 2000))
 class LayoutMachine(RuleBasedStateMachine):
     @initialize(limit=st.integers(2000, 20_000), max_slab=st.sampled_from([1, 1000, 4000]))
     def start(self, limit: int, max_slab: int) -> None:
-        self.layout = KVLayout(1, limit, max_slab, MAX_ROWS)
+        self.layout = KVLayout(KVGeometry(1), limit, max_slab, MAX_ROWS)
         self.store = SlabStore()
         self.held: dict[int, int] = {}
         self.limit = limit

@@ -18,6 +18,7 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from mlx_lm_server.core.kv_geometry import MAX_ROW_TOKENS, KVGeometry
 from mlx_lm_server.core.plan import CreateSlab, DropSlab, KVOp, MoveRow, ResizeSlab
 
 SMALL_CAPACITIES = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
@@ -61,28 +62,29 @@ class _Slab:
 class KVLayout:
     """Slabs, slots and the row in each. Owned by the scheduler.
 
-    `bytes_per_token` is K and V of all layers, `limit_bytes` what all slabs together may hold,
-    `max_rows` how many rows there can be. A row number that is released may be placed again only
-    after the next `settle`.
+    `geometry` says what slots and rows take, `limit_bytes` is what all of them together may hold,
+    `max_rows` how many rows there can be and `max_tokens` how long one. A row number that is
+    released may be placed again only after the next `settle`.
     """
 
     def __init__(
         self,
-        bytes_per_token: int,
+        geometry: KVGeometry,
         limit_bytes: int,
         max_slab_bytes: int = DEFAULT_MAX_SLAB_BYTES,
         max_rows: int = 32,
+        max_tokens: int = MAX_ROW_TOKENS,
     ) -> None:
-        self.bytes_per_token = bytes_per_token
+        self.geometry = geometry
         self.limit_bytes = limit_bytes
-        self._limit_tokens = limit_bytes // bytes_per_token
-        self._max_slab_tokens = max_slab_bytes // bytes_per_token
+        self._limit_tokens = geometry.tokens_in(limit_bytes, max_tokens)
+        self._max_slab_bytes = max_slab_bytes
         self._max_rows = max_rows
         self._slabs: dict[int, _Slab] = {}
         self._slab_of: dict[int, _Slab] = {}
         self._num_tokens: dict[int, int] = {}
         self._settled: dict[int, Location] = {}
-        self._needed_tokens = 0  # capacity of all rows without any free slot
+        self._needed_bytes = 0  # of all rows without any free slot
         self._next_slab_id = 0
         self._is_settled = True
 
@@ -91,8 +93,7 @@ class KVLayout:
     @property
     def used_bytes(self) -> int:
         """What the runner holds after the operations of the last `settle`."""
-        slots = sum(slab.num_slots * slab.capacity for slab in self._slabs.values())
-        return slots * self.bytes_per_token
+        return self._bytes_of({slab.slab_id: slab.num_slots for slab in self._slabs.values()})
 
     @property
     def live_tokens(self) -> int:
@@ -126,7 +127,7 @@ class KVLayout:
     # ---- ask, then do
 
     def can_place(self, num_tokens: int) -> bool:
-        return self._fits(self._capacity_for(num_tokens))
+        return self._fits(self._row_bytes(self._capacity_for(num_tokens)))
 
     def place(self, row: int, num_tokens: int) -> None:
         """Give the row a slot for `num_tokens` tokens; it holds none yet."""
@@ -136,7 +137,8 @@ class KVLayout:
         self._num_tokens[row] = 0
 
     def can_grow(self, row: int, num_tokens: int) -> bool:
-        return self._fits(self._capacity_for(num_tokens) - self.capacity(row))
+        wanted = self._row_bytes(self._capacity_for(num_tokens))
+        return self._fits(wanted - self._row_bytes(self.capacity(row)))
 
     def grow(self, row: int, num_tokens: int) -> None:
         """Move the row to a slot for `num_tokens` tokens, which is more than it has."""
@@ -172,21 +174,32 @@ class KVLayout:
         return min(capacity_for(num_tokens), self._limit_tokens)
 
     def _max_slots(self, capacity: int) -> int:
-        return max(1, self._max_slab_tokens // capacity)
+        return max(1, self._max_slab_bytes // max(1, self.geometry.slot_bytes(capacity)))
 
-    def _fits(self, more_tokens: int) -> bool:
-        return self._needed_tokens + more_tokens <= self._limit_tokens
+    def _row_bytes(self, capacity: int) -> int:
+        return self.geometry.row_bytes(capacity)
+
+    def _bytes_of(self, sizes: dict[int, int]) -> int:
+        """What so many slots per slab, and the state of the rows, take."""
+        slots = sum(
+            sizes[slab.slab_id] * self.geometry.slot_bytes(slab.capacity)
+            for slab in self._slabs.values()
+        )
+        return slots + self.num_rows * self.geometry.bytes_per_row
+
+    def _fits(self, more_bytes: int) -> bool:
+        return self._needed_bytes + more_bytes <= self.limit_bytes
 
     def _choose_slab(self, capacity: int) -> _Slab:
         """A free slot nearby, else one more slot in a slab of this class, else a new slab."""
-        assert self._fits(capacity), "ask before you place or grow"
+        assert self._fits(self._row_bytes(capacity)), "ask before you place or grow"
         most = capacity * MAX_SHARED_CAPACITY_RATIO
         free = [
             slab
             for slab in self._slabs.values()
             if slab.has_free_slot
             and capacity <= slab.capacity <= most
-            and self._fits(slab.capacity)
+            and self._fits(self._row_bytes(slab.capacity))
         ]
         if free:
             return min(free, key=lambda slab: (slab.capacity, -len(slab.rows), slab.slab_id))
@@ -204,13 +217,13 @@ class KVLayout:
     def _enter(self, row: int, slab: _Slab) -> None:
         slab.rows[row] = None
         self._slab_of[row] = slab
-        self._needed_tokens += slab.capacity
+        self._needed_bytes += self._row_bytes(slab.capacity)
         self._is_settled = False
 
     def _exit(self, row: int) -> None:
         slab = self._slab_of.pop(row)
         del slab.rows[row]
-        self._needed_tokens -= slab.capacity
+        self._needed_bytes -= self._row_bytes(slab.capacity)
         self._is_settled = False
 
     # ---- settling
@@ -218,8 +231,7 @@ class KVLayout:
     def _choose_sizes(self) -> dict[int, int]:
         """Slots per slab: with room to spare where the limit allows it."""
         sizes = {slab.slab_id: self._comfortable_size(slab) for slab in self._slabs.values()}
-        held = sum(sizes[slab.slab_id] * slab.capacity for slab in self._slabs.values())
-        excess = held - self._limit_tokens
+        excess = self._bytes_of(sizes) - self.limit_bytes
         by_spare = sorted(
             self._slabs.values(), key=lambda slab: -slab.num_spare_tokens(sizes[slab.slab_id])
         )
@@ -227,9 +239,10 @@ class KVLayout:
             if excess <= 0:
                 break
             num_spare = sizes[slab.slab_id] - len(slab.rows)
-            cut = min(num_spare, -(-excess // slab.capacity))
+            slot_bytes = max(1, self.geometry.slot_bytes(slab.capacity))
+            cut = min(num_spare, -(-excess // slot_bytes))
             sizes[slab.slab_id] -= cut
-            excess -= cut * slab.capacity
+            excess -= cut * slot_bytes
         assert excess <= 0, "the rows alone are over the limit"
         return sizes
 

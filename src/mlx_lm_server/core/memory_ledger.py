@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mlx_lm_server.core.kv_geometry import MAX_ROW_TOKENS, KVGeometry
 from mlx_lm_server.errors import ModelTooLargeError
 
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
@@ -24,18 +25,18 @@ class MemoryLedger:
     """How the memory limit is divided.
 
     `activation_bytes_per_token` is the peak of a forward per token in it, `max_step_tokens` how
-    many tokens a step may have, `kv_bytes_per_token` K and V of all layers, `max_kv_tokens` the
-    operator's cap, `reserve_bytes` whatever else is needed (sampler, one layer of a slab that is
-    being resized).
+    many tokens a step may have, `geometry` what rows take, `max_kv_tokens` the operator's cap,
+    `reserve_bytes` whatever else is needed (sampler, one layer of a slab that is being resized).
     """
 
     memory_limit_bytes: int
     weights_bytes: int
     activation_bytes_per_token: int
     max_step_tokens: int
-    kv_bytes_per_token: int
+    geometry: KVGeometry
     max_kv_tokens: int | None = None
     reserve_bytes: int = 0
+    max_rows: int = 1
 
     @property
     def activation_bytes(self) -> int:
@@ -49,22 +50,27 @@ class MemoryLedger:
 
     @property
     def kv_limit_bytes(self) -> int:
-        """What K and V may take, in whole tokens."""
-        num_tokens = max(0, self.free_bytes) // self.kv_bytes_per_token
-        if self.max_kv_tokens is not None:
-            num_tokens = min(num_tokens, self.max_kv_tokens)
-        return num_tokens * self.kv_bytes_per_token
+        """What the state of all rows may take: K and V, and what does not grow. In whole tokens
+        where it is K and V only."""
+        free = max(0, self.free_bytes)
+        size = self.geometry.bytes_per_token
+        if self.geometry.bytes_per_row == 0 and size:
+            free -= free % size
+        if self.max_kv_tokens is None or size == 0:
+            return free
+        return min(free, self.max_kv_tokens * size + self.max_rows * self.geometry.bytes_per_row)
 
     @property
     def kv_limit_tokens(self) -> int:
-        return self.kv_limit_bytes // self.kv_bytes_per_token
+        """The longest row, if it is alone."""
+        return self.geometry.tokens_in(self.kv_limit_bytes, self.max_kv_tokens or MAX_ROW_TOKENS)
 
     def check_model_fits(self, min_kv_tokens: int) -> None:
         """Raises ModelTooLargeError where fewer than `min_kv_tokens` tokens of context are left."""
         if self.kv_limit_tokens < min_kv_tokens:
             raise ModelTooLargeError(
                 f"the model does not fit: {min_kv_tokens} tokens of context need "
-                f"{format_bytes(min_kv_tokens * self.kv_bytes_per_token)}, but {self.arithmetic()}"
+                f"{format_bytes(self.geometry.row_bytes(min_kv_tokens))}, but {self.arithmetic()}"
             )
 
     def arithmetic(self) -> str:
@@ -79,12 +85,15 @@ class MemoryLedger:
         line = " - ".join(parts) + f" = {format_bytes(self.free_bytes)}"
         if self.max_kv_tokens is not None and self.free_bytes > self.kv_limit_bytes:
             line += f", capped at {self.max_kv_tokens} tokens"
-        return f"{line}: {request_arithmetic(self.kv_limit_tokens, self.kv_bytes_per_token)}"
+        return f"{line}: {request_arithmetic(self.kv_limit_tokens, self.geometry)}"
 
 
-def request_arithmetic(num_tokens: int, kv_bytes_per_token: int) -> str:
-    """What so many tokens of K and V take, as a product."""
-    return (
-        f"{num_tokens} tokens x {format_bytes(kv_bytes_per_token)} "
-        f"= {format_bytes(num_tokens * kv_bytes_per_token)} of KV"
-    )
+def request_arithmetic(num_tokens: int, geometry: KVGeometry) -> str:
+    """What a row of so many tokens takes, as a product where it is one."""
+    total = format_bytes(geometry.row_bytes(num_tokens))
+    if geometry.rings:
+        return f"{num_tokens} tokens with {len(geometry.rings)} windows = {total} of KV"
+    line = f"{num_tokens} tokens x {format_bytes(geometry.bytes_per_token)}"
+    if geometry.bytes_per_row:
+        return f"{line} + {format_bytes(geometry.bytes_per_row)} = {total} of KV and state"
+    return f"{line} = {total} of KV"

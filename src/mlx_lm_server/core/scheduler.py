@@ -92,7 +92,7 @@ class Scheduler:
         num_prompt = len(request.prompt_ids)
         most = self._layout.max_tokens_that_fit
         if num_prompt > most:
-            size = self._layout.bytes_per_token
+            size = self._layout.geometry
             raise RequestTooLargeError(
                 f"the prompt can never fit: {request_arithmetic(num_prompt, size)}, but the limit "
                 f"is {request_arithmetic(most, size)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -16,6 +17,8 @@ from mlx_lm_server.protocol import LoadModel, Ready
 from mlx_lm_server.runner import host_memory, loader
 from mlx_lm_server.runner.blas import Blas
 from mlx_lm_server.runner.model_runner import ModelRunner
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 
@@ -37,29 +40,33 @@ def assemble(order: LoadModel, blas: Blas, progress: Progress) -> tuple[EngineCo
         host_memory.keep_freed_blocks()
     memory_limit_bytes = loader.memory_limit(order.memory_limit_bytes)
     loaded = loader.load(order, memory_limit_bytes, progress)
-    runner = ModelRunner(loaded, order.max_batch_size)
     progress("comparing with mlx-lm", 0.85)
-    runner.probe()
+    runner = ModelRunner(loaded, order.max_batch_size)
+    log.info("%s", runner.describe())
     progress("measuring", 0.9)
     if order.num_threads is None:
         blas = _fastest_threads(runner, blas)
     costs = runner.calibrate()
     limits = _limits(order, costs)
+    geometry = runner.geometry
     ledger = MemoryLedger(
         memory_limit_bytes=memory_limit_bytes,
         weights_bytes=loaded.weights_bytes,
         activation_bytes_per_token=runner.activation_bytes_per_token(),
         max_step_tokens=limits.max_num_batched_tokens,
-        kv_bytes_per_token=runner.kv_bytes_per_token,
+        geometry=geometry,
         max_kv_tokens=order.max_kv_tokens,
-        reserve_bytes=order.max_batch_size * loaded.vocab_size * 4 * SAMPLER_ARRAYS,
+        reserve_bytes=order.max_batch_size * loaded.vocab_size * 4 * SAMPLER_ARRAYS
+        + order.max_batch_size * geometry.bytes_per_row,  # states before and after a step
+        max_rows=order.max_batch_size,
     )
     ledger.check_model_fits(min(MIN_KV_TOKENS, order.max_kv_tokens or MIN_KV_TOKENS))
     layout = KVLayout(
-        bytes_per_token=runner.kv_bytes_per_token,
+        geometry=geometry,
         limit_bytes=ledger.kv_limit_bytes,
         max_slab_bytes=max(MIN_SLAB_BYTES, _gpu_share(ledger.kv_limit_bytes)),
         max_rows=order.max_batch_size,
+        max_tokens=ledger.kv_limit_tokens,
     )
     scheduler = Scheduler(limits, layout, CostModel(costs))
     mx.reset_peak_memory()
@@ -72,10 +79,13 @@ def assemble(order: LoadModel, blas: Blas, progress: Progress) -> tuple[EngineCo
         weights_bytes=loaded.weights_bytes,
         vocab_size=loaded.vocab_size,
         context_tokens=loaded.context_tokens,
-        kv_bytes_per_token=runner.kv_bytes_per_token,
+        kv_bytes_per_token=geometry.bytes_per_token,
         kv_limit_bytes=ledger.kv_limit_bytes,
         memory_limit_bytes=memory_limit_bytes,
         load_s=time.monotonic() - begun_s,
+        kv_limit_tokens=ledger.kv_limit_tokens,
+        batching=runner.batching,
+        batching_reason=runner.reason,
     )
     return core, ready
 

@@ -9,130 +9,56 @@ A model's layer believes that it holds mlx-lm's KV cache and calls, with T packe
 `LayerCache` writes the new K and V to their slabs and hands them through; the attention function,
 which `install` puts in the place of mlx-lm's before a model's module is first imported, sees the
 cache and regroups the tokens by slab and by chunk. So one forward serves decode rows and prefill
-chunks alike, and nothing is padded.
+chunks alike, and nothing is padded. A layer without a cache that attends to another layer's K and
+V (Gemma 4) is known by the arrays it was handed.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_lm_server.runner import fast_math
+from mlx_lm_server.runner.kernels import AttentionKernel
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.step_layout import ChunkSpan, DecodeGroup, StepLayout
 
-# Queries that share one pass over the keys on a CPU, and how many bytes of scores are worked on at
-# once, so that they stay in its second-level cache.
-CPU_QUERY_BLOCK = 128
-CPU_SCORES_BYTES = 2 * 1024 * 1024
+
+class UnknownMask(Exception):
+    """A model attends with a mask of its own making, which packed tokens cannot honour."""
 
 
-class AttentionKernel(Protocol):
-    """The two shapes of attention. Q is `[…, heads, …]`, K and V `[…, kv_heads, …]`."""
+@dataclass(frozen=True, slots=True)
+class WindowMask:
+    """Stands for a mask that lets a token see the last `window` ones, where K and V are whole."""
 
-    def decode(
-        self, q: mx.array, k: mx.array, v: mx.array, scale: float, group: DecodeGroup
-    ) -> mx.array:
-        """q `[n, heads, 1, dim]`, k and v `[n, kv_heads, length, dim]` → `[n, heads, 1, dim]`."""
-
-    def chunk(self, q: mx.array, k: mx.array, v: mx.array, scale: float, start: int) -> mx.array:
-        """q `[heads, L, dim]` at positions `start …`; k and v `[kv_heads, start + L, dim]`
-        → `[heads, L, dim]`."""
-
-
-class FusedKernel:
-    """MLX's own fused attention: Metal, CUDA, and CPUs with a fast exp."""
-
-    def decode(
-        self, q: mx.array, k: mx.array, v: mx.array, scale: float, group: DecodeGroup
-    ) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=group.visible)
-
-    def chunk(self, q: mx.array, k: mx.array, v: mx.array, scale: float, start: int) -> mx.array:
-        return mx.fast.scaled_dot_product_attention(
-            q[None], k[None], v[None], scale=scale, mask="causal"
-        )[0]
-
-
-class CpuKernel:
-    """Attention in plain operations for x86 CPUs, in float32.
-
-    Against MLX's fallback it skips what lies above the causal diagonal, folds the query heads of
-    a KV head into one matrix, divides after the product with V, and has a vectorised exp.
-    """
-
-    def __init__(self) -> None:
-        self._exp_below = fast_math.BoundedCompile(lambda x, top: fast_math.arithmetic_exp(x - top))
-
-    def decode(
-        self, q: mx.array, k: mx.array, v: mx.array, scale: float, group: DecodeGroup
-    ) -> mx.array:
-        n, heads, _, dim = q.shape
-        kv_heads = k.shape[1]
-        folded = (q * scale).reshape(n, kv_heads, heads // kv_heads, dim)
-        scores = folded @ k.swapaxes(-1, -2)
-        if group.bias is not None:
-            scores = scores + group.bias
-        return self._weigh(scores, v).reshape(n, heads, 1, v.shape[-1])
-
-    def chunk(self, q: mx.array, k: mx.array, v: mx.array, scale: float, start: int) -> mx.array:
-        heads, length, dim = q.shape
-        kv_heads = k.shape[0]
-        grouped = (q * scale).reshape(kv_heads, heads // kv_heads, length, dim)
-        blocks = [
-            self._query_block(grouped[:, :, first : first + CPU_QUERY_BLOCK], k, v, start + first)
-            for first in range(0, length, CPU_QUERY_BLOCK)
-        ]
-        out = blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
-        return out.reshape(heads, length, v.shape[-1])
-
-    def _query_block(self, q: mx.array, k: mx.array, v: mx.array, start: int) -> mx.array:
-        """q `[kv_heads, share, block, dim]`, whose first query stands at position `start`."""
-        kv_heads, share, block, _ = q.shape
-        end = start + block
-        bias = _causal_bias(start, block) if block > 1 else None
-        at_once = max(1, CPU_SCORES_BYTES // (share * block * end * q.itemsize))
-        parts = [
-            self._heads(
-                q[h : h + at_once], k[h : h + at_once, :end], v[h : h + at_once, :end], bias
-            )
-            for h in range(0, kv_heads, at_once)
-        ]
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
-
-    def _heads(self, q: mx.array, k: mx.array, v: mx.array, bias: mx.array | None) -> mx.array:
-        """Some KV heads of a block: q `[n, share, block, dim]`, k and v `[n, end, dim]`."""
-        n, share, block, dim = q.shape
-        scores = q.reshape(n, share * block, dim) @ k.swapaxes(-1, -2)
-        if bias is not None:
-            scores = (scores.reshape(n, share, block, -1) + bias).reshape(scores.shape)
-        return self._weigh(scores, v).reshape(n, share, block, v.shape[-1])
-
-    def _weigh(self, scores: mx.array, v: mx.array) -> mx.array:
-        """softmax(scores) @ v, for scores `[…, m, s]` and v `[…, s, dim]`."""
-        weights = self._exp_below(scores, scores.max(axis=-1, keepdims=True))
-        return (weights @ v) / weights.sum(axis=-1, keepdims=True)
-
-
-def _causal_bias(start: int, block: int) -> mx.array:
-    """`[block, start + block]`: 0 where a query may look, -inf above the diagonal."""
-    queries = mx.arange(start, start + block)[:, None]
-    return mx.where(queries >= mx.arange(start + block)[None], 0.0, -mx.inf)
+    window: int
 
 
 class LayerCache:
     """What one layer of an mlx-lm model takes for its KV cache. Lives as long as the model; each
-    forward begins with `begin`."""
+    forward begins with `begin` and ends with `end`."""
 
     def __init__(self, layer: int, storage: KVStorage, kernel: AttentionKernel) -> None:
         self._layer = layer
         self._storage = storage
         self._kernel = kernel
+        self._shape = storage.layers[layer]
         self._layout: StepLayout | None = None
+        self._handed: tuple[mx.array, mx.array] | None = None
+        self._chunk_kv: list[tuple[mx.array, mx.array]] = []
 
     def begin(self, layout: StepLayout) -> None:
         self._layout = layout
+        self._handed = None
+
+    def end(self) -> None:
+        if self._handed is not None:
+            _owners.pop(id(self._handed[0]), None)
+        self._handed = None
+        self._chunk_kv = []
 
     @property
     def layout(self) -> StepLayout:
@@ -141,62 +67,107 @@ class LayerCache:
 
     @property
     def offset(self) -> mx.array:
-        return self.layout.offsets
+        """As in mlx-lm, it counts the new tokens once they are written."""
+        return self.layout.offsets if self._handed is None else self.layout.ends
 
-    def make_mask(self, *_args: Any, **_kwargs: Any) -> None:
-        """Masks belong to the groups of tokens, so the model needs none."""
+    def make_mask(self, *_args: Any, window_size: int | None = None, **_kwargs: Any) -> Any:
+        """Masks belong to the groups of tokens; what the model needs to know is the window."""
+        if window_size is None or window_size == self._shape.window:
+            return None
+        return WindowMask(window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write K and V of the packed tokens, `[T, kv_heads, 1, head_dim]`, to their slabs."""
-        for group in self.layout.decodes:
-            self._write_decodes(group, keys, values)
-        for span in self.layout.chunks:
-            self._write_chunk(span, keys, values)
+        layout = self.layout
+        for group in layout.decodes:
+            self._storage.write_tokens(
+                self._layer,
+                group.slab_id,
+                group.slots,
+                layout.positions_in(group, self._shape.ring),
+                keys[group.tokens, :, 0],
+                values[group.tokens, :, 0],
+            )
+        for span in layout.chunks:
+            chunk = (keys[span.tokens, :, 0].swapaxes(0, 1), values[span.tokens, :, 0])
+            self._write_chunk(span, chunk[0], chunk[1].swapaxes(0, 1))
+        self._handed = keys, values
+        _owners[id(keys)] = self
         return keys, values
 
-    def _write_decodes(self, group: DecodeGroup, keys: mx.array, values: mx.array) -> None:
-        slab = self._storage.slabs[group.slab_id]
-        tokens = slice(group.first_token, group.first_token + group.num_tokens)
-        slab.keys[self._layer][group.slots, :, group.positions] = keys[tokens, :, 0]
-        slab.values[self._layer][group.slots, :, group.positions] = values[tokens, :, 0]
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """What the layer wrote in this forward, for layers that share it (Gemma 3n)."""
+        assert self._handed is not None
+        return self._handed
 
     def _write_chunk(self, span: ChunkSpan, keys: mx.array, values: mx.array) -> None:
-        slab = self._storage.slabs[span.slab_id]
-        tokens = slice(span.first_token, span.first_token + span.num_tokens)
-        place = slice(span.start, span.start + span.num_tokens)
-        slab.keys[self._layer][span.slot, :, place] = keys[tokens, :, 0].swapaxes(0, 1)
-        slab.values[self._layer][span.slot, :, place] = values[tokens, :, 0].swapaxes(0, 1)
+        if self._shape.window is None:
+            self._storage.write_chunk(
+                self._layer, span.slab_id, span.slot, span.start, keys, values
+            )
+        else:
+            self._chunk_kv.append(
+                self._storage.extend_ring(
+                    self._layer, span.slab_id, span.slot, span.start, keys, values
+                )
+            )
 
-    def attend(self, queries: mx.array, scale: float) -> mx.array:
+    def attend(
+        self, queries: mx.array, scale: float, mask: Any = None, sinks: mx.array | None = None
+    ) -> mx.array:
         """Queries `[T, heads, 1, dim]` → outputs of the same shape, token by token."""
-        outputs = [self._attend_decodes(group, queries, scale) for group in self.layout.decodes]
-        outputs += [self._attend_chunk(span, queries, scale) for span in self.layout.chunks]
+        if mask is not None and not isinstance(mask, WindowMask):
+            raise UnknownMask("it makes its own attention masks")
+        window = self._shape.window if mask is None else mask.window
+        outputs = [
+            self._attend_decodes(group, queries, scale, window, sinks)
+            for group in self.layout.decodes
+        ]
+        outputs += [
+            self._attend_chunk(number, span, queries, scale, window, sinks)
+            for number, span in enumerate(self.layout.chunks)
+        ]
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
-    def _attend_decodes(self, group: DecodeGroup, queries: mx.array, scale: float) -> mx.array:
+    def _attend_decodes(
+        self,
+        group: DecodeGroup,
+        queries: mx.array,
+        scale: float,
+        window: int | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        view = self.layout.view_of(group, window, self._shape.ring)
         slab = self._storage.slabs[group.slab_id]
-        k = slab.keys[self._layer][: group.num_slots, :, : group.length]
-        v = slab.values[self._layer][: group.num_slots, :, : group.length]
-        q = queries[group.first_token : group.first_token + group.num_tokens]
+        k = slab.keys[self._layer][: group.num_slots, :, : view.length]
+        v = slab.values[self._layer][: group.num_slots, :, : view.length]
+        q = queries[group.tokens]
         if group.queries is not None:
             q = q[group.queries]
-        out = self._kernel.decode(q, k, v, scale, group)
+        out = self._kernel.decode(q, k, v, scale, view, sinks)
         return out if group.answers is None else out[group.answers]
 
-    def _attend_chunk(self, span: ChunkSpan, queries: mx.array, scale: float) -> mx.array:
-        slab = self._storage.slabs[span.slab_id]
-        end = span.start + span.num_tokens
-        k = slab.keys[self._layer][span.slot, :, :end]
-        v = slab.values[self._layer][span.slot, :, :end]
-        q = queries[span.first_token : span.first_token + span.num_tokens, :, 0].swapaxes(0, 1)
-        out = self._kernel.chunk(q, k, v, scale, span.start)
+    def _attend_chunk(
+        self,
+        number: int,
+        span: ChunkSpan,
+        queries: mx.array,
+        scale: float,
+        window: int | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        if self._shape.window is None:
+            k, v = self._storage.read_row(self._layer, span.slab_id, span.slot, span.end)
+        else:
+            k, v = self._chunk_kv[number]
+        q = queries[span.tokens, :, 0].swapaxes(0, 1)
+        start = k.shape[1] - span.num_tokens
+        out = self._kernel.chunk(q, k, v, scale, start, window, sinks)
         return out.swapaxes(0, 1)[:, :, None]
 
 
-def choose_kernel(dtype: mx.Dtype) -> AttentionKernel:
-    if fast_math.is_slow_cpu() and dtype == mx.float32:
-        return CpuKernel()
-    return FusedKernel()
+# Which layer handed out an array of K, by the array's id, within one forward of the main thread.
+_owners: dict[int, LayerCache] = {}
 
 
 def install(use_arithmetic_swiglu: bool) -> None:
@@ -216,11 +187,12 @@ def install(use_arithmetic_swiglu: bool) -> None:
         values: mx.array,
         cache: Any,
         scale: float,
-        mask: mx.array | None,
+        mask: Any,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        if isinstance(cache, LayerCache):
-            return cache.attend(queries, scale)
+        owner = cache if isinstance(cache, LayerCache) else _owners.get(id(keys))
+        if owner is not None:
+            return owner.attend(queries, scale, mask, sinks)
         plain: mx.array = original(queries, keys, values, cache, scale, mask, sinks)
         return plain
 

@@ -1,8 +1,7 @@
-"""From a model folder to a model that takes packed tokens.
+"""From a model folder to a model in memory and what it keeps of the tokens it sees.
 
-What is asked of a family is found out at load time, not believed: a recording cache shows the
-shape of each layer's K and V, and `ModelRunner.probe` compares packed tokens with mlx-lm's own
-forward.
+What is asked of a family is found out at load time, not believed: `cache_kinds` reads what each
+layer keeps, and `probe` finds the way to run it.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ import psutil
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_lm_server.core import model_config
 from mlx_lm_server.core.memory_ledger import format_bytes
 from mlx_lm_server.errors import ModelNotFoundError, ModelTooLargeError, UnsupportedModelError
 from mlx_lm_server.protocol import CpuWeights, LoadModel
-from mlx_lm_server.runner import attention, fast_math
-from mlx_lm_server.runner.kv_storage import LayerShape
+from mlx_lm_server.runner import attention, fast_math, probe
+from mlx_lm_server.runner.cache_kinds import ModelState, UnbatchableState, read_state
+from mlx_lm_server.runner.language_model import LanguageModel
 
-SERVED_FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3", "qwen3_moe")
-# Rope scalings that take one offset for the whole batch.
-UNBATCHED_ROPES = ("dynamic",)
 # Of the memory limit, what float32 weights may take when nobody asked for them.
 FLOAT32_SHARE = 0.5
+DEFAULT_CONTEXT_TOKENS = 32768
 CPU_MEMORY_SHARE = 0.75
 GPU_MEMORY_SHARE = 0.9
 
@@ -37,51 +36,54 @@ Progress = Callable[[str, float], None]
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model in memory. `backbone` maps packed ids to hidden states, `head` those to logits."""
+    """A model in memory. `state` is None where rows cannot share a batch; then `why_no_state`."""
 
-    model: Module
+    lm: LanguageModel
     model_type: str
     vocab_size: int
     context_tokens: int
-    layers: list[LayerShape]
+    state: ModelState | None
+    why_no_state: str
     kv_dtype: mx.Dtype
     weights: str
     weights_bytes: int
-
-    def backbone(self, ids: mx.array, caches: list[attention.LayerCache]) -> mx.array:
-        """ids `[T, 1]` → hidden states `[T, 1, hidden]`."""
-        hidden: mx.array = self.model.model(ids, cache=caches)
-        return hidden
-
-    def head(self, hidden: mx.array) -> mx.array:
-        """hidden `[n, hidden]` → logits `[n, vocab]`."""
-        if "lm_head" in self.model:
-            return self.model.lm_head(hidden)  # type: ignore[no-any-return]
-        return self.model.model.embed_tokens.as_linear(hidden)  # type: ignore[no-any-return]
 
 
 def load(order: LoadModel, memory_limit_bytes: int, progress: Progress) -> LoadedModel:
     """Read the model that `order` names; raises the classes of `ModelError`."""
     path = Path(order.model_path)
     config = read_config(path)
-    _check_family(config)
     attention.install(use_arithmetic_swiglu=fast_math.is_slow_cpu())
     progress("reading weights", 0.1)
     model = _read_model(path, order)
     weights = _settle_weights(model, order.cpu_weights, memory_limit_bytes)
     _materialise(model, progress)
     weights_bytes = _num_bytes(model)
-    layers, kv_dtype, vocab_size = _record_layers(model)
+    state, why_no_state = _read_state(model, config["model_type"])
+    logits = model(mx.zeros((1, 1), mx.int32))
+    kv_dtype = (state.kv[0].dtype if state and state.kv else None) or logits.dtype
     return LoadedModel(
-        model=model,
+        lm=LanguageModel(model),
         model_type=config["model_type"],
-        vocab_size=vocab_size,
-        context_tokens=int(config.get("max_position_embeddings", 32768)),
-        layers=layers,
+        vocab_size=logits.shape[-1],
+        context_tokens=model_config.context_tokens(config) or DEFAULT_CONTEXT_TOKENS,
+        state=state,
+        why_no_state=why_no_state,
         kv_dtype=kv_dtype,
         weights=weights,
         weights_bytes=weights_bytes,
     )
+
+
+def _read_state(model: Module, model_type: str) -> tuple[ModelState | None, str]:
+    """What the model keeps, or why that does not fit a batch. Raises UnsupportedModelError where
+    it does not even run."""
+    try:
+        return read_state(model), ""
+    except UnbatchableState as reason:
+        return None, str(reason)
+    except probe.SEAM_ERRORS as error:
+        raise UnsupportedModelError(f"{model_type} does not run in mlx-lm: {error}") from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -110,21 +112,6 @@ def memory_limit(asked_bytes: int | None) -> int:
     return int(int(recommended) * GPU_MEMORY_SHARE)
 
 
-def _check_family(config: dict[str, Any]) -> None:
-    family = config["model_type"]
-    if family not in SERVED_FAMILIES:
-        raise UnsupportedModelError(
-            f"models of type {family!r} are not served yet; served are {', '.join(SERVED_FAMILIES)}"
-        )
-    sliding = set(config.get("layer_types") or ()) - {"full_attention"}
-    if sliding:
-        raise UnsupportedModelError(f"layers of type {sorted(sliding)} are not served yet")
-    scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope_type = scaling.get("rope_type") or scaling.get("type")
-    if rope_type in UNBATCHED_ROPES:
-        raise UnsupportedModelError(f"rope scaling of type {rope_type!r} is not served yet")
-
-
 def _read_model(path: Path, order: LoadModel) -> Module:
     from mlx_lm.utils import load_adapters, load_model
 
@@ -135,7 +122,7 @@ def _read_model(path: Path, order: LoadModel) -> Module:
             model = load_adapters(model, order.adapter_path)
     except FileNotFoundError as error:
         raise ModelNotFoundError(str(error)) from error
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ImportError, SystemExit, *probe.SEAM_ERRORS) as error:
         raise UnsupportedModelError(f"{path} cannot be loaded: {error}") from error
     model.eval()
     return model
@@ -207,34 +194,3 @@ def _float32_bytes(model: Module) -> int:
             if isinstance(value, mx.array):
                 total += value.size * 4 * (scale if name == "weight" else 1)
     return total
-
-
-class _RecordingCache:
-    """Sees the K and V of one token go by."""
-
-    offset = 0
-
-    def __init__(self) -> None:
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-
-    def make_mask(self, *_args: Any, **_kwargs: Any) -> None:
-        return None
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.keys, self.values = keys, values
-        return keys, values
-
-
-def _record_layers(model: Module) -> tuple[list[LayerShape], mx.Dtype, int]:
-    """Each layer's KV shape, the type of K and V, and how many logits there are."""
-    caches = [_RecordingCache() for _ in model.layers]
-    logits = model(mx.zeros((1, 1), mx.int32), cache=caches)
-    mx.eval(logits)
-    shapes = []
-    for number, cache in enumerate(caches):
-        if cache.keys is None or cache.values is None:
-            raise UnsupportedModelError(f"layer {number} keeps no K and V")
-        shapes.append(LayerShape(cache.keys.shape[1], cache.keys.shape[-1], cache.values.shape[-1]))
-    assert caches[0].keys is not None
-    return shapes, caches[0].keys.dtype, logits.shape[-1]

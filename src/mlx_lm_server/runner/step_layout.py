@@ -11,7 +11,7 @@ prefill chunks, each chunk's tokens side by side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import mlx.core as mx
@@ -43,6 +43,20 @@ class DecodeGroup:
     bias: mx.array | None  # the same as 0 and -inf in float32, for the CPU
     queries: mx.array | None
     answers: mx.array | None
+    last_positions: tuple[int, ...]  # of each slot; -1 where it sits this step out
+
+    @property
+    def tokens(self) -> slice:
+        return slice(self.first_token, self.first_token + self.num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class WindowView:
+    """What the slots of a decode group see through a window, in a ring or in a whole slab."""
+
+    length: int
+    visible: mx.array | None
+    bias: mx.array | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,13 +69,50 @@ class ChunkSpan:
     num_tokens: int
     start: int
 
+    @property
+    def tokens(self) -> slice:
+        return slice(self.first_token, self.first_token + self.num_tokens)
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
+    """What layers of a kind have in common is computed for the first and kept for the others."""
+
     num_tokens: int
     offsets: mx.array  # [T] int32: each token's position, as RoPE wants it
     decodes: tuple[DecodeGroup, ...]
     chunks: tuple[ChunkSpan, ...]
+    with_bias: bool = False
+    _views: dict[tuple[int, int, int | None], WindowView] = field(default_factory=dict)
+    _places: dict[tuple[int, int], mx.array] = field(default_factory=dict)
+
+    @property
+    def ends(self) -> mx.array:
+        return self.offsets + 1
+
+    def positions_in(self, group: DecodeGroup, ring: int | None) -> mx.array:
+        """Where in a ring, or in a whole slab, the group's new tokens go: `[num_tokens]`."""
+        if ring is None:
+            return group.positions
+        key = (group.slab_id, ring)
+        if key not in self._places:
+            self._places[key] = group.positions % ring
+        return self._places[key]
+
+    def view_of(
+        self, group: DecodeGroup, window: int | None, ring: int | None
+    ) -> DecodeGroup | WindowView:
+        """What the group's slots see of a layer that looks back `window` tokens."""
+        if window is None:
+            return group
+        key = (group.slab_id, window, ring)
+        if key not in self._views:
+            self._views[key] = _window_view(group, window, ring, self.with_bias)
+        return self._views[key]
 
 
 def layout_of(plan: StepPlan, capacities: dict[int, int], with_bias: bool) -> StepLayout:
@@ -74,6 +125,7 @@ def layout_of(plan: StepPlan, capacities: dict[int, int], with_bias: bool) -> St
         offsets=mx.array(positions, mx.int32),
         decodes=_decode_groups(plan.decodes, capacities, with_bias),
         chunks=_chunk_spans(plan.prefills, len(plan.decodes)),
+        with_bias=with_bias,
     )
 
 
@@ -115,6 +167,22 @@ def _decode_group(
         bias=mx.where(visible, 0.0, -mx.inf) if with_bias and visible is not None else None,
         queries=None if is_dense else _token_of_slot(slots, num_slots),
         answers=None if is_dense else mx.array(slots, mx.int32),
+        last_positions=tuple(n - 1 for n in lengths),
+    )
+
+
+def _window_view(group: DecodeGroup, window: int, ring: int | None, with_bias: bool) -> WindowView:
+    """In a ring, place `s` holds the last token whose position is `s` modulo the ring."""
+    length = group.length if ring is None else min(group.length, ring)
+    last = mx.array(group.last_positions, mx.int32)[:, None]
+    age = last - mx.arange(length)[None]
+    if ring is not None:
+        age = age % ring
+    visible = ((age >= 0) & (age < window) & (age <= last))[:, None, None]
+    return WindowView(
+        length=length,
+        visible=visible,
+        bias=mx.where(visible, 0.0, -mx.inf) if with_bias else None,
     )
 
 

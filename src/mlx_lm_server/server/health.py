@@ -111,7 +111,9 @@ class HealthRoutes:
         if supervisor is not None:
             facts |= {"pid": supervisor.pid, "restarts": supervisor.num_restarts}
             if supervisor.ready is not None:
-                facts |= {"device": supervisor.ready.device, "blas": supervisor.ready.blas}
+                ready = supervisor.ready
+                facts |= {"device": ready.device, "blas": ready.blas}
+                facts |= {"batching": ready.batching, "batching_reason": ready.batching_reason}
         return facts
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lm_server.config import NANO
+from mlx_lm_server.core import model_config
 from mlx_lm_server.errors import ModelError, ModelNotFoundError
 
 NANO_FOLDER = Path(__file__).resolve().parent.parent / "nano"
@@ -123,12 +124,9 @@ class ModelFacts:
 def read_facts(folder: Path) -> ModelFacts:
     config = read_json(folder / "config.json")
     generation = read_json(folder / "generation_config.json")
-    text = config.get("text_config")
-    text = text if isinstance(text, dict) else {}
-    context = text.get("max_position_embeddings", config.get("max_position_embeddings"))
-    sources = (config, text, generation)
+    sources = (*model_config.sections(config), generation)
     return ModelFacts(
-        context_tokens=context if isinstance(context, int) and context > 0 else None,
+        context_tokens=model_config.context_tokens(config),
         eos_ids=frozenset(i for source in sources for i in _ids(source.get("eos_token_id"))),
         defaults=SamplingDefaults(
             temperature=_number(generation, "temperature"),

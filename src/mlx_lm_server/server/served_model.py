@@ -121,9 +121,7 @@ class ServedModel:
 def bounds_of(config: Config, facts: ModelFacts, ready: Ready) -> Bounds:
     contexts = [c for c in (facts.context_tokens, ready.context_tokens) if c]
     context = min(contexts, default=config.generation.max_prompt_tokens)
-    kv_tokens = context
-    if ready.kv_bytes_per_token:
-        kv_tokens = ready.kv_limit_bytes // ready.kv_bytes_per_token
+    kv_tokens = ready.kv_limit_tokens or context
     if config.kv.max_kv_size is not None:
         kv_tokens = min(kv_tokens, config.kv.max_kv_size)
     return Bounds(

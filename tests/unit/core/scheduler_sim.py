@@ -10,6 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from mlx_lm_server.core.cost_model import CostModel
+from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.plan import (
     CreateSlab,
@@ -198,7 +199,7 @@ class Simulation:
         cost_model: CostModel | None = None,
     ) -> None:
         self.layout = KVLayout(
-            bytes_per_token=1,
+            KVGeometry(1),
             limit_bytes=limit_tokens,
             max_slab_bytes=max_slab_tokens,
             max_rows=limits.max_batch_size,

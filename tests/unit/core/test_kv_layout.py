@@ -3,14 +3,13 @@ from __future__ import annotations
 import pytest
 from scheduler_sim import SlabStore
 
+from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout, Location, capacity_for
 from mlx_lm_server.core.plan import CreateSlab, DropSlab, MoveRow, ResizeSlab
 
 
 def _layout(limit: int = 100_000, max_slab: int = 4096, max_rows: int = 32) -> KVLayout:
-    return KVLayout(
-        bytes_per_token=1, limit_bytes=limit, max_slab_bytes=max_slab, max_rows=max_rows
-    )
+    return KVLayout(KVGeometry(1), limit_bytes=limit, max_slab_bytes=max_slab, max_rows=max_rows)
 
 
 def _place(layout: KVLayout, row: int, num_tokens: int, held: int | None = None) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 
+from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.memory_ledger import MemoryLedger, format_bytes
 from mlx_lm_server.errors import ModelTooLargeError
 
@@ -15,7 +16,7 @@ def _ledger(max_kv_tokens: int | None = None, weights_bytes: int = 5 * GIB) -> M
         weights_bytes=weights_bytes,
         activation_bytes_per_token=512 * KIB,
         max_step_tokens=2048,
-        kv_bytes_per_token=144 * KIB,
+        geometry=KVGeometry(144 * KIB),
         max_kv_tokens=max_kv_tokens,
     )
 

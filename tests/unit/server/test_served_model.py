@@ -26,6 +26,7 @@ def ready(**fields: int) -> Ready:
         "context_tokens": 0,
         "kv_bytes_per_token": 2,
         "kv_limit_bytes": 2000,
+        "kv_limit_tokens": 1000,
         "memory_limit_bytes": 0,
         **fields,
     }

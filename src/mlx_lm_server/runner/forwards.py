@@ -1,0 +1,234 @@
+"""Three ways to run a plan through a model. The probe chooses one when the model is loaded.
+
+packed   one forward of all tokens, `[T, 1]`; for models that mix tokens in attention only
+split    the decode rows as one forward `[R, 1]`, then each prefill chunk as its own `[1, L]`;
+         for recurrent state, and for models that do arithmetic with the K and V they fetch
+alone    each row its own forward, with mlx-lm's own caches; for whatever else there is
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from mlx_lm_server.core.plan import DecodeRow, PrefillChunk, StepPlan
+from mlx_lm_server.protocol import Batching
+from mlx_lm_server.runner.attention import LayerCache
+from mlx_lm_server.runner.cache_kinds import ModelState
+from mlx_lm_server.runner.kernels import AttentionKernel, CpuKernel
+from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.language_model import LanguageModel
+from mlx_lm_server.runner.rectangular import ChunkCache, DecodeRowsCache
+from mlx_lm_server.runner.row_states import RowStates
+from mlx_lm_server.runner.step_layout import StepLayout, layout_of
+
+
+@dataclass(slots=True)
+class Outcome:
+    """`result` is `[rows that sample, vocab]` logits, or anything of the forward where none does;
+    `beside` are arrays to be computed with it, such as state that only the next step reads;
+    `hidden` are the states `[L, 1, dim]` of the chunks that were asked for, by row."""
+
+    result: mx.array
+    beside: list[mx.array] = field(default_factory=list)
+    hidden: dict[int, mx.array] = field(default_factory=dict)
+
+
+class Forward(Protocol):
+    """How plans run. `ids` `[T]` are the plan's tokens: of decode rows, then of chunks; `kept`
+    are the rows whose chunks' hidden states are wanted, as `LanguageModel.head` takes them."""
+
+    batching: Batching
+
+    def run(self, plan: StepPlan, ids: mx.array, kept: Collection[int] = ()) -> Outcome: ...
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """Rows that have left."""
+
+
+class PackedForward:
+    batching: Batching = "packed"
+
+    def __init__(
+        self, lm: LanguageModel, state: ModelState, storage: KVStorage, kernel: AttentionKernel
+    ) -> None:
+        self._lm = lm
+        self._storage = storage
+        self._needs_bias = isinstance(kernel, CpuKernel)
+        self._layers = [LayerCache(n, storage, kernel) for n in range(len(state.kv))]
+        self._caches = state.nest(self._layers, [])
+
+    def run(self, plan: StepPlan, ids: mx.array, kept: Collection[int] = ()) -> Outcome:
+        layout = _layout(plan, self._storage, self._needs_bias)
+        with _begun(self._layers, layout):
+            result, hidden = self._lm.run(ids[:, None], self._caches, _sampling_positions(plan))
+        outcome = Outcome(result, self._storage.take_unread())
+        end = len(plan.decodes)
+        for chunk in plan.prefills:
+            begin, end = end, end + len(chunk.token_ids)
+            if chunk.row in kept:
+                outcome.hidden[chunk.row] = hidden[begin:end]
+        return outcome
+
+    def forget(self, rows: Sequence[int]) -> None:
+        """All of a row lies in its slab."""
+
+
+class SplitForward:
+    batching: Batching = "split"
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        state: ModelState,
+        storage: KVStorage,
+        kernel: AttentionKernel | None,
+        mask_dims: int = 4,
+    ) -> None:
+        """With a kernel, decode rows attend slab by slab; else K and V are fetched for them, with
+        a mask of so many dimensions."""
+        self._lm = lm
+        self._state = state
+        self._storage = storage
+        self._needs_bias = isinstance(kernel, CpuKernel)
+        layers = range(len(state.kv))
+        self._row_layers: list[Any] = [
+            LayerCache(n, storage, kernel) if kernel else DecodeRowsCache(n, storage, mask_dims)
+            for n in layers
+        ]
+        self._chunk_layers = [ChunkCache(n, storage) for n in layers]
+        self.states = RowStates(state.recurrent)
+
+    def run(self, plan: StepPlan, ids: mx.array, kept: Collection[int] = ()) -> Outcome:
+        results: list[mx.array] = []
+        beside: list[mx.array] = []
+        hidden: dict[int, mx.array] = {}
+        end = len(plan.decodes)
+        if plan.decodes:
+            results.append(self._run_decodes(plan.decodes, ids[:end, None]))
+        for chunk in plan.prefills:
+            begin, end = end, end + len(chunk.token_ids)
+            outputs, states = self._run_chunk(chunk, ids[None, begin:end])
+            (results if chunk.samples else beside).append(outputs)
+            if chunk.row in kept:
+                hidden[chunk.row] = states.swapaxes(0, 1)
+        beside += self.states.arrays + self._storage.take_unread()
+        if not results:
+            results.append(beside.pop(0))
+        return Outcome(_joined(results), beside, hidden)
+
+    def forget(self, rows: Sequence[int]) -> None:
+        self.states.drop(rows)
+
+    def _run_decodes(self, decodes: tuple[DecodeRow, ...], ids: mx.array) -> mx.array:
+        plan = StepPlan(0, (), (), (), decodes, ())
+        layout = _layout(plan, self._storage, self._needs_bias)
+        rows = [decode.row for decode in decodes]
+        caches = self._state.nest(self._row_layers, self.states.take(rows))
+        with _begun(self._row_layers, layout):
+            logits = self._lm(ids, caches)
+        self.states.put(rows, self._state.recurrent_of(caches))
+        return logits
+
+    def _run_chunk(self, chunk: PrefillChunk, ids: mx.array) -> tuple[mx.array, mx.array]:
+        states = self.states.take([chunk.row]) if chunk.start else self.states.fresh()
+        caches = self._state.nest(self._chunk_layers, states)
+        positions = [ids.size - 1] if chunk.samples else []
+        with _begun(self._chunk_layers, chunk):
+            outputs = self._lm.run(ids, caches, positions)
+        self.states.put([chunk.row], self._state.recurrent_of(caches))
+        return outputs
+
+
+class AloneForward:
+    batching: Batching = "alone"
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self._lm = lm
+        self._caches: dict[int, list[Any]] = {}
+
+    def run(self, plan: StepPlan, ids: mx.array, kept: Collection[int] = ()) -> Outcome:
+        results: list[mx.array] = []
+        beside: list[mx.array] = []
+        hidden: dict[int, mx.array] = {}
+        for number, decode in enumerate(plan.decodes):
+            one = ids[None, number : number + 1]
+            results.append(self._lm(one, self._caches[decode.row]))
+        end = len(plan.decodes)
+        for chunk in plan.prefills:
+            begin, end = end, end + len(chunk.token_ids)
+            outputs, states = self._run_chunk(chunk, ids[None, begin:end])
+            (results if chunk.samples else beside).append(outputs)
+            if chunk.row in kept:
+                hidden[chunk.row] = states.swapaxes(0, 1)
+        rows = {decode.row for decode in plan.decodes} | {chunk.row for chunk in plan.prefills}
+        for row in rows:
+            beside += arrays_of(self._caches[row])
+        if not results:
+            results.append(beside.pop(0))
+        return Outcome(_joined(results), beside, hidden)
+
+    def _run_chunk(self, chunk: PrefillChunk, ids: mx.array) -> tuple[mx.array, mx.array]:
+        from mlx_lm.models.cache import make_prompt_cache
+
+        if chunk.start == 0:
+            self._caches[chunk.row] = make_prompt_cache(self._lm.model)
+        positions = [ids.size - 1] if chunk.samples else []
+        return self._lm.run(ids, self._caches[chunk.row], positions)
+
+    def forget(self, rows: Sequence[int]) -> None:
+        for row in rows:
+            self._caches.pop(row, None)
+
+
+def _joined(arrays: list[mx.array]) -> mx.array:
+    return arrays[0] if len(arrays) == 1 else mx.concatenate(arrays)
+
+
+def arrays_of(caches: Sequence[Any]) -> list[mx.array]:
+    """All arrays that mlx-lm's caches hold."""
+    found: list[mx.array] = []
+    tree_map(
+        lambda leaf: found.append(leaf) if isinstance(leaf, mx.array) else None,
+        [cache.state for cache in caches],
+    )
+    return found
+
+
+class _begun:
+    """A forward's caches between their `begin` and their `end`."""
+
+    def __init__(self, caches: Sequence[Any], what: StepLayout | PrefillChunk) -> None:
+        self._caches = caches
+        for cache in caches:
+            cache.begin(what)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_exc: object) -> None:
+        for cache in self._caches:
+            cache.end()
+
+
+def _layout(plan: StepPlan, storage: KVStorage, needs_bias: bool) -> StepLayout:
+    capacities = {slab_id: slab.capacity for slab_id, slab in storage.slabs.items()}
+    return layout_of(plan, capacities, needs_bias)
+
+
+def _sampling_positions(plan: StepPlan) -> list[int]:
+    """Where, among the packed tokens, the rows that sample have their last one."""
+    positions = list(range(len(plan.decodes)))
+    end = len(plan.decodes)
+    for chunk in plan.prefills:
+        end += len(chunk.token_ids)
+        if chunk.samples:
+            positions.append(end - 1)
+    return positions
+
+
+Candidate = Callable[[], Forward]

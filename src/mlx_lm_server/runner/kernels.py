@@ -1,0 +1,210 @@
+"""The arithmetic of attention: MLX's fused kernel, and plain operations for x86 CPUs."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import mlx.core as mx
+
+from mlx_lm_server.runner import fast_math
+
+# Queries that share one pass over the keys on a CPU, and how many bytes of scores are worked on at
+# once, so that they stay in its second-level cache.
+CPU_QUERY_BLOCK = 128
+CPU_SCORES_BYTES = 2 * 1024 * 1024
+
+
+class View(Protocol):
+    """Which keys each slot of a decode group sees: `[num_slots, 1, 1, length]`, None for all."""
+
+    @property
+    def visible(self) -> mx.array | None: ...
+
+    @property
+    def bias(self) -> mx.array | None:
+        """The same as 0 and -inf in float32, where the kernel is the CPU's."""
+
+
+class AttentionKernel(Protocol):
+    """The two shapes of attention. Q is `[…, heads, …]`, K and V `[…, kv_heads, …]`; `sinks`
+    `[heads]` are logits of keys without a value, which take part in the softmax only."""
+
+    def decode(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        view: View,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """q `[n, heads, 1, dim]`, k and v `[n, kv_heads, length, dim]` → `[n, heads, 1, dim]`."""
+
+    def chunk(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        start: int,
+        window: int | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """q `[heads, L, dim]`, whose first query comes after `start` keys; k and v
+        `[kv_heads, start + L, dim]` → `[heads, L, dim]`. A query sees the last `window` keys up to
+        its own."""
+
+
+class FusedKernel:
+    """MLX's own fused attention: Metal, CUDA, and CPUs with a fast exp."""
+
+    def decode(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        view: View,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(
+            q, k, v, scale=scale, mask=view.visible, sinks=sinks
+        )
+
+    def chunk(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        start: int,
+        window: int | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        length = q.shape[1]
+        mask: str | mx.array = "causal"
+        if window is not None and start + length > window:
+            mask = _sees(start, length, 0, start + length, window)
+        return mx.fast.scaled_dot_product_attention(
+            q[None], k[None], v[None], scale=scale, mask=mask, sinks=sinks
+        )[0]
+
+
+class CpuKernel:
+    """Attention in plain operations for x86 CPUs, in float32.
+
+    Against MLX's fallback it skips what lies above the causal diagonal and before the window,
+    folds the query heads of a KV head into one matrix, divides after the product with V, and has a
+    vectorised exp.
+    """
+
+    def __init__(self) -> None:
+        self._exp_below = fast_math.BoundedCompile(lambda x, top: fast_math.arithmetic_exp(x - top))
+
+    def decode(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        view: View,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        n, heads, _, dim = q.shape
+        kv_heads = k.shape[1]
+        folded = (q * scale).reshape(n, kv_heads, heads // kv_heads, dim)
+        scores = folded @ k.swapaxes(-1, -2)
+        if view.bias is not None:
+            scores = scores + view.bias
+        if sinks is not None:
+            sinks = sinks.reshape(kv_heads, heads // kv_heads, 1)
+        return self._weigh(scores, v, sinks).reshape(n, heads, 1, v.shape[-1])
+
+    def chunk(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        start: int,
+        window: int | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        heads, length, dim = q.shape
+        kv_heads = k.shape[0]
+        grouped = (q * scale).reshape(kv_heads, heads // kv_heads, length, dim)
+        if sinks is not None:
+            sinks = sinks.reshape(kv_heads, heads // kv_heads, 1)
+        blocks = [
+            self._query_block(
+                grouped[:, :, first : first + CPU_QUERY_BLOCK], k, v, start + first, window, sinks
+            )
+            for first in range(0, length, CPU_QUERY_BLOCK)
+        ]
+        out = blocks[0] if len(blocks) == 1 else mx.concatenate(blocks, axis=2)
+        return out.reshape(heads, length, v.shape[-1])
+
+    def _query_block(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        start: int,
+        window: int | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """q `[kv_heads, share, block, dim]`, whose first query comes after `start` keys."""
+        kv_heads, share, block, _ = q.shape
+        first, end = 0 if window is None else max(0, start + 1 - window), start + block
+        bias = None
+        if block > 1:
+            bias = mx.where(_sees(start, block, first, end, window), 0.0, -mx.inf)
+        at_once = max(1, CPU_SCORES_BYTES // (share * block * (end - first) * q.itemsize))
+        parts = []
+        for h in range(0, kv_heads, at_once):
+            some = slice(h, h + at_once)
+            some_sinks = None if sinks is None else sinks[some]
+            parts.append(
+                self._heads(q[some], k[some, first:end], v[some, first:end], bias, some_sinks)
+            )
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def _heads(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        bias: mx.array | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Some KV heads of a block: q `[n, share, block, dim]`, k and v `[n, keys, dim]`."""
+        n, share, block, dim = q.shape
+        scores = q.reshape(n, share * block, dim) @ k.swapaxes(-1, -2)
+        if bias is not None:
+            scores = (scores.reshape(n, share, block, -1) + bias).reshape(scores.shape)
+        if sinks is not None:
+            sinks = mx.repeat(sinks, block, axis=1)
+        return self._weigh(scores, v, sinks).reshape(n, share, block, v.shape[-1])
+
+    def _weigh(self, scores: mx.array, v: mx.array, sinks: mx.array | None) -> mx.array:
+        """softmax(scores) @ v, for scores `[…, m, s]`, v `[…, s, dim]`, sinks `[…, m, 1]`."""
+        top = scores.max(axis=-1, keepdims=True)
+        if sinks is not None:
+            top = mx.maximum(top, sinks)
+        weights = self._exp_below(scores, top)
+        total = weights.sum(axis=-1, keepdims=True)
+        if sinks is not None:
+            total = total + mx.exp(sinks - top)
+        return (weights @ v) / total
+
+
+def _sees(start: int, length: int, first: int, end: int, window: int | None) -> mx.array:
+    """`[length, end - first]`: whether query `start + i` sees key `first + j`."""
+    ages = mx.arange(start, start + length)[:, None] - mx.arange(first, end)[None]
+    return ages >= 0 if window is None else (ages >= 0) & (ages < window)
+
+
+def choose_kernel(dtype: mx.Dtype) -> AttentionKernel:
+    if fast_math.is_slow_cpu() and dtype == mx.float32:
+        return CpuKernel()
+    return FusedKernel()

@@ -1,0 +1,247 @@
+"""Chooses how a model's plans run, and measures what they cost, with tiny plans of its own.
+
+The reference is mlx-lm's model with mlx-lm's caches, one row at a time, over the same plans; the
+fastest way whose logits agree with it is taken. So what is asked of a family is found out when it
+is loaded, and a family that nobody has heard of is served in the way that fits it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_lm_server.core.cost_model import StepCosts
+from mlx_lm_server.core.kv_geometry import KVGeometry
+from mlx_lm_server.core.plan import CreateSlab, DecodeRow, DropSlab, PrefillChunk, StepPlan
+from mlx_lm_server.runner.attention import UnknownMask
+from mlx_lm_server.runner.cache_kinds import ModelState
+from mlx_lm_server.runner.forwards import (
+    AloneForward,
+    Candidate,
+    Forward,
+    PackedForward,
+    SplitForward,
+    arrays_of,
+)
+from mlx_lm_server.runner.kernels import choose_kernel
+from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.language_model import LanguageModel
+
+SMALL_SLAB, LARGE_SLAB = -2, -1
+PROBE_TOKENS = 12
+CALIBRATION_TOKENS = 64
+CALIBRATION_CONTEXT = 1024
+ALONE_STEP = 256
+FLOAT32_TOLERANCE, HALF_TOLERANCE = 1e-4, 0.06
+# What a model's code raises when it meets a cache, an offset or a mask it was not written for.
+SEAM_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    UnknownMask,
+    ValueError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The way that was chosen, and why not the ones before it."""
+
+    forward: Forward
+    refused: dict[str, str]
+
+    @property
+    def reason(self) -> str:
+        return "; ".join(f"{way}: {reason}" for way, reason in self.refused.items())
+
+
+def choose_forward(
+    lm: LanguageModel, state: ModelState | None, why_no_state: str, storage: KVStorage
+) -> Choice:
+    """The first of the ways, the best first, that gives mlx-lm's logits."""
+    refused = {}
+    if state is None:
+        refused["batched"] = why_no_state
+    elif state.recurrent:
+        refused["packed"] = "recurrent state takes a row's tokens in order"
+    for name, candidate in _candidates(lm, state, storage):
+        forward = candidate()
+        reason = _disagreement(forward, AloneForward(lm), storage)
+        if reason is None:
+            return Choice(forward, refused)
+        refused[name] = reason
+    return Choice(AloneForward(lm), refused)
+
+
+def _candidates(
+    lm: LanguageModel, state: ModelState | None, storage: KVStorage
+) -> list[tuple[str, Candidate]]:
+    if state is None:
+        return []
+    dtype = (state.kv[0].dtype if state.kv else None) or mx.float32
+    kernel = choose_kernel(dtype)
+    ways: list[tuple[str, Candidate]] = []
+    if not state.recurrent:
+        ways.append(("packed", lambda: PackedForward(lm, state, storage, kernel)))
+    ways.append(("split", lambda: SplitForward(lm, state, storage, kernel)))
+    if state.kv:
+        ways.append(("fetched", lambda: SplitForward(lm, state, storage, None)))
+        ways.append(("fetched, by KV head", lambda: SplitForward(lm, state, storage, None, 5)))
+    return ways
+
+
+def _disagreement(forward: Forward, reference: Forward, storage: KVStorage) -> str | None:
+    """Run the probe's plans both ways; what went wrong, in words."""
+    with _scratch(storage, CreateSlab(SMALL_SLAB, 2, 64), CreateSlab(LARGE_SLAB, 2, 96)):
+        try:
+            worst = max(_differences(forward, reference))
+        except SEAM_ERRORS as error:
+            return f"{type(error).__name__}: {error}".partition("\n")[0]
+        finally:
+            forward.forget(range(4))
+            storage.take_unread()
+    return None if worst <= 1.0 else "its logits differ from mlx-lm's"
+
+
+def _differences(forward: Forward, reference: Forward) -> Iterator[float]:
+    """For each plan the largest difference of logits, in units of what is tolerated."""
+    for plan in _probe_plans():
+        ids = mx.array(
+            [_token(d.row, d.position) for d in plan.decodes]
+            + [token for chunk in plan.prefills for token in chunk.token_ids],
+            mx.int32,
+        )
+        outcomes = [way.run(plan, ids) for way in (forward, reference)]
+        for outcome in outcomes:
+            mx.eval(outcome.result, *outcome.beside)
+        ours, theirs = (outcome.result for outcome in outcomes)
+        if not any(True for _ in plan.sampling_rows):
+            continue
+        tolerance = FLOAT32_TOLERANCE if theirs.dtype == mx.float32 else HALF_TOLERANCE
+        ours, theirs = ours.astype(mx.float32), theirs.astype(mx.float32)
+        spread = max(1.0, float(mx.max(mx.abs(theirs))))
+        error = float(mx.max(mx.abs(ours - theirs)))
+        yield error / (tolerance * spread) if error == error else float("inf")
+
+
+def _token(row: int, position: int) -> int:
+    return (7 * position + 13 * row + 3) % 101
+
+
+def _probe_plans() -> Iterator[StepPlan]:
+    """Chunks of several rows side by side and one after another, then rows of different lengths in
+    two slabs that decode together, beside chunks, with a row that sits out and one that joins."""
+    half = PROBE_TOKENS // 2
+    yield _plan(prefills=[_chunk(0, 0, half)])
+    yield _plan(prefills=[_chunk(0, half, 2), _chunk(2, 0, 3)])
+    yield _plan([_decode(0, half + 2)], [_chunk(1, 0, half - 1, samples=False)])
+    yield _plan(prefills=[_chunk(1, half - 1, 1)])
+    for step in range(3):
+        rows = [(0, half + 3 + step), (1, half + step), (2, 3 + step)]
+        yield _plan([_decode(row, position) for row, position in rows if row != 1 or step != 1])
+        if step == 1:
+            yield _plan([_decode(1, half + 1)], [_chunk(3, 0, 1)])
+    yield _plan([_decode(2, 6), _decode(3, 1)])
+
+
+def _slab_of(row: int) -> tuple[int, int]:
+    """Rows 0 and 1 share the small slab, 2 and 3 the large one."""
+    return (SMALL_SLAB, row) if row < 2 else (LARGE_SLAB, row - 2)
+
+
+def _plan(decodes: Sequence[DecodeRow] = (), prefills: Sequence[PrefillChunk] = ()) -> StepPlan:
+    return StepPlan(0, (), (), (), tuple(decodes), tuple(prefills))
+
+
+def _decode(row: int, position: int) -> DecodeRow:
+    return DecodeRow(row, *_slab_of(row), position)
+
+
+def _chunk(row: int, start: int, num_tokens: int, samples: bool = True) -> PrefillChunk:
+    ids = tuple(_token(row, start + i) for i in range(num_tokens))
+    return PrefillChunk(row, *_slab_of(row), start, ids, samples)
+
+
+@contextmanager
+def _scratch(storage: KVStorage, *slabs: CreateSlab) -> Iterator[None]:
+    for slab in slabs:
+        storage.apply(slab)
+    try:
+        yield
+    finally:
+        for slab in slabs:
+            storage.apply(DropSlab(slab.slab_id))
+
+
+# ---- measuring
+
+
+def calibrate(forward: Forward, storage: KVStorage) -> StepCosts:
+    """First costs for the cost model, measured: a decode row, two sizes of chunk, and a chunk far
+    from the start."""
+    size, far = CALIBRATION_TOKENS, CALIBRATION_CONTEXT
+    with _scratch(storage, CreateSlab(SMALL_SLAB, 1, far + size)):
+        small_s = _time(forward, [_plan(prefills=[_chunk(0, 0, size)])] * 2)
+        one_s = _time(forward, [_plan([_decode(0, size + i)]) for i in range(2)])
+        large_s = _time(forward, [_plan(prefills=[_chunk(0, 0, 4 * size)])] * 2)
+        far_s = _time(forward, [_plan(prefills=[_chunk(0, far, size)])] * 2)
+    forward.forget([0])
+    per_token_s = max(1e-7, (large_s - small_s) / (3 * size))
+    per_pair_s = max(per_token_s / 1e5, (far_s - small_s) / (size * far))
+    return StepCosts(
+        base_s=max(1e-5, one_s - per_token_s),
+        per_prefill_token_s=per_token_s,
+        per_row_s=per_token_s,
+        per_kv_token_s=per_pair_s,
+        per_prefill_pair_s=per_pair_s,
+    )
+
+
+def time_chunk(forward: Forward, storage: KVStorage) -> float:
+    """Seconds of a prefill chunk, the fastest of some."""
+    size = 4 * CALIBRATION_TOKENS
+    with _scratch(storage, CreateSlab(SMALL_SLAB, 1, size)):
+        best_s = _time(forward, [_plan(prefills=[_chunk(0, 0, size)])] * 3)
+    forward.forget([0])
+    return best_s
+
+
+def activation_bytes_per_token(forward: Forward, storage: KVStorage) -> int:
+    """Peak memory of a forward beyond what it holds, per token, measured with one chunk."""
+    size = 4 * CALIBRATION_TOKENS
+    with _scratch(storage, CreateSlab(SMALL_SLAB, 1, size)):
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        _time(forward, [_plan(prefills=[_chunk(0, 0, size)])])
+        forward.forget([0])
+        return max(1, (mx.get_peak_memory() - before) // size)
+
+
+def geometry_of_rows_alone(lm: LanguageModel) -> KVGeometry:
+    """What a row with mlx-lm's own caches takes, at most: they grow by steps of 256 tokens."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    caches = make_prompt_cache(lm.model)
+    mx.eval(lm(mx.ones((1, ALONE_STEP), mx.int32), caches, []), arrays_of(caches))
+    per_token = -(-sum(array.nbytes for array in arrays_of(caches)) // ALONE_STEP)
+    return KVGeometry(per_token, bytes_per_row=per_token * ALONE_STEP)
+
+
+def _time(forward: Forward, plans: Sequence[StepPlan]) -> float:
+    """Seconds of the fastest of these forwards, run one after another."""
+    best_s = float("inf")
+    for plan in plans:
+        num_ids = len(plan.decodes) + plan.num_prefill_tokens
+        begun = time.perf_counter()
+        outcome = forward.run(plan, mx.ones((num_ids,), mx.int32))
+        mx.eval(outcome.result, *outcome.beside)
+        best_s = min(best_s, time.perf_counter() - begun)
+    return best_s

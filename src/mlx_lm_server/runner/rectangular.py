@@ -1,0 +1,177 @@
+"""Caches for models that do arithmetic with the K and V they fetch: real, rectangular arrays.
+
+Decode rows of several slabs are put side by side and padded to the longest; a mask hides the rest.
+
+    slab 1  ████████░░      fetched  ████████░░░░░░
+            ██████████               ██████████░░░░     mask per row: position ≤ its own
+    slab 4  ██████████████           ██████████████
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_lm_server.core.plan import PrefillChunk
+from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.step_layout import DecodeGroup, StepLayout
+
+
+class _FetchedCache:
+    """What models read of a cache beside its methods. They assign `keys` and `values` only to
+    order evaluations (DeepSeek V3.2), which needs nothing here."""
+
+    _fetched: tuple[mx.array, mx.array] | None = None
+
+    @property
+    def keys(self) -> mx.array | None:
+        return self._fetched and self._fetched[0]
+
+    @keys.setter
+    def keys(self, _: mx.array) -> None:
+        pass
+
+    @property
+    def values(self) -> mx.array | None:
+        return self._fetched and self._fetched[1]
+
+    @values.setter
+    def values(self, _: mx.array) -> None:
+        pass
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        assert self._fetched is not None
+        return self._fetched
+
+    def end(self) -> None:
+        self._fetched = None
+
+
+class DecodeRowsCache(_FetchedCache):
+    """One layer's cache for decode rows `[R, 1]`. `mask_dims` is how many dimensions the scores
+    have that the model masks: 4, or 5 where it splits query heads by their KV head (Gemma 2)."""
+
+    def __init__(self, layer: int, storage: KVStorage, mask_dims: int = 4) -> None:
+        self._mask_dims = mask_dims
+        self._layer = layer
+        self._storage = storage
+        self._shape = storage.layers[layer]
+        self._layout: StepLayout | None = None
+
+    def begin(self, layout: StepLayout) -> None:
+        self._layout = layout
+        self._fetched = None
+
+    @property
+    def layout(self) -> StepLayout:
+        assert self._layout is not None
+        return self._layout
+
+    @property
+    def offset(self) -> mx.array:
+        return self.layout.offsets if self._fetched is None else self.layout.ends
+
+    def make_mask(
+        self, _n: int = 1, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array:
+        """`[R, 1, 1, length]` of booleans, with more ones in the middle for more dimensions."""
+        length = self._length
+        window = window_size or self._shape.window
+        parts = []
+        for group in self.layout.decodes:
+            view = self.layout.view_of(group, window, self._shape.ring)
+            visible = view.visible
+            if visible is None:
+                visible = mx.ones((group.num_slots, 1, 1, view.length), mx.bool_)
+            parts.append(_pad(_of_tokens(visible, group), length, axis=3))
+        mask = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        return mask.reshape(mask.shape[0], *[1] * (self._mask_dims - 2), length)
+
+    @property
+    def _length(self) -> int:
+        return max(self._group_length(group) for group in self.layout.decodes)
+
+    def _group_length(self, group: DecodeGroup) -> int:
+        return self._shape.num_places(group.length)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """`[R, kv_heads, 1, dim]` → `[R, kv_heads, length, dim]`."""
+        for group in self.layout.decodes:
+            self._storage.write_tokens(
+                self._layer,
+                group.slab_id,
+                group.slots,
+                self.layout.positions_in(group, self._shape.ring),
+                keys[group.tokens, :, 0],
+                values[group.tokens, :, 0],
+            )
+        slabs = [self._storage.slabs[group.slab_id] for group in self.layout.decodes]
+        self._fetched = (
+            self._fetch([slab.keys[self._layer] for slab in slabs]),
+            self._fetch([slab.values[self._layer] for slab in slabs]),
+        )
+        return self._fetched
+
+    def _fetch(self, arrays: list[mx.array]) -> mx.array:
+        length = self._length
+        parts = []
+        for array, group in zip(arrays, self.layout.decodes, strict=True):
+            rows = array[: group.num_slots, :, : self._group_length(group)]
+            parts.append(_pad(_of_tokens(rows, group), length, axis=2))
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+class ChunkCache(_FetchedCache):
+    """One layer's cache for one row's chunk `[1, L]`, in the manner of mlx-lm's own caches."""
+
+    def __init__(self, layer: int, storage: KVStorage) -> None:
+        self._layer = layer
+        self._storage = storage
+        self._shape = storage.layers[layer]
+        self._chunk: PrefillChunk | None = None
+        self.offset = 0
+
+    def begin(self, chunk: PrefillChunk) -> None:
+        self._chunk = chunk
+        self._fetched = None
+        self.offset = chunk.start
+
+    def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
+        from mlx_lm.models.cache import create_attention_mask
+
+        assert self._chunk is not None
+        before = self._chunk.start
+        if self._shape.window is not None:
+            before = min(before, self._shape.window - 1)
+            window_size = window_size or self._shape.window
+        if window_size is not None and before + n <= window_size:
+            window_size = None
+        return create_attention_mask(n, before, return_array, window_size)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """`[1, kv_heads, L, dim]` → K and V of all tokens that these see."""
+        assert self._chunk is not None
+        chunk, layer, storage = self._chunk, self._layer, self._storage
+        place = (layer, chunk.slab_id, chunk.slot)
+        if self._shape.window is not None:
+            k, v = storage.extend_ring(*place, chunk.start, keys[0], values[0])
+        else:
+            storage.write_chunk(*place, chunk.start, keys[0], values[0])
+            k, v = storage.read_row(*place, chunk.start + keys.shape[2])
+        self.offset = chunk.start + keys.shape[2]
+        self._fetched = k[None], v[None]
+        return self._fetched
+
+
+def _of_tokens(by_slot: mx.array, group: DecodeGroup) -> mx.array:
+    return by_slot if group.answers is None else by_slot[group.answers]
+
+
+def _pad(array: mx.array, length: int, axis: int) -> mx.array:
+    missing = length - array.shape[axis]
+    if missing == 0:
+        return array
+    widths = [(0, 0)] * array.ndim
+    widths[axis] = (0, missing)
+    return mx.pad(array, widths)

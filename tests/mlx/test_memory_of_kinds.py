@@ -1,0 +1,77 @@
+"""The account of bytes is what the arrays hold, for each kind of layer state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from msgspec.structs import replace
+
+from mlx_lm_server.core.plan import CreateSlab, DropSlab
+from mlx_lm_server.protocol import LoadModel
+from mlx_lm_server.runner import loader
+from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.model_runner import ModelRunner
+
+from .driver import GREEDY, EngineDriver, random_prompts
+from .tiny_models import VOCAB_SIZE, write_model
+
+FAMILIES = ("gemma3_text", "deepseek_v3", "qwen3_next", "baichuan_m1", "mamba2")
+
+
+def runner_of(engine: EngineDriver) -> ModelRunner:
+    runner = engine.core._runner
+    assert isinstance(runner, ModelRunner)
+    return runner
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ledger_counts_what_slabs_and_states_hold(family: str, tmp_path: Path) -> None:
+    engine = EngineDriver(write_model(family, tmp_path / family), max_batch_size=4)
+    runner = runner_of(engine)
+    for i, prompt in enumerate(random_prompts(5, (5, 70, 140), VOCAB_SIZE)):
+        engine.add(f"row-{i}", prompt, replace(GREEDY, max_tokens=60))
+    for _ in range(30):
+        engine.step()
+    held = runner.kv_held_bytes + runner.state_held_bytes
+    assert engine.core.stats().kv_used_bytes == held
+    assert runner.state_held_bytes == 3 * runner.geometry.bytes_per_row
+    engine.finish()
+    engine.core.step()
+    assert runner.kv_held_bytes == runner.state_held_bytes == engine.core.stats().kv_used_bytes == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_slot_takes_what_the_geometry_says_at_any_capacity(family: str, tmp_path: Path) -> None:
+    order = LoadModel(str(write_model(family, tmp_path / family)))
+    loaded = loader.load(order, loader.memory_limit(None), lambda _s, _f: None)
+    assert loaded.state is not None
+    storage = KVStorage(loaded.state.kv, loaded.kv_dtype)
+    for capacity in (1, 24, 31, 32, 33, 500):
+        storage.apply(CreateSlab(0, 3, capacity))
+        assert storage.nbytes == 3 * storage.geometry.slot_bytes(capacity)
+        storage.apply(DropSlab(0))
+
+
+def test_a_window_bounds_the_memory_of_a_long_row(tmp_path: Path) -> None:
+    runner = runner_of(EngineDriver(write_model("gemma3_text", tmp_path / "gemma3")))
+    geometry = runner.geometry
+    growth = geometry.slot_bytes(2000) - geometry.slot_bytes(1000)
+    assert growth == 1000 * geometry.bytes_per_token // 2  # half of its layers have a window
+
+
+def test_steps_write_rings_and_slabs_in_place(tmp_path: Path) -> None:
+    """Also beside the chunks of another row, a step needs no second copy of the slabs."""
+    engine = EngineDriver(write_model("gemma3_text", tmp_path / "gemma3"), max_batch_size=8)
+    for i, prompt in enumerate(random_prompts(3, (1500,) * 8, VOCAB_SIZE)):
+        engine.add(f"long-{i}", prompt, replace(GREEDY, max_tokens=200))
+    while not all(engine.tokens.values()):
+        engine.step()
+    held = runner_of(engine).kv_held_bytes
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in range(20):
+        engine.step()
+    assert runner_of(engine).kv_held_bytes == held
+    assert mx.get_peak_memory() - before < held / 3
