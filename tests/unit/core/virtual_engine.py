@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from mlx_lm_server.core.cost_model import CostModel, StepCosts, StepFeatures
+from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.plan import StepPlan
 from mlx_lm_server.core.request import Request
@@ -33,7 +34,7 @@ class VirtualEngine:
         noise: float = 0.0,
         seed: int = 0,
     ) -> None:
-        layout = KVLayout(1000, 10**9, max_rows=limits.max_batch_size)
+        layout = KVLayout(KVGeometry(1000), 10**9, max_rows=limits.max_batch_size)
         self.scheduler = Scheduler(limits, layout, CostModel(initial))
         self.times: dict[str, list[float]] = {}
         self.on_end: Callable[[str], Request | None] = lambda req_id: None
