@@ -71,9 +71,9 @@ def random_model(family: str) -> nn.Module:
 def examine(family: str) -> Row:
     try:
         model = random_model(family)
+        state, why = _state_of(model)
     except NOT_LOADABLE as error:
         return Row(family, "not loaded", "", f"{type(error).__name__}: {error}".split("\n")[0])
-    state, why = _state_of(model)
     storage = KVStorage(state.kv if state else [], mx.float32)
     choice = probe.choose_forward(LanguageModel(model), state, why, storage)
     keeps = ", ".join(state.kinds) if state else "state of its own"

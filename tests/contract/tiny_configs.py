@@ -146,6 +146,10 @@ _GEMMA4: dict[str, Any] = {
     },
 }
 
+_ROPES: dict[str, Any] = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 _LFM2: dict[str, Any] = {
     "layer_types": ["conv", "full_attention"] * 2,
     "block_dim": 64,
@@ -185,7 +189,10 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_num_experts": 4},
     "exaone4": {"rope_scaling": None, "sliding_window_pattern": "LLGL"},
     "exaone_moe": {"layer_types": SLIDING_FULL, "is_moe_layer": [False, True, True, True]},
-    "gear": {"layer_types": ["conv", "full_attention", "sliding_attention", "conv"]},
+    "gear": {
+        "layer_types": ["linear_attention", "full_attention", "sliding_attention"]
+        + ["linear_attention"]
+    },
     "gemma3_text": {"sliding_window_pattern": 2},
     "gemma4_text": _GEMMA4,
     "gpt_oss": {"layer_types": SLIDING_FULL, "rope_scaling": None},
@@ -246,7 +253,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     | {"num_experts_per_tok": 1},
     "longcat_flash": _LONGCAT,
     "longcat_flash_ngram": _LONGCAT,
-    "mellum": {"layer_types": SLIDING_FULL},
+    "mellum": {"layer_types": SLIDING_FULL, "rope_parameters": _ROPES},
     "mimo_v2_flash": {
         "hybrid_layer_pattern": [0, 1, 0, 1],
         "moe_layer_freq": [0, 1, 0, 1],
@@ -290,6 +297,12 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             }
             for n in range(4)
         ]
+    },
+    "rwkv7": {
+        "a_low_rank_dim": 8,
+        "v_low_rank_dim": 8,
+        "gate_low_rank_dim": 8,
+        "decay_low_rank_dim": 8,
     },
     "nemotron_h": {"hybrid_override_pattern": ["M", "*", "-", "M"]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},

@@ -125,3 +125,42 @@ def test_decode_steps_write_in_place_and_peak_memory_stays_flat(kernel: Attentio
         plan = plan_of(*(DecodeRow(row, 0, row, 100 + step) for row in range(8)))
         mx.eval(forward(storage, kernel, plan, k, v, q))
     assert mx.get_peak_memory() - before < slab_bytes / 4
+
+
+@pytest.mark.parametrize("start", [0, 5, 300])
+@pytest.mark.parametrize("window", [None, 20, 1000])
+def test_sinks_and_windows_give_the_same_on_both_kernels(start: int, window: int | None) -> None:
+    length, keys = 150, start + 150
+    q = mx.random.normal((HEADS, length, DIM))
+    k, v = mx.random.normal((KV_HEADS, keys, DIM)), mx.random.normal((KV_HEADS, keys, DIM))
+    sinks = mx.random.normal((HEADS,)) * 3
+    whole = [
+        kernel.chunk(q, k, v, DIM**-0.5, start, window, sinks)
+        for kernel in (CpuKernel(), FusedKernel())
+    ]
+    assert mx.allclose(*whole, atol=1e-5)
+    group = layout_of(plan_of(DecodeRow(0, 0, 0, keys - 1)), {0: keys}, True)
+    view = group.view_of(group.decodes[0], window, None)
+    for kernel, chunk_out in zip((CpuKernel(), FusedKernel()), whole, strict=True):
+        last = kernel.decode(q[None, :, -1:], k[None], v[None], DIM**-0.5, view, sinks)
+        assert mx.allclose(last[0, :, 0], chunk_out[:, -1], atol=1e-5)
+
+
+def test_a_ring_keeps_the_last_tokens_whatever_the_chunks() -> None:
+    window, total = 20, 75
+    shape = LayerShape(KV_HEADS, DIM, DIM, window)
+    k, v, _ = random_tokens(total)
+    k, v = (x[:, :, 0].swapaxes(0, 1) for x in (k, v))
+    for sizes in ((75,), (1,) * 75, (7,) * 10 + (5,), (30, 1, 44)):
+        storage = KVStorage([shape], mx.float32)
+        storage.apply(CreateSlab(0, 2, 100))
+        start = 0
+        for size in sizes:
+            end = start + size
+            seen, _ = storage.extend_ring(0, 0, 1, start, k[:, start:end], v[:, start:end])
+            assert mx.array_equal(seen, k[:, max(0, start - window + 1) : end])
+            start = end
+        ring = storage.slabs[0].values[0][1]
+        assert ring.shape[1] == shape.ring == window + 8
+        for position in range(total - window, total):
+            assert mx.array_equal(ring[:, position % shape.ring], v[:, position])
