@@ -189,10 +189,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_num_experts": 4},
     "exaone4": {"rope_scaling": None, "sliding_window_pattern": "LLGL"},
     "exaone_moe": {"layer_types": SLIDING_FULL, "is_moe_layer": [False, True, True, True]},
-    "gear": {
-        "layer_types": ["linear_attention", "full_attention", "sliding_attention"]
-        + ["linear_attention"]
-    },
+    "gear": {"layer_types": ["conv_mixer", "full_attention", "sliding_attention"] + ["conv_mixer"]},
     "gemma3_text": {"sliding_window_pattern": 2},
     "gemma4_text": _GEMMA4,
     "gpt_oss": {"layer_types": SLIDING_FULL, "rope_scaling": None},

@@ -60,7 +60,10 @@ class Choice:
 
     @property
     def reason(self) -> str:
-        return "; ".join(f"{way}: {reason}" for way, reason in self.refused.items())
+        ways: dict[str, list[str]] = {}
+        for way, reason in self.refused.items():
+            ways.setdefault(reason, []).append(way)
+        return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in ways.items())
 
 
 def choose_forward(
