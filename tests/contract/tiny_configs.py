@@ -150,6 +150,13 @@ _ROPES: dict[str, Any] = {
     "full_attention": {"rope_type": "default", "rope_theta": 1e6},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+_LLAMA4_ROPE: dict[str, Any] = {
+    "rope_theta": 1e4,
+    "rope_type": "default",
+    "type": "default",
+    "llama_4_scaling_beta": 0.1,
+    "original_max_position_embeddings": 64,
+}
 _LFM2: dict[str, Any] = {
     "layer_types": ["conv", "full_attention"] * 2,
     "block_dim": 64,
@@ -189,7 +196,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_num_experts": 4},
     "exaone4": {"rope_scaling": None, "sliding_window_pattern": "LLGL"},
     "exaone_moe": {"layer_types": SLIDING_FULL, "is_moe_layer": [False, True, True, True]},
-    "gear": {"layer_types": ["conv_mixer", "full_attention", "sliding_attention"] + ["conv_mixer"]},
+    "gear": {"layer_types": ["conv_mixer", "full_attention", "sliding_attention", "conv_mixer"]},
     "gemma3_text": {"sliding_window_pattern": 2},
     "gemma4_text": _GEMMA4,
     "gpt_oss": {"layer_types": SLIDING_FULL, "rope_scaling": None},
@@ -212,7 +219,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "deepseek_v3": _MLA,
     "deepseek_v32": _MLA | {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 16},
     "glm4_moe": {"rope_scaling": None},
-    "glm_moe_dsa": _MLA | {"index_head_dim": 16, "index_n_heads": 2, "index_topk": 16},
+    "glm_moe_dsa": _MLA
+    | {
+        "index_head_dim": 16,
+        "index_n_heads": 2,
+        "index_topk": 16,
+        "rope_parameters": {"rope_theta": 1e4, "rope_type": "default"},
+    },
     "gpt_neox": {"rotary_emb_base": 10000, "rotary_pct": 0.25},
     "gptj": {"rotary_dim": 8},
     "hunyuan": {
@@ -278,13 +291,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "minimax": {"rotary_dim": 8},
     "ministral3": {
         "layer_types": SLIDING_FULL,
-        "rope_parameters": {
-            "rope_theta": 1e4,
-            "rope_type": "default",
-            "type": "default",
-            "llama_4_scaling_beta": 0.1,
-            "original_max_position_embeddings": 64,
-        },
+        "rope_parameters": _LLAMA4_ROPE,
     },
     "nemotron-nas": {
         "block_configs": [
@@ -294,6 +301,35 @@ OVERRIDES: dict[str, dict[str, Any]] = {
             }
             for n in range(4)
         ]
+    },
+    "mistral4": _MLA | {"rope_parameters": _LLAMA4_ROPE},
+    "olmo_hybrid": {"linear_allow_neg_eigval": True, "num_key_value_heads": 4},
+    "openelm": {
+        "num_transformer_layers": 4,
+        "ffn_dim_divisor": 8,
+        "num_query_heads": [4] * 4,
+        "num_kv_heads": [2] * 4,
+        "ffn_multipliers": [1.0, 2.0, 2.0, 1.0],
+    },
+    "phixtral": {"num_vocab": VOCAB_SIZE, "rotary_dim": 8},
+    "plamo": {"n_shared_head": 2},
+    "qwen": {"kv_channels": 16, "intermediate_size": 256},
+    "recurrent_gemma": {
+        "conv1d_width": 4,
+        "logits_soft_cap": 30.0,
+        "attention_window_size": 24,
+        "num_key_value_heads": 1,
+        "block_types": ["recurrent", "attention"],
+    },
+    "spark2_5": {"hidden_act": "gelu", "layer_types": SLIDING_FULL, "rope_parameters": _ROPES},
+    "stablelm": {"use_qkv_bias": False},
+    "step3p5": {
+        "num_attention_groups": 2,
+        "layer_types": SLIDING_FULL,
+        "moe_num_experts": 4,
+        "moe_top_k": 2,
+        "share_expert_dim": 32,
+        "partial_rotary_factors": [0.5] * 4,
     },
     "rwkv7": {
         "a_low_rank_dim": 8,

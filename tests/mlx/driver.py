@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 
+import mlx.core as mx
 import msgspec
 
 from mlx_lm_server.engine.assembly import assemble
@@ -42,6 +44,17 @@ class EngineDriver:
 
     def step(self) -> None:
         self._collect(self.core.step())
+
+    def usual_peak_bytes(self, num_steps: int = 20) -> int:
+        """Memory that a step takes for itself: the median, since on a busy machine MLX now and
+        then allocates a whole forward ahead of its execution."""
+        peaks = []
+        for _ in range(num_steps):
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            self.step()
+            peaks.append(mx.get_peak_memory() - before)
+        return int(median(peaks))
 
     def finish(self) -> None:
         while self.core.has_work:
