@@ -42,7 +42,7 @@ def assemble(order: LoadModel, blas: Blas, progress: Progress) -> tuple[EngineCo
     loaded = loader.load(order, memory_limit_bytes, progress)
     progress("comparing with mlx-lm", 0.85)
     runner = ModelRunner(loaded, order.max_batch_size)
-    log.info("%s", runner.describe())
+    log.log(logging.WARNING if runner.batching == "alone" else logging.INFO, runner.describe())
     progress("measuring", 0.9)
     if order.num_threads is None:
         blas = _fastest_threads(runner, blas)
