@@ -39,9 +39,10 @@ class ScoreDriver(EngineDriver):
         return found
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_model("qwen3", tmp_path_factory.mktemp("logprobs") / "qwen3")
+@pytest.fixture(scope="module", params=["qwen3", "qwen3_next", "gemma2", "llama4"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed, split with state, split with fetched K and V, and alone."""
+    return write_model(request.param, tmp_path_factory.mktemp("logprobs") / request.param)
 
 
 def reference(folder: Path, ids: list[int]) -> np.ndarray:
