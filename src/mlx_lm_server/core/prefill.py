@@ -6,8 +6,8 @@ are shared so that a short prompt does not wait behind a long one and a long one
 the oldest prompt gets a quarter, the rest goes to the prompts with the least left.
 
 What the model has learnt from large chunks on an idle machine promises too much for small ones, so
-a long prompt beside decoding rows starts small and at most doubles from step to step (`ramp`),
-while the model learns.
+a long prompt beside decoding rows starts small and grows by at most a quarter from step to step
+(`ramp_tokens`), while the model learns.
 """
 
 from __future__ import annotations
