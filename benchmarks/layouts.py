@@ -51,7 +51,7 @@ class Candidates:
         state = self._loaded.state
         assert state is not None, self._loaded.why_no_state
         self._layers = state.kv
-        self._storage = KVStorage(state.kv, self._loaded.kv_dtype)
+        self._storage = KVStorage(state.kv)
         kernel = choose_kernel(self._loaded.kv_dtype)
         self._packed = PackedForward(self._loaded.lm, state, self._storage, kernel)
 

@@ -32,7 +32,7 @@ class BareLoop:
         self._loaded = loader.load(order, loader.memory_limit(None), lambda _s, _f: None)
         state = self._loaded.state
         assert state is not None, self._loaded.why_no_state
-        self._storage = KVStorage(state.kv, self._loaded.kv_dtype)
+        self._storage = KVStorage(state.kv)
         kernel = choose_kernel(self._loaded.kv_dtype)
         self._packed = PackedForward(self._loaded.lm, state, self._storage, kernel)
         self.kv_bytes_per_token = self._storage.bytes_per_token

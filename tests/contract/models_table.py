@@ -74,7 +74,7 @@ def examine(family: str) -> Row:
         state, why = _state_of(model)
     except NOT_LOADABLE as error:
         return Row(family, "not loaded", "", f"{type(error).__name__}: {error}".split("\n")[0])
-    storage = KVStorage(state.kv if state else [], mx.float32)
+    storage = KVStorage(state.kv if state else [])
     choice = probe.choose_forward(LanguageModel(model), state, why, storage)
     keeps = ", ".join(state.kinds) if state else "state of its own"
     return Row(family, choice.forward.batching, keeps, choice.reason)

@@ -23,7 +23,7 @@ HEADS, KV_HEADS, DIM = 4, 2, 16
 
 
 def storage_with(*ops: CreateSlab) -> KVStorage:
-    storage = KVStorage([LayerShape(KV_HEADS, DIM, DIM)], mx.float32)
+    storage = KVStorage([LayerShape(KV_HEADS, DIM, DIM)])
     for op in ops:
         storage.apply(op)
     return storage
@@ -97,11 +97,11 @@ def test_a_row_cut_into_chunks_and_single_tokens_attends_as_a_whole(
 
 def test_moves_and_resizes_keep_what_rows_hold() -> None:
     storage = storage_with(CreateSlab(0, 2, 8), CreateSlab(1, 1, 16))
-    keys = storage.slabs[0].keys
+    keys = storage.slabs[0].planes[0]
     keys[0] = mx.arange(keys[0].size, dtype=mx.float32).reshape(keys[0].shape)
     second = mx.array(keys[0][1, :, :5])
     storage.apply(MoveRow(0, 1, 1, 0, 5))
-    assert mx.array_equal(storage.slabs[1].keys[0][0, :, :5], second)
+    assert mx.array_equal(storage.slabs[1].planes[0][0][0, :, :5], second)
     storage.apply(ResizeSlab(0, 4))
     assert keys[0].shape[0] == 4
     assert mx.array_equal(keys[0][1, :, :5], second)
@@ -116,7 +116,7 @@ def test_moves_and_resizes_keep_what_rows_hold() -> None:
 def test_decode_steps_write_in_place_and_peak_memory_stays_flat(kernel: AttentionKernel) -> None:
     storage = storage_with(CreateSlab(0, 8, 4096))
     slab_bytes = storage.nbytes
-    mx.eval(storage.slabs[0].keys, storage.slabs[0].values)
+    mx.eval(storage.slabs[0].planes)
     k, v, q = random_tokens(8)
     mx.eval(k, v, q)
     mx.reset_peak_memory()
@@ -152,7 +152,7 @@ def test_a_ring_keeps_the_last_tokens_whatever_the_chunks() -> None:
     k, v, _ = random_tokens(total)
     k, v = (x[:, :, 0].swapaxes(0, 1) for x in (k, v))
     for sizes in ((75,), (1,) * 75, (7,) * 10 + (5,), (30, 1, 44)):
-        storage = KVStorage([shape], mx.float32)
+        storage = KVStorage([shape])
         storage.apply(CreateSlab(0, 2, 100))
         start = 0
         for size in sizes:
@@ -160,7 +160,7 @@ def test_a_ring_keeps_the_last_tokens_whatever_the_chunks() -> None:
             seen, _ = storage.extend_ring(0, 0, 1, start, k[:, start:end], v[:, start:end])
             assert mx.array_equal(seen, k[:, max(0, start - window + 1) : end])
             start = end
-        ring = storage.slabs[0].values[0][1]
+        ring = storage.slabs[0].planes[0][1][1]
         assert ring.shape[1] == shape.ring == window + 8
         for position in range(total - window, total):
             assert mx.array_equal(ring[:, position % shape.ring], v[:, position])

@@ -46,7 +46,7 @@ def test_a_slot_takes_what_the_geometry_says_at_any_capacity(family: str, tmp_pa
     order = LoadModel(str(write_model(family, tmp_path / family)))
     loaded = loader.load(order, loader.memory_limit(None), lambda _s, _f: None)
     assert loaded.state is not None
-    storage = KVStorage(loaded.state.kv, loaded.kv_dtype)
+    storage = KVStorage(loaded.state.kv)
     for capacity in (1, 24, 31, 32, 33, 500):
         storage.apply(CreateSlab(0, 3, capacity))
         assert storage.nbytes == 3 * storage.geometry.slot_bytes(capacity)

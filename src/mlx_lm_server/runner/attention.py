@@ -138,9 +138,7 @@ class LayerCache:
         sinks: mx.array | None,
     ) -> mx.array:
         view = self.layout.view_of(group, window, self._shape.ring)
-        slab = self._storage.slabs[group.slab_id]
-        k = slab.keys[self._layer][: group.num_slots, :, : view.length]
-        v = slab.values[self._layer][: group.num_slots, :, : view.length]
+        k, v = self._storage.read_slots(self._layer, group.slab_id, group.num_slots, view.length)
         q = queries[group.tokens]
         if group.queries is not None:
             q = q[group.queries]

@@ -1,11 +1,17 @@
 """Where K and V of all running rows live: slabs, as the core's plan lays them out.
 
+A layer's tokens lie in *planes*, arrays that hold one part of every token: plane 0 the keys,
+plane 1 the values. Whatever is done to rows and slabs is done to each plane alike.
+
+    slab 3, layer 0   plane 0  keys    [num_slots, kv_heads, places, key_dim]
+                      plane 1  values  [num_slots, kv_heads, places, value_dim]
+
 A layer with a window keeps a *ring*: token `p` lies in place `p % ring`, and its arrays are no
 longer than the ring, whatever the slab's capacity.
 
 Invariants
-- A slab's arrays are `[num_slots, kv_heads, places, head_dim]`, one for K and one for V a layer,
-  where `places` is the slab's capacity or the layer's ring, whichever is less.
+- A plane is `[num_slots, kv_heads, places, width]`, where `places` is the slab's capacity or the
+  layer's ring, whichever is less.
 - Nobody keeps a reference to a slab's array across a step: a second reference would turn the next
   in-place write into a copy of the whole slab.
 - What the core ordered (`KVOp`) is done literally and in order; the core keeps the account.
@@ -26,6 +32,22 @@ RING_SPARE = 8
 
 
 @dataclass(frozen=True, slots=True)
+class PlaneShape:
+    """What one plane holds of a token: `[kv_heads, width]`."""
+
+    kv_heads: int
+    width: int
+    dtype: mx.Dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.kv_heads * self.width * self.dtype.size
+
+    def zeros(self, num_slots: int, places: int) -> mx.array:
+        return mx.zeros((num_slots, self.kv_heads, places, self.width), self.dtype)
+
+
+@dataclass(frozen=True, slots=True)
 class LayerShape:
     """KV of one token in one layer; `window` is how many tokens the layer looks back at."""
 
@@ -33,7 +55,18 @@ class LayerShape:
     key_dim: int
     value_dim: int
     window: int | None = None
-    dtype: mx.Dtype | None = None
+    dtype: mx.Dtype = mx.float32
+
+    @property
+    def planes(self) -> tuple[PlaneShape, ...]:
+        return (
+            PlaneShape(self.kv_heads, self.key_dim, self.dtype),
+            PlaneShape(self.kv_heads, self.value_dim, self.dtype),
+        )
+
+    @property
+    def bytes_per_token(self) -> int:
+        return sum(plane.bytes_per_token for plane in self.planes)
 
     @property
     def ring(self) -> int | None:
@@ -45,45 +78,40 @@ class LayerShape:
 
 @dataclass(slots=True)
 class Slab:
-    """`keys[layer]`: `[num_slots, kv_heads, places, key_dim]`; `values` alike."""
+    """`planes[layer]` are the layer's, in the order of `LayerShape.planes`."""
 
     capacity: int
-    keys: list[mx.array] = field(default_factory=list)
-    values: list[mx.array] = field(default_factory=list)
+    planes: list[list[mx.array]] = field(default_factory=list)
 
 
 class KVStorage:
     """Owned by the model runner, used on the engine's main thread only."""
 
-    def __init__(self, layers: Sequence[LayerShape], dtype: mx.Dtype) -> None:
+    def __init__(self, layers: Sequence[LayerShape]) -> None:
         self.layers = list(layers)
-        self._dtype = dtype
         self.slabs: dict[int, Slab] = {}
         self._written_unread: set[tuple[int, int]] = set()  # (slab_id, layer)
 
     @property
     def bytes_per_token(self) -> int:
         """Of all layers, as long as no window is full."""
-        return sum(self._bytes_per_token(layer) for layer in self.layers)
+        return sum(layer.bytes_per_token for layer in self.layers)
 
     @property
     def geometry(self) -> KVGeometry:
         """What a slot takes, for the core's account."""
-        full = sum(self._bytes_per_token(x) for x in self.layers if x.ring is None)
+        full = sum(x.bytes_per_token for x in self.layers if x.ring is None)
         rings: dict[int, int] = {}
         for x in self.layers:
             if x.ring is not None:
-                rings[x.ring] = rings.get(x.ring, 0) + self._bytes_per_token(x)
+                rings[x.ring] = rings.get(x.ring, 0) + x.bytes_per_token
         return KVGeometry(full, tuple(RingBytes(*item) for item in sorted(rings.items())))
 
     @property
     def nbytes(self) -> int:
         """What the arrays hold now, in bytes."""
-        return sum(a.nbytes for s in self.slabs.values() for a in (*s.keys, *s.values))
-
-    def _bytes_per_token(self, layer: LayerShape) -> int:
-        size = (layer.dtype or self._dtype).size
-        return layer.kv_heads * (layer.key_dim + layer.value_dim) * size
+        slabs = self.slabs.values()
+        return sum(plane.nbytes for slab in slabs for planes in slab.planes for plane in planes)
 
     # ---- what the core orders
 
@@ -101,25 +129,21 @@ class KVStorage:
     def _create(self, op: CreateSlab) -> None:
         slab = Slab(op.capacity)
         for layer in self.layers:
-            shape = (op.num_slots, layer.kv_heads, layer.num_places(op.capacity))
-            dtype = layer.dtype or self._dtype
-            slab.keys.append(mx.zeros((*shape, layer.key_dim), dtype))
-            slab.values.append(mx.zeros((*shape, layer.value_dim), dtype))
+            places = layer.num_places(op.capacity)
+            slab.planes.append([plane.zeros(op.num_slots, places) for plane in layer.planes])
         self.slabs[op.slab_id] = slab
 
     def _resize(self, op: ResizeSlab) -> None:
-        slab = self.slabs[op.slab_id]
-        for arrays in (slab.keys, slab.values):
-            for layer, array in enumerate(arrays):
-                arrays[layer] = _with_slots(array, op.num_slots)
+        for planes in self.slabs[op.slab_id].planes:
+            for number, plane in enumerate(planes):
+                planes[number] = _with_slots(plane, op.num_slots)
 
     def _move(self, op: MoveRow) -> None:
         source, target = self.slabs[op.from_slab], self.slabs[op.to_slab]
-        for layer in range(len(self.layers)):
-            for old, new in ((source.keys, target.keys), (source.values, target.values)):
-                places = min(op.num_tokens, old[layer].shape[2])
-                row = mx.contiguous(old[layer][op.from_slot, :, :places])
-                new[layer][op.to_slot, :, :places] = row
+        for old_planes, new_planes in zip(source.planes, target.planes, strict=True):
+            for old, new in zip(old_planes, new_planes, strict=True):
+                places = min(op.num_tokens, old.shape[2])
+                new[op.to_slot, :, :places] = mx.contiguous(old[op.from_slot, :, :places])
 
     # ---- what a layer reads and writes
 
@@ -133,58 +157,65 @@ class KVStorage:
         values: mx.array,
     ) -> None:
         """One token of each of n slots: keys and values `[n, kv_heads, dim]`."""
-        slab = self.slabs[slab_id]
-        slab.keys[layer][slots, :, places] = keys
-        slab.values[layer][slots, :, places] = values
+        for plane, new in zip(self._planes(layer, slab_id), (keys, values), strict=True):
+            plane[slots, :, places] = new
 
     def write_chunk(
         self, layer: int, slab_id: int, slot: int, start: int, keys: mx.array, values: mx.array
     ) -> None:
         """Tokens of one row, `[kv_heads, L, dim]`, of a layer without a window."""
-        slab = self.slabs[slab_id]
         places = slice(start, start + keys.shape[1])
-        slab.keys[layer][slot, :, places] = keys
-        slab.values[layer][slot, :, places] = values
+        for plane, new in zip(self._planes(layer, slab_id), (keys, values), strict=True):
+            plane[slot, :, places] = new
+
+    def read_slots(
+        self, layer: int, slab_id: int, num_slots: int, length: int
+    ) -> tuple[mx.array, mx.array]:
+        """`[num_slots, kv_heads, length, dim]`: the first slots' first places."""
+        k, v = (plane[:num_slots, :, :length] for plane in self._planes(layer, slab_id))
+        return k, v
 
     def read_row(
         self, layer: int, slab_id: int, slot: int, num_tokens: int
     ) -> tuple[mx.array, mx.array]:
         """`[kv_heads, num_tokens, dim]` of a layer without a window."""
-        slab = self.slabs[slab_id]
-        return slab.keys[layer][slot, :, :num_tokens], slab.values[layer][slot, :, :num_tokens]
+        k, v = (plane[slot, :, :num_tokens] for plane in self._planes(layer, slab_id))
+        return k, v
 
     def extend_ring(
         self, layer: int, slab_id: int, slot: int, start: int, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
         """Write tokens of one row to its ring, and give them with those before that they see:
         the last `window - 1`, all `[kv_heads, …, dim]`."""
-        slab, shape = self.slabs[slab_id], self.layers[layer]
+        planes, shape = self._planes(layer, slab_id), self.layers[layer]
         assert shape.window is not None
         assert shape.ring is not None
         num_before = min(start, shape.window - 1)
         before = _places(range(start - num_before, start), shape.ring)
-        kept = min(keys.shape[1], slab.keys[layer].shape[2])
+        kept = min(keys.shape[1], planes[0].shape[2])
         end = start + keys.shape[1]
         places = _places(range(end - kept, end), shape.ring)
         seen = []
-        for arrays, new in ((slab.keys, keys), (slab.values, values)):
+        for plane, new in zip(planes, (keys, values), strict=True):
             whole = new
             if num_before:
-                whole = mx.concatenate([arrays[layer][slot][:, before], new], axis=1)
+                whole = mx.concatenate([plane[slot][:, before], new], axis=1)
             last = mx.depends([new[:, -kept:]], [whole])[0]
-            arrays[layer][slot, :, places] = last
+            plane[slot, :, places] = last
             seen.append(whole)
         self._written_unread.add((slab_id, layer))
         return seen[0], seen[1]
 
     def take_unread(self) -> list[mx.array]:
         """Arrays that the forward wrote and does not read, so that they are computed with it."""
-        arrays = []
+        arrays: list[mx.array] = []
         for slab_id, layer in self._written_unread:
-            slab = self.slabs[slab_id]
-            arrays += [slab.keys[layer], slab.values[layer]]
+            arrays += self._planes(layer, slab_id)
         self._written_unread.clear()
         return arrays
+
+    def _planes(self, layer: int, slab_id: int) -> list[mx.array]:
+        return self.slabs[slab_id].planes[layer]
 
 
 def _places(tokens: range, ring: int) -> slice | mx.array:

@@ -61,7 +61,7 @@ def load(order: LoadModel, memory_limit_bytes: int, progress: Progress) -> Loade
     weights_bytes = _num_bytes(model)
     state, why_no_state = _read_state(model, config["model_type"])
     logits = model(mx.zeros((1, 1), mx.int32))
-    kv_dtype = (state.kv[0].dtype if state and state.kv else None) or logits.dtype
+    kv_dtype = state.kv[0].dtype if state and state.kv else logits.dtype
     return LoadedModel(
         lm=LanguageModel(model),
         model_type=config["model_type"],

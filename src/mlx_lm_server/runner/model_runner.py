@@ -54,14 +54,14 @@ class ModelRunner:
         """Finds out how the model can be run; see `probe`."""
         self._loaded = loaded
         state = loaded.state
-        self._storage = KVStorage(state.kv if state else [], loaded.kv_dtype)
+        self._storage = KVStorage(state.kv if state else [])
         choice = probe.choose_forward(loaded.lm, state, loaded.why_no_state, self._storage)
         self._forward_of = choice.forward
         self.reason = choice.reason
         per_row = sum(part.nbytes for part in state.recurrent) if state else 0
         self.geometry = replace(self._storage.geometry, bytes_per_row=per_row)
         if self.batching == "alone":
-            self._storage = KVStorage([], loaded.kv_dtype)  # mlx-lm's caches hold everything
+            self._storage = KVStorage([])  # mlx-lm's caches hold everything
             self.geometry = probe.geometry_of_rows_alone(loaded.lm)
         self._sampler = Sampler(loaded.vocab_size)
         self._sampling: dict[int, RowSampling] = {}

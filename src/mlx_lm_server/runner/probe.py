@@ -89,7 +89,7 @@ def _candidates(
 ) -> list[tuple[str, Candidate]]:
     if state is None:
         return []
-    dtype = (state.kv[0].dtype if state.kv else None) or mx.float32
+    dtype = state.kv[0].dtype if state.kv else mx.float32
     kernel = choose_kernel(dtype)
     ways: list[tuple[str, Candidate]] = []
     if not state.recurrent:

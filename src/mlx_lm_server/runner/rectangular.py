@@ -85,7 +85,7 @@ class DecodeRowsCache(_FetchedCache):
             if visible is None:
                 visible = mx.ones((group.num_slots, 1, 1, view.length), mx.bool_)
             parts.append(_pad(_of_tokens(visible, group), length, axis=3))
-        mask = parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        mask = _joined(parts)
         return mask.reshape(mask.shape[0], *[1] * (self._mask_dims - 2), length)
 
     @property
@@ -106,20 +106,17 @@ class DecodeRowsCache(_FetchedCache):
                 keys[group.tokens, :, 0],
                 values[group.tokens, :, 0],
             )
-        slabs = [self._storage.slabs[group.slab_id] for group in self.layout.decodes]
-        self._fetched = (
-            self._fetch([slab.keys[self._layer] for slab in slabs]),
-            self._fetch([slab.values[self._layer] for slab in slabs]),
-        )
+        parts = [self._fetch(group) for group in self.layout.decodes]
+        k, v = (_joined(list(rows)) for rows in zip(*parts, strict=True))
+        self._fetched = k, v
         return self._fetched
 
-    def _fetch(self, arrays: list[mx.array]) -> mx.array:
-        length = self._length
-        parts = []
-        for array, group in zip(arrays, self.layout.decodes, strict=True):
-            rows = array[: group.num_slots, :, : self._group_length(group)]
-            parts.append(_pad(_of_tokens(rows, group), length, axis=2))
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+    def _fetch(self, group: DecodeGroup) -> list[mx.array]:
+        """K and V of the group's tokens, as long as the longest row."""
+        held = self._storage.read_slots(
+            self._layer, group.slab_id, group.num_slots, self._group_length(group)
+        )
+        return [_pad(_of_tokens(array, group), self._length, axis=2) for array in held]
 
 
 class ChunkCache(_FetchedCache):
@@ -166,6 +163,10 @@ class ChunkCache(_FetchedCache):
 
 def _of_tokens(by_slot: mx.array, group: DecodeGroup) -> mx.array:
     return by_slot if group.answers is None else by_slot[group.answers]
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
 
 def _pad(array: mx.array, length: int, axis: int) -> mx.array:
