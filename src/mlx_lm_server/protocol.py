@@ -72,15 +72,25 @@ class LoadModel(Message, frozen=True):
     prefill_batch_size: int | None = None
     itl_goal_s: float | None = None
     max_kv_tokens: int | None = None
+    prefix_cache: bool = True
+    block_size: int = 16
+    num_blocks: int | None = None
+    sequence_cache_size: int = 50
     memory_limit_bytes: int | None = None
 
 
 class AddRequest(Message, frozen=True):
+    """`message_ends` are the prompt positions, in tokens, where the next request of a conversation
+    may part from this one: checkpoints of state that cannot be cut anywhere are kept there.
+    Requests share cached prefixes only within one `cache_salt`."""
+
     req_id: str
     prompt_ids: list[int]
     sampling: SamplingParams
     priority: int = 0
     client_key: str = ""
+    cache_salt: str = ""
+    message_ends: list[int] = []
 
 
 class Abort(Message, frozen=True):
@@ -143,17 +153,37 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
+class CacheReport(msgspec.Struct, frozen=True, array_like=True):
+    """What a request found in the prefix cache when it was admitted.
+
+    `num_cached_tokens` of its prompt were not computed: `num_from_rows` of them copied from
+    requests in flight, the others from the pool. Up to `num_nearest_tokens` it was equal to the
+    nearest cached text, which from there on reads `nearest_ids` where the prompt reads
+    `prompt_ids`; both are empty where nothing was near, or nothing differs. `why` says in words
+    what kept the rest from being found; `recompute_s` forecasts what computing it costs.
+    """
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    num_from_rows: int
+    num_nearest_tokens: int
+    prompt_ids: list[int]
+    nearest_ids: list[int]
+    why: str
+    recompute_s: float
+
+
 class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     """New tokens of one request, and its end where `finish_reason` is set.
 
     `logprobs` has one entry for each token, `prompt_logprobs` one for each prompt token but the
-    first; both only where they were asked for. `queue_s` comes with the first token.
+    first; both only where they were asked for. `queue_s` and `cache` come with the first token.
     """
 
     req_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
-    num_cached_tokens: int = 0
+    cache: CacheReport | None = None
     error: str | None = None
     queue_s: float = 0.0
     logprobs: list[TokenLogprobs] | None = None
@@ -161,7 +191,8 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, array_like=
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
-    """Gauges at the end of a step; totals count from the engine's start."""
+    """Gauges at the end of a step; totals count from the engine's start. Blocks are those of the
+    prefix cache's pool; its queries and hits are counted in prompt tokens."""
 
     num_running: int
     num_waiting: int
@@ -176,6 +207,12 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     peak_memory_bytes: int
+    kv_cached_bytes: int = 0
+    num_cached_blocks: int = 0
+    num_free_blocks: int = 0
+    prefix_cache_queries_total: int = 0
+    prefix_cache_hits_total: int = 0
+    cache_evictions_total: int = 0
 
 
 class Outputs(Message, frozen=True):

@@ -35,6 +35,17 @@ class KVGeometry:
         in_rings = sum(r.bytes_per_token * min(capacity, r.ring) for r in self.rings)
         return self.full_bytes_per_token * capacity + in_rings
 
+    def state_bytes(self, num_tokens: int) -> int:
+        """Of a checkpoint after so many tokens: what a row keeps besides the layers that keep
+        every token."""
+        in_rings = sum(r.bytes_per_token * min(num_tokens, r.ring) for r in self.rings)
+        return in_rings + self.bytes_per_row
+
+    @property
+    def has_state(self) -> bool:
+        """Whether a row can go on only from where a checkpoint was taken."""
+        return bool(self.rings or self.bytes_per_row)
+
     def row_bytes(self, num_tokens: int) -> int:
         """Of a row that holds so many tokens."""
         return self.slot_bytes(num_tokens) + self.bytes_per_row

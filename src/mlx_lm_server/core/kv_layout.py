@@ -8,14 +8,15 @@ row leaves and another takes costs no copy. What `settle` keeps true:
 - a row that leaves makes at most one other row move;
 - a slab doubles its slots when it is full, up to `max_slab_bytes`, halves them at a quarter's use,
   and goes when it is empty;
-- `used_bytes` is never over `limit_bytes`. What an operation needs while it runs is not counted:
-  the runner works layer by layer, so it is at most one layer of the slabs that change.
+- `used_bytes` and `cached_bytes` are never over `limit_bytes` together. What an operation needs
+  while it runs is not counted: the runner works layer by layer, so it is at most one layer of the
+  slabs that change.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from mlx_lm_server.core.kv_geometry import MAX_ROW_TOKENS, KVGeometry
@@ -77,6 +78,7 @@ class KVLayout:
     ) -> None:
         self.geometry = geometry
         self.limit_bytes = limit_bytes
+        self.cached_bytes = 0  # what the prefix cache has taken of them
         self._limit_tokens = geometry.tokens_in(limit_bytes, max_tokens)
         self._max_slab_bytes = max_slab_bytes
         self._max_rows = max_rows
@@ -94,6 +96,11 @@ class KVLayout:
     def used_bytes(self) -> int:
         """What the runner holds after the operations of the last `settle`."""
         return self._bytes_of({slab.slab_id: slab.num_slots for slab in self._slabs.values()})
+
+    @property
+    def spare_bytes(self) -> int:
+        """What neither rows nor slots nor the prefix cache have taken."""
+        return self.limit_bytes - self.cached_bytes - max(self.used_bytes, self._needed_bytes)
 
     @property
     def live_tokens(self) -> int:
@@ -119,6 +126,11 @@ class KVLayout:
         """Where the row is since the last `settle`."""
         return self._settled[row]
 
+    @property
+    def settled(self) -> Mapping[int, Location]:
+        """Where all rows are since the last `settle`."""
+        return self._settled
+
     def set_num_tokens(self, row: int, num_tokens: int) -> None:
         """What the row will hold when the step that is planned now has run."""
         assert num_tokens <= self.capacity(row), "a row may not outgrow its slot"
@@ -128,6 +140,10 @@ class KVLayout:
 
     def can_place(self, num_tokens: int) -> bool:
         return self._fits(self._row_bytes(self._capacity_for(num_tokens)))
+
+    def could_place(self, num_tokens: int) -> bool:
+        """If the prefix cache gave back all it has."""
+        return self._could_fit(self._row_bytes(self._capacity_for(num_tokens)))
 
     def place(self, row: int, num_tokens: int) -> None:
         """Give the row a slot for `num_tokens` tokens; it holds none yet."""
@@ -139,6 +155,11 @@ class KVLayout:
     def can_grow(self, row: int, num_tokens: int) -> bool:
         wanted = self._row_bytes(self._capacity_for(num_tokens))
         return self._fits(wanted - self._row_bytes(self.capacity(row)))
+
+    def could_grow(self, row: int, num_tokens: int) -> bool:
+        """If the prefix cache gave back all it has."""
+        wanted = self._row_bytes(self._capacity_for(num_tokens))
+        return self._could_fit(wanted - self._row_bytes(self.capacity(row)))
 
     def grow(self, row: int, num_tokens: int) -> None:
         """Move the row to a slot for `num_tokens` tokens, which is more than it has."""
@@ -188,6 +209,9 @@ class KVLayout:
         return slots + self.num_rows * self.geometry.bytes_per_row
 
     def _fits(self, more_bytes: int) -> bool:
+        return self._needed_bytes + more_bytes <= self.limit_bytes - self.cached_bytes
+
+    def _could_fit(self, more_bytes: int) -> bool:
         return self._needed_bytes + more_bytes <= self.limit_bytes
 
     def _choose_slab(self, capacity: int) -> _Slab:
@@ -231,7 +255,7 @@ class KVLayout:
     def _choose_sizes(self) -> dict[int, int]:
         """Slots per slab: with room to spare where the limit allows it."""
         sizes = {slab.slab_id: self._comfortable_size(slab) for slab in self._slabs.values()}
-        excess = self._bytes_of(sizes) - self.limit_bytes
+        excess = self._bytes_of(sizes) - (self.limit_bytes - self.cached_bytes)
         by_spare = sorted(
             self._slabs.values(), key=lambda slab: -slab.num_spare_tokens(sizes[slab.slab_id])
         )

@@ -7,14 +7,22 @@ The KV memory of all rows lives in *slabs*: per layer and per K or V one array
                              slot 1   ██████████████░░     row 2, 230 tokens
                              slot 2   (free)
 
-Slots in use are always the first ones of their slab. The KV operations of a plan are executed in
-their order before its forward.
+Slots in use are always the first ones of their slab.
+
+Blocks of tokens that no row holds any more lie in the *pool*, in segments: per layer and per K or V
+one array `[num_blocks, kv_heads, block_size, head_dim]`. Checkpoints of state that is not kept by
+token (recurrent state, windows) lie beside them, one by one.
+
+All operations of a plan are executed before its forward, in this order: `saves` (what rows leave
+behind, from where they lay until now), `kv_ops` (slabs and slots), `loads` (what rows need not
+compute).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mlx_lm_server.core.block import Place
 from mlx_lm_server.protocol import SamplingParams, TokenLogprobs
 
 
@@ -50,6 +58,96 @@ class MoveRow:
 
 
 KVOp = CreateSlab | ResizeSlab | DropSlab | MoveRow
+
+
+@dataclass(frozen=True, slots=True)
+class CreateSegment:
+    segment_id: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropSegment:
+    segment_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoveBlocks:
+    """Copy blocks within the pool, from places to other places."""
+
+    moves: tuple[tuple[Place, Place], ...]
+
+
+PoolOp = CreateSegment | DropSegment | MoveBlocks
+
+
+@dataclass(frozen=True, slots=True)
+class SaveBlocks:
+    """Copy blocks of a slot to the pool: `places[i]` gets block `first_block + i` of the slot.
+    Only `num_tokens` tokens of the slot are filled; the last block may end there."""
+
+    slab_id: int
+    slot: int
+    first_block: int
+    num_tokens: int
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SaveState:
+    """Keep the state of a row, which has seen `num_tokens` tokens, as `state_id`."""
+
+    state_id: int
+    row: int
+    slab_id: int
+    slot: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropState:
+    state_id: int
+
+
+SaveOp = PoolOp | SaveBlocks | SaveState | DropState
+
+
+@dataclass(frozen=True, slots=True)
+class LoadBlocks:
+    """Tokens `start` to `stop - 1` of a slot come from the pool; the first of `places` holds the
+    block that token `start` is in."""
+
+    slab_id: int
+    slot: int
+    start: int
+    stop: int
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CopyTokens:
+    """Tokens `start` to `stop - 1` of a slot come from the same places of another slot."""
+
+    from_slab: int
+    from_slot: int
+    to_slab: int
+    to_slot: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadState:
+    """The row begins with a kept state, taken after `num_tokens` tokens."""
+
+    state_id: int
+    row: int
+    slab_id: int
+    slot: int
+    num_tokens: int
+
+
+LoadOp = LoadBlocks | CopyTokens | LoadState
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +205,8 @@ class StepPlan:
     kv_ops: tuple[KVOp, ...]
     decodes: tuple[DecodeRow, ...]
     prefills: tuple[PrefillChunk, ...]
+    saves: tuple[SaveOp, ...] = ()
+    loads: tuple[LoadOp, ...] = ()
 
     @property
     def num_prefill_tokens(self) -> int:

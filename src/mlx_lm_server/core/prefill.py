@@ -78,6 +78,8 @@ class PrefillPlan:
 
     def _wanted(self, request: Request) -> int:
         left = request.num_prefill_tokens_left
+        if request.chunk_limit is not None:
+            left = min(left, request.chunk_limit - request.num_computed_tokens)
         return min(left, self._limits.prefill_step_size or left)
 
     def _affordable(self, request: Request, share: float) -> int:

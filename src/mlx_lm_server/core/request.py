@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from mlx_lm_server.protocol import AddRequest, FinishReason, SamplingParams
+from mlx_lm_server.core.block import chain_name
+from mlx_lm_server.protocol import AddRequest, CacheReport, FinishReason, SamplingParams
 
 
 class RequestStatus(Enum):
@@ -29,6 +30,12 @@ class Request:
     `max_new_tokens` is `sampling.max_tokens`, or less where memory ends before. `prefill_until` is
     how many tokens were known when it got its row: below it the row prefills, from it on it
     decodes tokens that it sampled itself. `arrival_order` counts requests as they come.
+
+    For the prefix cache: `cache_root` is the name before its first block, `num_named_blocks` how
+    many blocks of its row others may take, `state_points` where, in tokens, its state is to be
+    kept, `chunk_limit` where its next chunk has to end for that, `waits_until_s` how long at most
+    it waits for others to compute what it needs too. `cache_report` says what it found when it got
+    its first row.
     """
 
     req_id: str
@@ -49,6 +56,15 @@ class Request:
     finish_reason: FinishReason | None = None
     admitted_s: float | None = None
     first_token_s: float | None = None
+    cache_salt: str = ""
+    cache_root: bytes = b""
+    block_size: int = 0
+    block_names: list[bytes] = field(default_factory=list)
+    num_named_blocks: int = 0
+    state_points: set[int] = field(default_factory=set)
+    chunk_limit: int | None = None
+    waits_until_s: float | None = None
+    cache_report: CacheReport | None = None
 
     def __post_init__(self) -> None:
         self.max_new_tokens = self.max_new_tokens or self.sampling.max_tokens
@@ -98,3 +114,17 @@ class Request:
             return self.prompt_ids[start:stop]
         output = self.output_ids[max(0, start - split) : stop - split]
         return self.prompt_ids[start:split] + tuple(output)
+
+    @property
+    def num_held_tokens(self) -> int:
+        """Tokens that are known and computed."""
+        return min(self.num_computed_tokens, self.num_known_tokens)
+
+    def name_of_block(self, index: int) -> bytes:
+        """The chain name of its block `index`, all of whose tokens are known; the root's for -1."""
+        names = self.block_names
+        while len(names) <= index:
+            start = len(names) * self.block_size
+            parent = names[-1] if names else self.cache_root
+            names.append(chain_name(parent, self.known_ids(start, start + self.block_size)))
+        return names[index] if index >= 0 else self.cache_root

@@ -11,24 +11,28 @@ so a row may be planned on a token that is still on the device (pending). Invari
 - a stop token is seen one step late: the token of the step in between is dropped, and the row
   leaves with the next plan;
 - a row number that is given back is used again in later plans only;
-- the most urgent running request always goes on; when a row cannot grow, the least urgent one is
-  preempted and computes its tokens anew later (recompute), once nothing of it is pending;
+- the most urgent running request always goes on; when a row cannot grow, first the prefix cache
+  gives back memory, then the least urgent request is preempted and later computes anew what of its
+  tokens the cache has not kept, once nothing of it is pending;
+- a request does not compute what another one is about to compute: it waits for its blocks, but no
+  longer than computing them itself would take;
 - each request gets exactly one output with a finish reason.
 """
 
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
 
-from mlx_lm_server.core.cost_model import CostModel, StepFeatures
+from mlx_lm_server.core.cost_model import CostModel, StepFeatures, prefill_pairs
 from mlx_lm_server.core.fair_queue import FairQueue
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.memory_ledger import request_arithmetic
 from mlx_lm_server.core.plan import DecodeRow, JoinedRow, PrefillChunk, RowLogprobs, StepPlan
 from mlx_lm_server.core.prefill import PrefillPlan
+from mlx_lm_server.core.prefix_cache import Hit, PrefixCache
 from mlx_lm_server.core.request import Request, RequestStatus
 from mlx_lm_server.core.scheduler_limits import SchedulerLimits
 from mlx_lm_server.errors import InvalidRequestError, RequestTooLargeError
@@ -36,15 +40,25 @@ from mlx_lm_server.protocol import EngineStats, FinishReason, RequestOutput
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
+# Forecasts of somebody else's progress are rough: others are waited for so much longer.
+WAIT_MARGIN = 1.5
+
 NO_LOGPROBS: Mapping[int, RowLogprobs] = MappingProxyType({})
 
 
 class Scheduler:
     """Owns all requests, the rows and the layout of their memory. Lives on the engine's thread."""
 
-    def __init__(self, limits: SchedulerLimits, layout: KVLayout, cost_model: CostModel) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        layout: KVLayout,
+        cost_model: CostModel,
+        cache: PrefixCache,
+    ) -> None:
         self._limits = limits
         self._layout = layout
+        self._cache = cache
         self._cost_model = cost_model
         self._requests: dict[str, Request] = {}  # all unfinished ones
         self._queue = FairQueue()
@@ -76,6 +90,7 @@ class Scheduler:
         request.arrival_order = self._num_arrived
         self._num_arrived += 1
         self._requests[request.req_id] = request
+        self._cache.enter(request)
         self._queue.push(request)
 
     def abort(self, req_id: str) -> RequestOutput | None:
@@ -119,13 +134,15 @@ class Scheduler:
         assert len(self._in_flight) <= 1, "read a step before you plan the next but one"
         self._free_rows += reversed(self._left_rows)
         self._left_rows = []
+        self._cache.begin()
         self._give_back_rows()
         num_preemptions = self._num_preemptions
         decoding = self._choose_decodes()
         # Not in the step that preempts: the victim would take back what it just gave.
         joined = self._admit(now_s) if self._num_preemptions == num_preemptions else []
-        chunks = self._choose_chunks(decoding)
-        if not (self._left_rows or joined or decoding or chunks):
+        self._catch_up()
+        chunks = self._choose_chunks(decoding, now_s)
+        if not (self._left_rows or joined or decoding or chunks or self._cache.has_operations):
             return None
         return self._make_plan(joined, decoding, chunks)
 
@@ -141,6 +158,7 @@ class Scheduler:
 
     def _leave_row(self, request: Request) -> None:
         row = _row_of(request)
+        self._cache.keep(request)
         self._layout.release(row)
         self._left_rows.append(row)
         request.row = None
@@ -161,12 +179,21 @@ class Scheduler:
         needed = request.num_computed_tokens + 1
         if needed <= self._layout.capacity(row):
             return True
-        while not self._layout.can_grow(row, needed):
+        while not self._has_room(
+            lambda: self._layout.can_grow(row, needed), self._layout.could_grow(row, needed)
+        ):
             victim = self._running[-1]
             self._preempt(victim)
             if victim is request:
                 return False
         self._layout.grow(row, needed)
+        return True
+
+    def _has_room(self, fits: Callable[[], bool], could_fit: bool) -> bool:
+        """Whether memory is there, if need be at the cost of what is cached."""
+        while not fits():
+            if not (could_fit and self._cache.store.give_back()):
+                return False
         return True
 
     def _preempt(self, request: Request) -> None:
@@ -185,40 +212,113 @@ class Scheduler:
         joined = []
         while self._free_rows and (request := self._queue.peek()) is not None:
             num_tokens = self._num_tokens_soon(request)
-            if not self._layout.can_place(num_tokens):
+            if not self._layout.could_place(num_tokens):
                 break
+            hit = self._cache.find(request)
+            if not self._has_place(num_tokens, hit):
+                hit = None
+                if not self._has_place(num_tokens, None):
+                    break
             joined.append(self._queue.pop())
-            self._join(request, num_tokens, now_s)
+            self._join(request, num_tokens, hit, now_s)
         return joined
+
+    def _has_place(self, num_tokens: int, hit: Hit | None) -> bool:
+        """Whether a row fits, with what it is to go on from still in the cache."""
+        pinned = self._cache.store.pin(hit.entries if hit else ())
+        has_place = self._has_room(lambda: self._layout.can_place(num_tokens), could_fit=True)
+        if not has_place:
+            self._cache.store.unpin(pinned)
+        return has_place
 
     def _num_tokens_soon(self, request: Request) -> int:
         """How many tokens its row will hold before long."""
         num_more = min(request.num_tokens_to_plan - 1, self._limits.lookahead_tokens)
         return request.num_known_tokens + max(0, num_more)
 
-    def _join(self, request: Request, num_tokens: int, now_s: float) -> None:
+    def _join(self, request: Request, num_tokens: int, hit: Hit | None, now_s: float) -> None:
         assert request.num_pending_tokens == 0, "what it sampled before it was preempted is read"
         if request.status is RequestStatus.WAITING:
             num_prompt = len(request.prompt_ids)
             self._queue.charge(request.client_key, prompt_tokens=num_prompt)
             self._num_prompt_tokens += num_prompt
             request.admitted_s = now_s
+            num_left = num_prompt - (hit.stop if hit else 0)
+            self._cache.note_admission(request, hit, self._prefill_s(num_prompt, num_left))
         request.row = self._free_rows.pop()
         request.prefill_until = request.num_known_tokens
         request.status = RequestStatus.RUNNING
         self._layout.place(request.row, num_tokens)
+        if hit is not None:
+            self._cache.take(request, hit)
         insort(self._running, request, key=attrgetter("urgency"))
 
-    def _choose_chunks(self, decoding: Sequence[Request]) -> list[tuple[Request, int]]:
+    def _prefill_s(self, num_tokens: int, num_last: int) -> float:
+        """How long the last of so many prompt tokens take on an idle machine."""
+        pairs = prefill_pairs(num_tokens - num_last, num_last)
+        return self._cost_model.forecast_s(StepFeatures(num_last, prefill_pairs=pairs))
+
+    def _catch_up(self) -> None:
+        """Take over what others have computed meanwhile."""
+        for request in self._running:
+            if request.is_prefilling and (hit := self._cache.find(request)) is not None:
+                self._cache.take(request, hit)
+
+    def _leader(
+        self, request: Request, prefilling: Sequence[Request]
+    ) -> tuple[Request, int] | None:
+        """Somebody who is about to compute tokens that the request needs too, and up to where."""
+        for other in prefilling:
+            is_ahead = (-other.num_computed_tokens, other.urgency) < (
+                -request.num_computed_tokens,
+                request.urgency,
+            )
+            if not is_ahead:
+                continue
+            num_shared = self._cache.num_shared(request, other)
+            if num_shared > other.num_computed_tokens:
+                return other, num_shared
+        return None
+
+    def _waits(
+        self, request: Request, prefilling: Sequence[Request], share: float, now_s: float
+    ) -> bool:
+        """Whether the request leaves computing to somebody else, in a step that leaves prefill
+        such a share of its time."""
+        found = self._leader(request, prefilling)
+        if found is None:
+            return False
+        leader, num_shared = found
+        leader.state_points.add(num_shared)
+        if request.waits_until_s is None:
+            own_s = self._prefill_s(num_shared, num_shared - request.num_computed_tokens)
+            request.waits_until_s = now_s + WAIT_MARGIN * own_s / share
+        return now_s < request.waits_until_s
+
+    def _choose_chunks(
+        self, decoding: Sequence[Request], now_s: float
+    ) -> list[tuple[Request, int]]:
         decode = StepFeatures(
             rows=len(decoding), kv_tokens=sum(r.num_computed_tokens + 1 for r in decoding)
         )
-        prefilling = [r for r in self._running if r.is_prefilling]
+        all_prefilling = [r for r in self._running if r.is_prefilling]
+        share = self._prefill_share(decode)
+        prefilling = [r for r in all_prefilling if not self._waits(r, all_prefilling, share, now_s)]
+        for request in prefilling:
+            request.chunk_limit = self._cache.next_state_point(request)
         plan = PrefillPlan(self._limits, self._cost_model, decode, self._ramp_tokens)
         chunks = plan.share_out(prefilling)
         had = sum(num_tokens for _, num_tokens in chunks) if decoding else 0
         self._ramp_tokens = max(self._limits.first_chunk_tokens, had + had // 4)
         return chunks
+
+    def _prefill_share(self, decode: StepFeatures) -> float:
+        """Of a step's time, beside these decoding rows."""
+        if not decode.rows:
+            return 1.0
+        decode_s = self._cost_model.forecast_s(decode)
+        goal_s = self._limits.step_goal_s(decode_s, is_short=False)
+        return max(0.1, 1 - decode_s / goal_s)
 
     def _make_plan(
         self,
@@ -227,6 +327,7 @@ class Scheduler:
         chunks: Sequence[tuple[Request, int]],
     ) -> StepPlan:
         kv_ops = self._layout.settle()
+        saves, loads = self._cache.finish()
         self._num_steps += 1
         plan = StepPlan(
             step=self._num_steps,
@@ -235,6 +336,8 @@ class Scheduler:
             kv_ops=kv_ops,
             decodes=tuple(sorted(map(self._decode_row, decoding), key=_by_place)),
             prefills=tuple(sorted((self._chunk(r, n) for r, n in chunks), key=_by_place)),
+            saves=saves,
+            loads=loads,
         )
         self._advance(plan, [(request, 1) for request in decoding] + list(chunks))
         self._forecast_step_s = self._cost_model.forecast_s(StepFeatures.of(plan))
@@ -264,6 +367,7 @@ class Scheduler:
         for request, num_tokens in scheduled:
             request.num_computed_tokens += num_tokens
             self._layout.set_num_tokens(_row_of(request), request.num_computed_tokens)
+            self._cache.computed(request)
         sampling = tuple(by_row[row] for row in plan.sampling_rows)
         for request in sampling:
             request.num_pending_tokens += 1
@@ -297,8 +401,10 @@ class Scheduler:
         self, request: Request, token: int, now_s: float, scores: RowLogprobs | None
     ) -> RequestOutput:
         queue_s = 0.0
+        report = None
         if not request.output_ids:
             request.first_token_s = now_s
+            report = request.cache_report
             queue_s = (request.admitted_s or now_s) - request.arrival_s
         request.output_ids.append(token)
         self._num_output_tokens += 1
@@ -311,6 +417,7 @@ class Scheduler:
             token_ids=[token],
             finish_reason=reason,
             queue_s=queue_s,
+            cache=report,
             logprobs=None if scores is None or scores.token is None else [scores.token],
             prompt_logprobs=None if scores is None else scores.prompt,
         )
@@ -350,6 +457,12 @@ class Scheduler:
                 len(decoding), sum(request.num_computed_tokens for request in decoding)
             ),
             peak_memory_bytes=peak_memory_bytes,
+            kv_cached_bytes=self._cache.store.used_bytes,
+            num_cached_blocks=self._cache.store.num_blocks,
+            num_free_blocks=self._cache.store.num_free_places,
+            prefix_cache_queries_total=self._cache.num_queried_tokens,
+            prefix_cache_hits_total=self._cache.num_hit_tokens,
+            cache_evictions_total=self._cache.store.num_evictions,
         )
 
 

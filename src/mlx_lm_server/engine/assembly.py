@@ -8,12 +8,14 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
+from mlx_lm_server.core.block_pool import DEFAULT_SEGMENT_BYTES
 from mlx_lm_server.core.cost_model import CostModel, StepCosts
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.memory_ledger import MemoryLedger
+from mlx_lm_server.core.prefix_cache import CacheSettings, PrefixCache
 from mlx_lm_server.core.scheduler import Scheduler, SchedulerLimits
 from mlx_lm_server.engine.engine_core import EngineCore
-from mlx_lm_server.protocol import LoadModel, Ready
+from mlx_lm_server.protocol import Batching, LoadModel, Ready
 from mlx_lm_server.runner import host_memory, loader
 from mlx_lm_server.runner.blas import Blas
 from mlx_lm_server.runner.model_runner import ModelRunner
@@ -29,6 +31,7 @@ MIN_KV_TOKENS = 1024
 # Rows of one capacity share slabs of about so much, and each slab is one attention call a layer.
 MIN_SLAB_BYTES = 64 * 1024 * 1024
 SLABS_IN_MEMORY = 8
+SEGMENTS_IN_MEMORY = 128
 # Logits and the sampler's arrays of the same size, in float32, per row that samples.
 SAMPLER_ARRAYS = 8
 
@@ -41,7 +44,7 @@ def assemble(order: LoadModel, blas: Blas, progress: Progress) -> tuple[EngineCo
     memory_limit_bytes = loader.memory_limit(order.memory_limit_bytes)
     loaded = loader.load(order, memory_limit_bytes, progress)
     progress("comparing with mlx-lm", 0.85)
-    runner = ModelRunner(loaded, order.max_batch_size)
+    runner = ModelRunner(loaded, order.max_batch_size, order.block_size)
     log.log(logging.WARNING if runner.batching == "alone" else logging.INFO, runner.describe())
     progress("measuring", 0.9)
     if order.num_threads is None:
@@ -68,7 +71,8 @@ def assemble(order: LoadModel, blas: Blas, progress: Progress) -> tuple[EngineCo
         max_rows=order.max_batch_size,
         max_tokens=ledger.kv_limit_tokens,
     )
-    scheduler = Scheduler(limits, layout, CostModel(costs))
+    cache = PrefixCache(_cache_settings(order, runner.batching, ledger.kv_limit_bytes), layout)
+    scheduler = Scheduler(limits, layout, CostModel(costs), cache)
     mx.reset_peak_memory()
     core = EngineCore(scheduler, runner, time.monotonic, mx.get_peak_memory)
     ready = Ready(
@@ -88,6 +92,17 @@ def assemble(order: LoadModel, blas: Blas, progress: Progress) -> tuple[EngineCo
         batching_reason=runner.reason,
     )
     return core, ready
+
+
+def _cache_settings(order: LoadModel, batching: Batching, kv_limit_bytes: int) -> CacheSettings:
+    """Rows that run alone hold nothing that others could share."""
+    return CacheSettings(
+        is_on=order.prefix_cache and batching != "alone",
+        block_size=order.block_size,
+        max_blocks=order.num_blocks,
+        max_sequences=order.sequence_cache_size,
+        segment_bytes=max(DEFAULT_SEGMENT_BYTES, kv_limit_bytes // SEGMENTS_IN_MEMORY),
+    )
 
 
 def _fastest_threads(runner: ModelRunner, blas: Blas) -> Blas:

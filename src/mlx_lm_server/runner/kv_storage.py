@@ -19,16 +19,26 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from mlx_lm_server.core.kv_geometry import KVGeometry, RingBytes
-from mlx_lm_server.core.plan import CreateSlab, DropSlab, KVOp, MoveRow, ResizeSlab
+from mlx_lm_server.core.plan import (
+    CopyTokens,
+    CreateSlab,
+    DropSlab,
+    KVOp,
+    MoveRow,
+    ResizeSlab,
+)
+from mlx_lm_server.runner.stages import Stages
 
 # Places of a ring beyond its window, so that as many of the last tokens can be taken back.
 RING_SPARE = 8
+# Of layers that are copied at once, at most about so much.
+MAX_COPIED_BYTES = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +100,7 @@ class KVStorage:
     def __init__(self, layers: Sequence[LayerShape]) -> None:
         self.layers = list(layers)
         self.slabs: dict[int, Slab] = {}
+        self.stages = Stages()
         self._written_unread: set[tuple[int, int]] = set()  # (slab_id, layer)
 
     @property
@@ -124,7 +135,9 @@ class KVStorage:
             case DropSlab():
                 del self.slabs[op.slab_id]
             case MoveRow():
-                self._move(op)
+                ends = (op.from_slab, op.from_slot, op.to_slab, op.to_slot)
+                copy = CopyTokens(*ends, start=0, stop=op.num_tokens)
+                self.copy_tokens(copy, range(len(self.layers)))
 
     def _create(self, op: CreateSlab) -> None:
         slab = Slab(op.capacity)
@@ -137,13 +150,30 @@ class KVStorage:
         for planes in self.slabs[op.slab_id].planes:
             for number, plane in enumerate(planes):
                 planes[number] = _with_slots(plane, op.num_slots)
+            self.stages.add(planes)
 
-    def _move(self, op: MoveRow) -> None:
-        source, target = self.slabs[op.from_slab], self.slabs[op.to_slab]
-        for old_planes, new_planes in zip(source.planes, target.planes, strict=True):
-            for old, new in zip(old_planes, new_planes, strict=True):
-                places = min(op.num_tokens, old.shape[2])
-                new[op.to_slot, :, :places] = mx.contiguous(old[op.from_slot, :, :places])
+    def copy_tokens(self, op: CopyTokens, layers: Sequence[int]) -> None:
+        """Between slots, of these layers. A ring is copied as it lies, whole from token 0."""
+        for group in self.layer_groups(layers, op.stop - op.start):
+            pairs = []
+            for layer in group:
+                sources = self.slabs[op.from_slab].planes[layer]
+                for old, new in zip(sources, self.slabs[op.to_slab].planes[layer], strict=True):
+                    stop = min(op.stop, old.shape[2])
+                    pairs.append((mx.contiguous(old[op.from_slot, :, op.start : stop]), new))
+            self.stages.add([tokens for tokens, _ in pairs])
+            for tokens, new in pairs:
+                new[op.to_slot, :, op.start : op.start + tokens.shape[1]] = tokens
+            self.stages.add([new for _, new in pairs])
+
+    def layer_groups(self, layers: Sequence[int], num_tokens: int) -> Iterator[Sequence[int]]:
+        """Layers whose state of so many tokens may be copied at once."""
+        if not layers:
+            return
+        largest = max(self.layers[layer].bytes_per_token for layer in layers) * num_tokens
+        at_once = max(1, MAX_COPIED_BYTES // max(1, largest))
+        for first in range(0, len(layers), at_once):
+            yield layers[first : first + at_once]
 
     # ---- what a layer reads and writes
 

@@ -5,8 +5,9 @@ The host works one step ahead of the device:
     sample()      submits the draw of a token for each sampling row of the forward that runs
     execute(plan) builds the graph of the next forward, whose decode rows take those tokens as
                   arrays that nobody has read yet
-    read()        waits for the tokens, submits that graph at once, and returns the tokens, so that
-                  the host digests them while the device runs
+    read()        waits for the tokens, does what the plan orders for slabs and pool, submits that
+                  graph at once, and returns the tokens, so that the host digests them while the
+                  device runs
 
 The graph is submitted only when the forward before has ended, because MLX decides at submission
 whether a slab can be written in place, and an operation under way still holds the slab: submitted
@@ -26,11 +27,14 @@ from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.plan import JoinedRow, RowLogprobs, StepPlan
 from mlx_lm_server.protocol import Batching
 from mlx_lm_server.runner import probe
+from mlx_lm_server.runner.block_store import BlockStore
 from mlx_lm_server.runner.forwards import SplitForward
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.loader import LoadedModel
 from mlx_lm_server.runner.logprobs import PromptScores, RowScores
 from mlx_lm_server.runner.sampler import RowSampling, Sampler, start_row
+
+DEFAULT_BLOCK_SIZE = 16
 
 
 @dataclass(slots=True)
@@ -50,7 +54,9 @@ class _Running:
 class ModelRunner:
     """One model, the memory of its rows and their sampling state."""
 
-    def __init__(self, loaded: LoadedModel, max_batch_size: int) -> None:
+    def __init__(
+        self, loaded: LoadedModel, max_batch_size: int, block_size: int = DEFAULT_BLOCK_SIZE
+    ) -> None:
         """Finds out how the model can be run; see `probe`."""
         self._loaded = loaded
         state = loaded.state
@@ -63,6 +69,8 @@ class ModelRunner:
         if self.batching == "alone":
             self._storage = KVStorage([])  # mlx-lm's caches hold everything
             self.geometry = probe.geometry_of_rows_alone(loaded.lm)
+        states = choice.forward.states if isinstance(choice.forward, SplitForward) else None
+        self._blocks = BlockStore(self._storage, states, block_size)
         self._sampler = Sampler(loaded.vocab_size)
         self._sampling: dict[int, RowSampling] = {}
         self._last_tokens = mx.zeros((max_batch_size,), mx.int32)
@@ -85,6 +93,11 @@ class ModelRunner:
         return self._storage.nbytes
 
     @property
+    def cache_held_bytes(self) -> int:
+        """Of blocks and checkpoints."""
+        return self._blocks.nbytes
+
+    @property
     def state_held_bytes(self) -> int:
         """Of recurrent state, with `split` forwards."""
         forward = self._forward_of
@@ -104,6 +117,8 @@ class ModelRunner:
     def execute(self, plan: StepPlan) -> None:
         """Build the forward of a plan. The one before must have been sampled."""
         assert self._forward is None, "sample the last forward before the next one"
+        for save in plan.saves:
+            self._blocks.save(save)
         for row in plan.left_rows:
             self._sampling.pop(row, None)
         self._forward_of.forget(plan.left_rows)
@@ -111,6 +126,8 @@ class ModelRunner:
             self._join(joined)
         for op in plan.kv_ops:
             self._storage.apply(op)
+        for load in plan.loads:
+            self._blocks.load(load)
         if plan.decodes or plan.prefills:
             self._forward = self._build(plan)
 
@@ -173,6 +190,7 @@ class ModelRunner:
             mx.eval(drawn.result, *drawn.beside)
             drawn.beside.clear()
             self._scores = _read_scores(drawn)
+        self._storage.stages.run()
         if self._forward is not None:
             mx.async_eval(self._forward.result, *self._forward.beside)
         if drawn is None or not drawn.rows:

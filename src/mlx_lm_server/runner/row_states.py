@@ -58,6 +58,21 @@ class RowStates:
             self._join(new, self._places(others))
             self._rows = [*rows, *others]
 
+    def read(self, row: int) -> list[list[mx.array | None]]:
+        """A copy of the state of one row, `[1, …]` each."""
+        place = self._rows.index(row)
+        return [
+            [None if a is None else mx.contiguous(a[place : place + 1]) for a in part]
+            for part in self._arrays
+        ]
+
+    def write(self, row: int, state: Sequence[Sequence[mx.array | None]]) -> None:
+        """Let the row go on from a state that `read` gave."""
+        caches = self.fresh()
+        for cache, part in zip(caches, state, strict=True):
+            cache.cache = list(part)
+        self.put([row], caches)
+
     def drop(self, rows: Sequence[int]) -> None:
         staying = [row for row in self._rows if row not in set(rows)]
         if len(staying) == len(self._rows):

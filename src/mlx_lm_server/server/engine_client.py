@@ -22,6 +22,7 @@ from mlx_lm_server.errors import (
 from mlx_lm_server.protocol import (
     Abort,
     AddRequest,
+    CacheReport,
     EngineStats,
     FinishReason,
     Message,
@@ -77,6 +78,7 @@ class OutputStream:
         "_scores",
         "_unread",
         "arrival_s",
+        "cache",
         "error",
         "finish_reason",
         "first_token_s",
@@ -85,7 +87,6 @@ class OutputStream:
         "is_in_mailbox",
         "is_released",
         "last_token_s",
-        "num_cached_tokens",
         "num_prompt_tokens",
         "queue_s",
         "req_id",
@@ -97,7 +98,7 @@ class OutputStream:
         self.req_id = req_id
         self.index = index
         self.num_prompt_tokens = num_prompt_tokens
-        self.num_cached_tokens = 0
+        self.cache: CacheReport | None = None
         self.arrival_s = now
         self.first_token_s: float | None = None
         self.last_token_s = now
@@ -111,6 +112,10 @@ class OutputStream:
         self._scores: list[TokenLogprobs] = []
         self._prompt_scores: list[TokenLogprobs] = []
         self.queue_s = 0.0
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return self.cache.num_cached_tokens if self.cache else 0
 
     @property
     def has_scores(self) -> bool:
@@ -129,8 +134,8 @@ class OutputStream:
     def feed(self, output: RequestOutput, now: float) -> None:
         self._unread += output.token_ids
         self.last_token_s = now
-        if output.num_cached_tokens:
-            self.num_cached_tokens = output.num_cached_tokens
+        if output.cache is not None:
+            self.cache = output.cache
         if output.queue_s:
             self.queue_s = output.queue_s
         if output.logprobs is not None:

@@ -13,18 +13,32 @@ from mlx_lm_server.core.cost_model import CostModel
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.plan import (
+    CopyTokens,
+    CreateSegment,
     CreateSlab,
+    DropSegment,
     DropSlab,
+    DropState,
     JoinedRow,
     KVOp,
+    LoadBlocks,
+    LoadOp,
+    LoadState,
+    MoveBlocks,
     MoveRow,
     ResizeSlab,
+    SaveBlocks,
+    SaveOp,
+    SaveState,
     StepPlan,
 )
+from mlx_lm_server.core.prefix_cache import CacheSettings, PrefixCache
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import Scheduler, SchedulerLimits
 from mlx_lm_server.protocol import RequestOutput, SamplingParams
 
+ONE_BYTE = KVGeometry(1)
+CACHE_OFF = CacheSettings(is_on=False)
 STOP_TOKEN = 7
 GARBAGE = -1
 
@@ -106,6 +120,73 @@ class SlabStore:
 
 
 @dataclass
+class PoolStore:
+    """Executes the operations of the prefix cache on lists of token ids. A state is the list of
+    all tokens that its row had seen."""
+
+    slabs: SlabStore
+    block_size: int
+    geometry: KVGeometry
+    segments: dict[int, list[list[int]]] = field(default_factory=dict)
+    states: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def held_bytes(self) -> int:
+        block_bytes = self.block_size * self.geometry.full_bytes_per_token
+        blocks = sum(len(blocks) for blocks in self.segments.values()) * block_bytes
+        return blocks + sum(self.geometry.state_bytes(len(seen)) for seen in self.states.values())
+
+    def save(self, ops: tuple[SaveOp, ...], rows: dict[int, _Row]) -> None:
+        for op in ops:
+            match op:
+                case CreateSegment(segment_id, num_blocks):
+                    assert num_blocks > 0
+                    assert segment_id not in self.segments
+                    self.segments[segment_id] = [[] for _ in range(num_blocks)]
+                case DropSegment(segment_id):
+                    del self.segments[segment_id]
+                case MoveBlocks(moves):
+                    read = [self.segments[a.segment_id][a.number] for a, _ in moves]
+                    for tokens, (_, b) in zip(read, moves, strict=True):
+                        self.segments[b.segment_id][b.number] = tokens
+                case SaveBlocks(slab_id, slot, first_block, num_tokens, places):
+                    tokens = self.slabs.slabs[slab_id][slot][:num_tokens]
+                    for number, place in enumerate(places, first_block):
+                        start = number * self.block_size
+                        block = tokens[start : start + self.block_size]
+                        assert block, "there is nothing in the block"
+                        assert GARBAGE not in block
+                        self.segments[place.segment_id][place.number] = list(block)
+                case SaveState(state_id, row, _, _, num_tokens):
+                    assert state_id not in self.states
+                    assert rows[row].num_held == num_tokens, "the state is not where it should be"
+                    self.states[state_id] = rows[row].tokens[:num_tokens]
+                case DropState(state_id):
+                    del self.states[state_id]
+
+    def load(self, ops: tuple[LoadOp, ...], rows: dict[int, _Row]) -> None:
+        for op in ops:
+            match op:
+                case LoadBlocks(slab_id, slot, start, stop, places):
+                    first = start // self.block_size * self.block_size
+                    tokens = [t for p in places for t in self.segments[p.segment_id][p.number]]
+                    self._write(slab_id, slot, start, tokens[start - first : stop - first], stop)
+                case CopyTokens(from_slab, from_slot, to_slab, to_slot, start, stop):
+                    tokens = self.slabs.slabs[from_slab][from_slot][start:stop]
+                    self._write(to_slab, to_slot, start, tokens, stop)
+                case LoadState(state_id, row, _, _, num_tokens):
+                    assert self.states[state_id] == rows[row].tokens[:num_tokens]
+
+    def _write(self, slab_id: int, slot: int, start: int, tokens: list[int], stop: int) -> None:
+        assert start < stop
+        assert len(tokens) == stop - start
+        assert GARBAGE not in tokens
+        held = self.slabs.slabs[slab_id][slot]
+        assert stop <= len(held)
+        held[start:stop] = tokens
+
+
+@dataclass
 class _Row:
     joined: JoinedRow
     tokens: list[int]
@@ -115,17 +196,30 @@ class _Row:
 class FakeRunner:
     """Executes plans; `execute` gives the tokens that `Scheduler.update` is to get for the plan."""
 
-    def __init__(self, limits: SchedulerLimits, limit_tokens: int) -> None:
+    def __init__(
+        self,
+        limits: SchedulerLimits,
+        limit_tokens: int,
+        geometry: KVGeometry = ONE_BYTE,
+        block_size: int = 16,
+    ) -> None:
         self.limits = limits
         self.limit_tokens = limit_tokens
+        self.geometry = geometry
         self.store = SlabStore()
+        self.pool = PoolStore(self.store, block_size, geometry)
+        self.num_computed = 0
         self.rows: dict[int, _Row] = {}
         self.last_step = 0
 
-    def execute(self, plan: StepPlan) -> list[int]:
+    def execute(
+        self, plan: StepPlan, row_at: dict[tuple[int, int], int] | None = None
+    ) -> list[int]:
+        """`row_at` says which row lies in a slot."""
         assert plan.step == self.last_step + 1
         self.last_step = plan.step
         self._check_bounds(plan)
+        self.pool.save(plan.saves, self.rows)
         for row in plan.left_rows:
             del self.rows[row]
         for joined in plan.joined_rows:
@@ -134,8 +228,49 @@ class FakeRunner:
             assert 0 <= joined.row < self.limits.max_batch_size
             self.rows[joined.row] = _Row(joined, [*joined.prompt_ids, *joined.output_ids])
         self.store.apply(plan.kv_ops)
-        assert self.store.held_tokens <= self.limit_tokens
+        self.pool.load(plan.loads, self.rows)
+        self._check_loads(plan, row_at or {})
+        in_rows = self.held_bytes
+        assert in_rows + self.pool.held_bytes <= self.limit_tokens
         return self._decode(plan) + self._prefill(plan)
+
+    @property
+    def held_bytes(self) -> int:
+        slabs = self.store.slabs.items()
+        slots = sum(
+            len(slots) * self.geometry.slot_bytes(self.store.capacities[sid])
+            for sid, slots in slabs
+        )
+        return slots + len(self.rows) * self.geometry.bytes_per_row
+
+    def _check_loads(self, plan: StepPlan, row_at: dict[tuple[int, int], int]) -> None:
+        """A row goes on from what was loaded, in its slot as in its state."""
+        stops: dict[int, int] = {}
+        for op in plan.loads:
+            match op:
+                case LoadBlocks(slab_id, slot, start, stop):
+                    pass
+                case CopyTokens(_, _, slab_id, slot, start, stop):
+                    pass
+                case LoadState(_, row, _, _, num_tokens):
+                    assert stops.setdefault(row, num_tokens) == num_tokens
+                    continue
+            row = row_at[slab_id, slot]
+            assert start == stops.get(row, self.rows[row].num_held)
+            stops[row] = stop
+        with_state = {op.row for op in plan.loads if isinstance(op, LoadState)}
+        for number, stop in stops.items():
+            self.rows[number].num_held = stop
+            assert not self.geometry.has_state or number in with_state
+        for (slab_id, slot), number in row_at.items():
+            if number in stops:
+                self._check_loaded(self.rows[number], self.store.slabs[slab_id][slot])
+
+    def _check_loaded(self, row: _Row, held: list[int]) -> None:
+        if self.geometry.full_bytes_per_token:
+            assert held[: row.num_held] == row.tokens[: row.num_held], "other tokens were loaded"
+        else:
+            held[: row.num_held] = row.tokens[: row.num_held]
 
     def _check_bounds(self, plan: StepPlan) -> None:
         num_tokens = len(plan.decodes) + plan.num_prefill_tokens
@@ -164,6 +299,7 @@ class FakeRunner:
         for chunk in plan.prefills:
             row = self.rows[chunk.row]
             end = chunk.start + len(chunk.token_ids)
+            self.num_computed += len(chunk.token_ids)
             assert chunk.token_ids
             assert chunk.start == row.num_held
             assert list(chunk.token_ids) == row.tokens[chunk.start : end]
@@ -197,16 +333,19 @@ class Simulation:
         limit_tokens: int = 1 << 20,
         max_slab_tokens: int = 4096,
         cost_model: CostModel | None = None,
+        cache: CacheSettings = CACHE_OFF,
+        geometry: KVGeometry = ONE_BYTE,
     ) -> None:
         self.layout = KVLayout(
-            KVGeometry(1),
+            geometry,
             limit_bytes=limit_tokens,
             max_slab_bytes=max_slab_tokens,
             max_rows=limits.max_batch_size,
         )
         self.cost_model = cost_model or CostModel()
-        self.scheduler = Scheduler(limits, self.layout, self.cost_model)
-        self.runner = FakeRunner(limits, limit_tokens)
+        self.cache = PrefixCache(cache, self.layout)
+        self.scheduler = Scheduler(limits, self.layout, self.cost_model, self.cache)
+        self.runner = FakeRunner(limits, limit_tokens, geometry, cache.block_size)
         self.in_flight: deque[tuple[StepPlan, list[int]]] = deque()
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.plans: list[StepPlan] = []
@@ -227,7 +366,7 @@ class Simulation:
         plan = self.scheduler.schedule(self.now_s)
         if plan is not None:
             self.plans.append(plan)
-            self.in_flight.append((plan, self.runner.execute(plan)))
+            self.in_flight.append((plan, self.runner.execute(plan, self.row_at())))
             self.check_prefixes()
         elif not self.in_flight:
             assert not self.scheduler.has_unfinished_requests, "idle with work waiting"
@@ -235,6 +374,10 @@ class Simulation:
         while len(self.in_flight) > keep:
             self.read()
         return plan
+
+    def row_at(self) -> dict[tuple[int, int], int]:
+        settled = self.layout.settled.items()
+        return {(place.slab_id, place.slot): row for row, place in settled}
 
     def read(self) -> None:
         plan, tokens = self.in_flight.popleft()
@@ -258,7 +401,8 @@ class Simulation:
         for slots in used.values():
             assert sorted(slots) == list(range(len(slots)))
             assert slots, "an empty slab is dropped"
-        assert self.layout.used_bytes == self.runner.store.held_tokens
+        assert self.layout.used_bytes == self.runner.held_bytes
+        assert self.layout.cached_bytes == self.runner.pool.held_bytes
 
     def tokens_of(self, req_id: str) -> list[int]:
         return [token for output in self.outputs[req_id] for token in output.token_ids]

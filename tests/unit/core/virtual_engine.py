@@ -11,6 +11,7 @@ from mlx_lm_server.core.cost_model import CostModel, StepCosts, StepFeatures
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.plan import StepPlan
+from mlx_lm_server.core.prefix_cache import CacheSettings, PrefixCache
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import Scheduler, SchedulerLimits
 
@@ -35,7 +36,8 @@ class VirtualEngine:
         seed: int = 0,
     ) -> None:
         layout = KVLayout(KVGeometry(1000), 10**9, max_rows=limits.max_batch_size)
-        self.scheduler = Scheduler(limits, layout, CostModel(initial))
+        cache = PrefixCache(CacheSettings(is_on=False), layout)
+        self.scheduler = Scheduler(limits, layout, CostModel(initial), cache)
         self.times: dict[str, list[float]] = {}
         self.on_end: Callable[[str], Request | None] = lambda req_id: None
         self._truth = CostModel(TRUE_COSTS)

@@ -1,0 +1,366 @@
+"""What requests leave behind, so that others need not compute it again.
+
+Committing is naming: a block of a running row gets its name when it is full and computed, and from
+then on others may copy it from that row. Bytes go to the pool only when the last row that holds
+them leaves. The pool takes what rows leave free and gives it back when rows need it.
+
+One plan is made like this:
+
+    begin()                 checkpoints that came due with the last plan
+    keep(request)           rows that leave
+    find, take              rows that go on from a hit
+    make_room()             memory for rows
+    computed(request)       what the plan adds to a row
+    finish()                the operations for the runner: saves, loads
+
+Invariants
+- A block is in the index if and only if it has a place in the pool or a row that holds it.
+- `block.rows` are exactly the rows whose first `num_named_blocks` blocks it is among.
+- Nothing that a plan loads is evicted by the same plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from mlx_lm_server.core.block import Block, State, chain_name, num_common, root_name
+from mlx_lm_server.core.cache_index import CacheIndex
+from mlx_lm_server.core.cache_store import MAX_STATE_SHARE, CacheSettings, CacheStore
+from mlx_lm_server.core.kv_geometry import MAX_ROW_TOKENS
+from mlx_lm_server.core.kv_layout import KVLayout
+from mlx_lm_server.core.plan import CopyTokens, LoadBlocks, LoadOp, LoadState, SaveOp
+from mlx_lm_server.core.request import Request
+from mlx_lm_server.protocol import CacheReport
+
+__all__ = ["CacheSettings", "Hit", "PrefixCache"]
+
+MIN_STATE_INTERVAL = 256
+# How many tokens from where two texts part a report shows.
+SHOWN_IDS = 24
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """Tokens `start` to `stop - 1` of a request that need not be computed: `blocks`, of which the
+    first is the one that token `start` is in; after them a row whose request goes on alike; and
+    the state there."""
+
+    start: int
+    stop: int
+    blocks: tuple[Block, ...] = ()
+    row: int | None = None
+    state: State | None = None
+
+    @property
+    def entries(self) -> tuple[Block | State, ...]:
+        """What may not be evicted meanwhile, the tail first."""
+        blocks = tuple(reversed(self.blocks))
+        return blocks if self.state is None else (self.state, *blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A hit that a request goes on from; `rows[i]` holds `blocks[i]` where the pool does not."""
+
+    request: Request
+    hit: Hit
+    rows: tuple[int | None, ...]
+
+
+class PrefixCache:
+    """Owned by the scheduler; shares its layout's memory."""
+
+    def __init__(self, settings: CacheSettings, layout: KVLayout) -> None:
+        self._settings = settings
+        self._size = settings.block_size
+        self._layout = layout
+        self._has_blocks = settings.is_on and layout.geometry.full_bytes_per_token > 0
+        self._has_state = settings.is_on and layout.geometry.has_state
+        self._state_interval = _state_interval(layout, self._size)
+        self._index = CacheIndex(self._size)
+        self.store = CacheStore(settings, layout, self._index)
+        self._request_in: dict[int, Request] = {}  # rows that hold named blocks
+        self._due_states: list[Request] = []
+        self._taken: list[_Taken] = []
+        self.num_queried_tokens = 0
+        self.num_hit_tokens = 0
+
+    @property
+    def is_on(self) -> bool:
+        return self._settings.is_on
+
+    @property
+    def num_named_blocks(self) -> int:
+        """In rows and in the pool."""
+        return len(self._index)
+
+    # ---- a request comes
+
+    def enter(self, request: Request) -> None:
+        """Before anything else is asked about the request."""
+        request.block_size = self._size
+        request.cache_root = root_name(request.cache_salt)
+        num_blocks = (len(request.prompt_ids) - 1) // self._size
+        request.state_points.add(num_blocks * self._size)
+
+    def next_state_point(self, request: Request) -> int | None:
+        """Where the next chunk of the request has to end at the latest, so that its state can be
+        kept there."""
+        if not self._has_state:
+            return None
+        computed = request.num_computed_tokens
+        regular = (computed // self._state_interval + 1) * self._state_interval
+        return min([point for point in request.state_points if point > computed] + [regular])
+
+    # ---- hits
+
+    def find(self, request: Request) -> Hit | None:
+        """How far the request can go on without computing; None where that is less than a block.
+        At least one token is left to compute, and none is skipped whose logprobs are wanted."""
+        if not self.is_on or request.sampling.prompt_logprobs is not None:
+            return None
+        hit = Hit(request.num_computed_tokens, request.num_known_tokens - 1)
+        if self._has_blocks:
+            hit = self._follow_blocks(request, hit.start, hit.stop)
+        if self._has_state:
+            hit = self._walk_back(request, hit)
+        return hit if hit.stop - hit.start >= self._size else None
+
+    def _follow_blocks(self, request: Request, start: int, limit: int) -> Hit:
+        blocks = self._index.walk(request, start, limit)
+        num_blocks = start // self._size + len(blocks)
+        stop = max(start, num_blocks * self._size)
+        child, in_child = self._index.nearest_child(request, num_blocks, limit)
+        row, in_row = self._nearest_row(request, blocks, stop, limit)
+        if in_row > in_child:
+            return Hit(start, stop + in_row, tuple(blocks), row)
+        if child is not None and in_child:
+            blocks.append(child)
+            stop = max(start, num_blocks * self._size + in_child)
+        return Hit(start, stop, tuple(blocks))
+
+    def _nearest_row(
+        self, request: Request, blocks: Sequence[Block], start: int, limit: int
+    ) -> tuple[int | None, int]:
+        """A row that goes on like the request in a block that is not full yet."""
+        wanted = request.known_ids(start, min(limit, start + self._size))
+        best, most = None, 0
+        for row in blocks[-1].rows if blocks else ():
+            other = self._request_in[row]
+            ids = other.known_ids(start, min(other.num_held_tokens, start + self._size))
+            num_tokens = num_common(ids, wanted) if other is not request else 0
+            if num_tokens > most:
+                best, most = row, num_tokens
+        return best, most
+
+    def _walk_back(self, request: Request, hit: Hit) -> Hit:
+        """To the newest checkpoint."""
+        state = self._index.newest_state(request, hit.start, hit.stop)
+        if state is None:
+            return Hit(hit.start, hit.start)
+        num_blocks = -(-state.num_tokens // self._size) - hit.start // self._size
+        row = hit.row if num_blocks > len(hit.blocks) else None
+        return Hit(hit.start, state.num_tokens, hit.blocks[:num_blocks], row, state)
+
+    def take(self, request: Request, hit: Hit) -> None:
+        """The request, which has a row, goes on from the hit."""
+        self.store.pin(hit.entries)
+        self.store.touch(hit.entries)
+        rows = [None if block.place else next(iter(block.rows)) for block in hit.blocks]
+        self._taken.append(_Taken(request, hit, tuple(rows)))
+        request.num_computed_tokens = hit.stop
+        self._name_blocks(request)
+
+    def note_admission(self, request: Request, hit: Hit | None, recompute_s: float) -> None:
+        """Count what the request found and report it; when it gets its first row."""
+        num_cached = hit.stop if hit else 0
+        self.num_queried_tokens += len(request.prompt_ids)
+        self.num_hit_tokens += num_cached
+        in_rows = sum(not block.place for block in hit.blocks) * self._size if hit else 0
+        num_from_rows = min(in_rows, num_cached)
+        request.cache_report = self._report(request, num_cached, num_from_rows, recompute_s)
+
+    def _report(
+        self, request: Request, num_cached: int, num_from_rows: int, recompute_s: float
+    ) -> CacheReport:
+        prompt = request.prompt_ids
+        nearest, other_ids = num_cached, []
+        if self._has_blocks:
+            num_blocks = len(self._index.walk(request, 0, len(prompt)))
+            child, in_child = self._index.nearest_child(request, num_blocks, len(prompt))
+            nearest = max(num_cached, num_blocks * self._size + in_child)
+            if child is not None and nearest == num_blocks * self._size + in_child:
+                other_ids = self._index.ids_from(child, in_child, SHOWN_IDS)
+        return CacheReport(
+            num_prompt_tokens=len(prompt),
+            num_cached_tokens=num_cached,
+            num_from_rows=num_from_rows,
+            num_nearest_tokens=nearest,
+            prompt_ids=list(prompt[nearest : nearest + SHOWN_IDS]) if other_ids else [],
+            nearest_ids=other_ids,
+            why=self._why_not_all(request, num_cached, nearest),
+            recompute_s=recompute_s,
+        )
+
+    def _why_not_all(self, request: Request, num_cached: int, nearest: int) -> str:
+        if num_cached >= len(request.prompt_ids) - 1:
+            return ""
+        if not self.is_on:
+            return "the prefix cache is off"
+        if request.sampling.prompt_logprobs is not None:
+            return "logprobs of the prompt were asked for, so all of it is computed"
+        if nearest > num_cached and self._has_state:
+            return "the model keeps state that can be taken up only at checkpoints"
+        if nearest - num_cached >= self._size:
+            return "others are computing the same text"
+        if nearest == 0:
+            return "nothing that begins like this is cached"
+        return "the prompt differs there from what is cached"
+
+    # ---- sharing in flight
+
+    def num_shared(self, request: Request, other: Request) -> int:
+        """Prompt tokens, in whole blocks, that two requests begin with alike, where these go
+        beyond what `request` has; 0 else."""
+        if not self.is_on or request.cache_root != other.cache_root:
+            return 0
+        first = request.num_computed_tokens // self._size
+        last = min(request.num_known_tokens - 1, other.prefill_until) // self._size
+        if first >= last or request.name_of_block(first) != other.name_of_block(first):
+            return 0
+        low, high = first + 1, last  # the first `low` blocks are equal
+        while low < high:
+            middle = (low + high + 1) // 2
+            if request.name_of_block(middle - 1) == other.name_of_block(middle - 1):
+                low = middle
+            else:
+                high = middle - 1
+        return low * self._size
+
+    # ---- a plan is made
+
+    def begin(self) -> None:
+        self.store.begin()
+        self._taken = []
+        for request in self._due_states:
+            if request.row is not None:
+                self.store.touch(self._save_state(request, request.row))
+        self._due_states = []
+
+    def computed(self, request: Request) -> None:
+        """The plan brings the request to its `num_computed_tokens`."""
+        self._name_blocks(request)
+        if self._has_state:
+            computed = request.num_computed_tokens
+            if computed in request.state_points or computed % self._state_interval == 0:
+                self._due_states.append(request)
+
+    @property
+    def has_operations(self) -> bool:
+        return bool(self._taken or self.store.has_saves)
+
+    def finish(self) -> tuple[tuple[SaveOp, ...], tuple[LoadOp, ...]]:
+        """Once the layout is settled: what the runner does before and after it moves rows."""
+        loads = [op for taken in self._taken for op in self._loads_of(taken)]
+        return self.store.take_saves(), tuple(loads)
+
+    def _name_blocks(self, request: Request) -> None:
+        """Let others know the full blocks of the request's row."""
+        num_blocks = request.num_held_tokens // self._size
+        if not self._has_blocks or request.row is None or num_blocks == request.num_named_blocks:
+            return
+        self._request_in[request.row] = request
+        for index in range(request.num_named_blocks, num_blocks):
+            ids = request.known_ids(index * self._size, (index + 1) * self._size)
+            name, parent = request.name_of_block(index), request.name_of_block(index - 1)
+            self._index.add(name, parent, ids).rows[request.row] = None
+        request.num_named_blocks = num_blocks
+
+    def _loads_of(self, taken: _Taken) -> Iterator[LoadOp]:
+        request, hit = taken.request, taken.hit
+        assert request.row is not None
+        self._layout.set_num_tokens(request.row, hit.stop)
+        to = self._layout.location(request.row)
+        first = hit.start // self._size
+        numbers = range(first, first + len(hit.blocks))
+        blocks = list(zip(numbers, hit.blocks, taken.rows, strict=True))
+        end = hit.start
+        for row, group in groupby(blocks, key=lambda item: item[2]):
+            run = list(group)
+            start, end = end, min(hit.stop, (run[-1][0] + 1) * self._size)
+            if row is None:
+                places = tuple(block.place for _, block, _ in run if block.place)
+                yield LoadBlocks(to.slab_id, to.slot, start, end, places)
+            else:
+                yield self._copy(row, request.row, start, end)
+        if hit.row is not None:
+            yield self._copy(hit.row, request.row, end, hit.stop)
+        if hit.state is not None:
+            yield LoadState(hit.state.state_id, request.row, to.slab_id, to.slot, hit.stop)
+
+    def _copy(self, from_row: int, to_row: int, start: int, stop: int) -> CopyTokens:
+        source, to = self._layout.location(from_row), self._layout.location(to_row)
+        return CopyTokens(source.slab_id, source.slot, to.slab_id, to.slot, start, stop)
+
+    # ---- a row leaves
+
+    def keep(self, request: Request) -> None:
+        """Save what the request's row holds and nobody else does; before it gives the row back."""
+        row = request.row
+        if not self.is_on or row is None:
+            return
+        self._name_blocks(request)
+        held = [
+            (index, block)
+            for index in range(request.num_named_blocks)
+            if (block := self._index.block(request.name_of_block(index))) is not None
+        ]
+        for _, block in held:
+            del block.rows[row]
+        self._request_in.pop(row, None)
+        request.num_named_blocks = 0
+        end = self._end_of(request)
+        place = self._layout.location(row)
+        missing = [(i, block) for i, block in [*held, *end] if not (block.place or block.rows)]
+        self.store.put_blocks(place.slab_id, place.slot, missing, request.num_held_tokens)
+        kept: list[Block | State] = [block for _, block in end if block.place]
+        if self._settings.max_sequences:
+            kept += self._save_state(request, row)
+        self.store.touch([*kept, *(block for _, block in reversed(held))])
+        self.store.keep_end(tuple(kept))
+
+    def _end_of(self, request: Request) -> list[tuple[int, Block]]:
+        """What comes after the last full block of the row, as a block of its own."""
+        num_tokens = request.num_held_tokens
+        index = num_tokens // self._size
+        tail = request.known_ids(index * self._size, num_tokens)
+        if not (tail and self._has_blocks and self._settings.max_sequences):
+            return []
+        parent = request.name_of_block(index - 1)
+        return [(index, self._index.add(chain_name(parent, tail), parent, tail))]
+
+    def _save_state(self, request: Request, row: int) -> list[State]:
+        """Keep the state that the row has now; none where it is ahead of what is known."""
+        num_tokens = request.num_computed_tokens
+        if not self._has_state or not self._size <= num_tokens <= request.num_known_tokens:
+            return []
+        state = self._index.state_at(request, num_tokens)
+        if state is None:
+            num_blocks = num_tokens // self._size
+            tail = request.known_ids(num_blocks * self._size, num_tokens)
+            parent = request.name_of_block(num_blocks - 1)
+            state = self.store.put_state(row, parent, tail, num_tokens)
+        return [state] if state else []
+
+
+def _state_interval(layout: KVLayout, block_size: int) -> int:
+    """Tokens between checkpoints of a long text, so that these take at most MAX_STATE_SHARE of
+    what its tokens take, and at least MIN_STATE_INTERVAL; in whole blocks."""
+    geometry = layout.geometry
+    interval = MIN_STATE_INTERVAL
+    if geometry.full_bytes_per_token:
+        affordable = MAX_STATE_SHARE * geometry.full_bytes_per_token
+        interval = max(interval, int(geometry.state_bytes(MAX_ROW_TOKENS) / affordable))
+    return -(-interval // block_size) * block_size

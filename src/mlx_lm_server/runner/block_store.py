@@ -1,0 +1,197 @@
+"""The bytes of the prefix cache: blocks of tokens in a pool, and checkpoints of other state.
+
+    segment 2, layer 0   plane 0  keys    [num_blocks, kv_heads, block_size, key_dim]
+                         plane 1  values  [num_blocks, kv_heads, block_size, value_dim]
+
+Only layers that keep every token lie in blocks. A checkpoint has the rest of a row after so many
+tokens: the rings of layers with a window as they lie in the slab, and recurrent state.
+
+What the core ordered is done literally and in order, group of layers by group of layers, so that
+what is copied at once stays small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import mlx.core as mx
+
+from mlx_lm_server.core.block import Place
+from mlx_lm_server.core.plan import (
+    CopyTokens,
+    CreateSegment,
+    DropSegment,
+    DropState,
+    LoadBlocks,
+    LoadOp,
+    LoadState,
+    MoveBlocks,
+    SaveBlocks,
+    SaveOp,
+    SaveState,
+)
+from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.row_states import RowStates
+
+Planes = list[mx.array]
+
+
+@dataclass(slots=True)
+class _KeptState:
+    rings: list[Planes]
+    recurrent: list[list[mx.array | None]]
+
+    @property
+    def arrays(self) -> Planes:
+        rings = [plane for planes in self.rings for plane in planes]
+        return rings + [a for part in self.recurrent for a in part if a is not None]
+
+
+class BlockStore:
+    """Owned by the model runner, used on the engine's main thread only."""
+
+    def __init__(self, storage: KVStorage, states: RowStates | None, block_size: int) -> None:
+        self._storage = storage
+        self._row_states = states
+        self._size = block_size
+        numbers = range(len(storage.layers))
+        self._full = [n for n in numbers if storage.layers[n].ring is None]
+        self._windows = [n for n in numbers if storage.layers[n].ring is not None]
+        self._segments: dict[int, list[Planes]] = {}
+        self._states: dict[int, _KeptState] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """What the arrays hold now, in bytes."""
+        segments = self._segments.values()
+        blocks = sum(plane.nbytes for layers in segments for planes in layers for plane in planes)
+        return blocks + sum(a.nbytes for state in self._states.values() for a in state.arrays)
+
+    # ---- what rows leave behind
+
+    def save(self, op: SaveOp) -> None:
+        match op:
+            case CreateSegment():
+                self._segments[op.segment_id] = self._new_segment(op.num_blocks)
+            case DropSegment():
+                del self._segments[op.segment_id]
+            case MoveBlocks():
+                self._move_blocks(op)
+            case SaveBlocks():
+                self._save_blocks(op)
+            case SaveState():
+                self._save_state(op)
+            case DropState():
+                del self._states[op.state_id]
+
+    def _new_segment(self, num_blocks: int) -> list[Planes]:
+        layers = [self._storage.layers[n] for n in self._full]
+        return [[p.zeros(num_blocks, self._size) for p in layer.planes] for layer in layers]
+
+    def _move_blocks(self, op: MoveBlocks) -> None:
+        by_target = groupby(op.moves, key=lambda move: move[1].segment_id)
+        for segment_id, group in by_target:
+            moves = list(group)
+            sources = [source for source, _ in moves]
+            numbers = mx.array([target.number for _, target in moves], mx.int32)
+            for layers in self._storage.layer_groups(self._full, len(moves) * self._size):
+                written = []
+                for layer in layers:
+                    planes = self._segments[segment_id][self._full.index(layer)]
+                    for plane, blocks in zip(planes, self._gather(layer, sources), strict=True):
+                        plane[numbers] = blocks
+                        written.append(plane)
+                self._storage.stages.add(written)
+
+    def _gather(self, layer: int, places: Sequence[Place]) -> Iterator[mx.array]:
+        """Per plane `[len(places), kv_heads, block_size, width]`."""
+        runs = [
+            (self._segments[segment_id][self._full.index(layer)], [p.number for p in run])
+            for segment_id, run in groupby(places, key=lambda place: place.segment_id)
+        ]
+        for number in range(len(self._storage.layers[layer].planes)):
+            parts = [planes[number][mx.array(numbers, mx.int32)] for planes, numbers in runs]
+            yield parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def _save_blocks(self, op: SaveBlocks) -> None:
+        first = op.first_block
+        for segment_id, group in groupby(op.places, key=lambda place: place.segment_id):
+            places = list(group)
+            num_full = min(len(places), op.num_tokens // self._size - first)
+            for layers in self._storage.layer_groups(self._full, len(places) * self._size):
+                written = []
+                for layer in layers:
+                    slots = self._storage.slabs[op.slab_id].planes[layer]
+                    pool = self._segments[segment_id][self._full.index(layer)]
+                    for source, target in zip(slots, pool, strict=True):
+                        self._save_plane(source[op.slot], target, places, first, num_full, op)
+                        written.append(target)
+                self._storage.stages.add(written)
+            first += len(places)
+
+    def _save_plane(
+        self,
+        tokens: mx.array,
+        target: mx.array,
+        places: Sequence[Place],
+        first: int,
+        num_full: int,
+        op: SaveBlocks,
+    ) -> None:
+        """From `[kv_heads, places, width]` to the pool's blocks; the last may be filled in part."""
+        start = first * self._size
+        end = start + num_full * self._size
+        if num_full:
+            numbers = mx.array([place.number for place in places[:num_full]], mx.int32)
+            shape = (tokens.shape[0], num_full, self._size, tokens.shape[2])
+            target[numbers] = tokens[:, start:end].reshape(shape).swapaxes(0, 1)
+        if num_full < len(places):
+            target[places[-1].number, :, : op.num_tokens - end] = tokens[:, end : op.num_tokens]
+
+    def _save_state(self, op: SaveState) -> None:
+        rings = []
+        for layer in self._windows:
+            planes = self._storage.slabs[op.slab_id].planes[layer]
+            held = min(op.num_tokens, planes[0].shape[2])
+            rings.append([mx.contiguous(plane[op.slot, :, :held]) for plane in planes])
+        recurrent = self._row_states.read(op.row) if self._row_states else []
+        state = self._states[op.state_id] = _KeptState(rings, recurrent)
+        self._storage.stages.add(state.arrays)
+
+    # ---- what rows need not compute
+
+    def load(self, op: LoadOp) -> None:
+        match op:
+            case LoadBlocks():
+                self._load_blocks(op)
+            case CopyTokens():
+                self._storage.copy_tokens(op, self._full)
+            case LoadState():
+                self._load_state(op)
+
+    def _load_blocks(self, op: LoadBlocks) -> None:
+        first = op.start // self._size * self._size
+        for layers in self._storage.layer_groups(self._full, op.stop - first):
+            written = []
+            for layer in layers:
+                slots = self._storage.slabs[op.slab_id].planes[layer]
+                for plane, blocks in zip(slots, self._gather(layer, op.places), strict=True):
+                    tokens = blocks.swapaxes(0, 1).reshape(blocks.shape[1], -1, blocks.shape[3])
+                    some = tokens[:, op.start - first : op.stop - first]
+                    plane[op.slot, :, op.start : op.stop] = some
+                    written.append(plane)
+            self._storage.stages.add(written)
+
+    def _load_state(self, op: LoadState) -> None:
+        state = self._states[op.state_id]
+        written = []
+        for layer, kept in zip(self._windows, state.rings, strict=True):
+            planes = self._storage.slabs[op.slab_id].planes[layer]
+            for plane, ring in zip(planes, kept, strict=True):
+                plane[op.slot, :, : ring.shape[1]] = ring
+                written.append(plane)
+        self._storage.stages.add(written)
+        if self._row_states:
+            self._row_states.write(op.row, state.recurrent)

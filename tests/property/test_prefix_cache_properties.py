@@ -1,0 +1,173 @@
+"""Whatever comes and goes: no request gets another's tokens, and every byte has one account."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from scheduler_sim import Simulation, expected_output
+
+from mlx_lm_server.core.block import Block
+from mlx_lm_server.core.kv_geometry import KVGeometry, RingBytes
+from mlx_lm_server.core.prefix_cache import CacheSettings, PrefixCache
+from mlx_lm_server.core.request import Request
+from mlx_lm_server.core.scheduler import SchedulerLimits
+from mlx_lm_server.protocol import SamplingParams
+
+GEOMETRIES = {
+    "full": KVGeometry(1),
+    "hybrid": KVGeometry(1, bytes_per_row=20),
+    "windows": KVGeometry(1, rings=(RingBytes(24, 1),)),
+    "recurrent": KVGeometry(0, bytes_per_row=30),
+    "windows only": KVGeometry(0, rings=(RingBytes(24, 1),)),
+}
+slow_ok = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@dataclass(frozen=True)
+class Arrival:
+    before_step: int
+    family: int  # prompts of a family begin alike
+    num_shared: int
+    num_own: int
+    max_tokens: int
+    priority: int
+    abort_at_step: int | None
+    salt: str
+
+    def request(self, number: int) -> Request:
+        shared = random.Random(self.family).choices(range(100, 110), k=self.num_shared)
+        own = random.Random(1000 + number).choices(range(100, 110), k=self.num_own)
+        return Request(
+            req_id=f"r{number}",
+            prompt_ids=(*shared, *own),
+            sampling=SamplingParams(
+                max_tokens=self.max_tokens, seed=number % 5, stop_token_ids=(7,)
+            ),
+            priority=self.priority,
+            cache_salt=self.salt,
+            state_points={self.num_shared},
+        )
+
+
+arrivals = st.lists(
+    st.builds(
+        Arrival,
+        before_step=st.integers(0, 40),
+        family=st.integers(0, 2),
+        num_shared=st.integers(0, 200),
+        num_own=st.integers(1, 60),
+        max_tokens=st.one_of(st.integers(1, 8), st.integers(1, 80)),
+        priority=st.integers(-1, 1),
+        abort_at_step=st.one_of(st.none(), st.none(), st.integers(0, 60)),
+        salt=st.sampled_from(["", "", "", "a"]),
+    ),
+    min_size=1,
+    max_size=16,
+)
+
+limits = st.builds(
+    SchedulerLimits,
+    max_batch_size=st.integers(1, 6),
+    max_num_batched_tokens=st.integers(6, 200),
+    prefill_step_size=st.one_of(st.none(), st.integers(1, 64)),
+    lookahead_tokens=st.sampled_from([0, 16, 256]),
+)
+
+caches = st.builds(
+    CacheSettings,
+    block_size=st.sampled_from([1, 4, 16]),
+    max_blocks=st.one_of(st.none(), st.none(), st.integers(0, 20)),
+    max_sequences=st.sampled_from([0, 2, 50]),
+    segment_bytes=st.sampled_from([40, 64, 300]),
+)
+
+
+@slow_ok
+@given(
+    arrivals=arrivals,
+    limits=limits,
+    cache=caches,
+    kind=st.sampled_from(sorted(GEOMETRIES)),
+    limit_bytes=st.one_of(st.integers(500, 1500), st.just(20_000)),
+    max_slab_tokens=st.sampled_from([1, 512, 4096]),
+)
+def test_requests_get_their_tokens_whatever_they_share(
+    arrivals, limits, cache, kind, limit_bytes, max_slab_tokens
+):
+    sim = Simulation(limits, limit_bytes, max_slab_tokens, cache=cache, geometry=GEOMETRIES[kind])
+    aborted = set()
+    for step in range(61):
+        for i, arrival in enumerate(arrivals):
+            if arrival.before_step == step:
+                sim.add(arrival.request(i))
+            if arrival.abort_at_step == step and sim.abort(f"r{i}"):
+                aborted.add(f"r{i}")
+        sim.step()
+        check_references(sim)
+    sim.run()
+    for i, arrival in enumerate(arrivals):
+        request = arrival.request(i)
+        most = min(arrival.max_tokens, sim.layout.max_tokens_that_fit - len(request.prompt_ids) + 1)
+        expected = expected_output(request.sampling.seed, most)
+        tokens = sim.tokens_of(f"r{i}")
+        if f"r{i}" in aborted:
+            assert tokens == expected[: len(tokens)]
+        else:
+            assert tokens == expected
+    assert not sim.layout.num_rows
+    assert sim.layout.cached_bytes == sim.runner.pool.held_bytes == sim.cache.store.used_bytes
+    check_references(sim)
+
+
+def check_references(sim: Simulation) -> None:
+    """References equal tables, and every named block has its bytes somewhere."""
+    cache: PrefixCache = sim.cache
+    index = cache._index
+    held: dict[bytes, set[int]] = {}
+    for row, request in cache._request_in.items():
+        assert request.row == row
+        for number in range(request.num_named_blocks):
+            held.setdefault(request.name_of_block(number), set()).add(row)
+    for name, block in index._blocks.items():
+        assert set(block.rows) == held.pop(name, set())
+        assert block.rows or block.place, "a block without bytes"
+        assert (block.place is not None) == (block in cache.store._lru)
+    assert not held
+    places = [b.place for b in index._blocks.values() if b.place]
+    assert len(places) == len(set(places)) == cache.store.num_blocks
+    stored = [e for e in cache.store._lru if isinstance(e, Block)]
+    assert all(index.block(block.name) is block for block in stored)
+
+
+@pytest.mark.parametrize("kind", sorted(GEOMETRIES))
+def test_memory_stays_within_its_account_over_ten_thousand_steps(kind):
+    rng = random.Random(3)
+    cache = CacheSettings(segment_bytes=128)
+    sim = Simulation(
+        SchedulerLimits(max_batch_size=8, max_num_batched_tokens=256),
+        6000,
+        512,
+        cache=cache,
+        geometry=GEOMETRIES[kind],
+    )
+    number = 0
+    for step in range(10_000):
+        if sim.scheduler.num_waiting < 4 and rng.random() < 0.3:
+            arrival = Arrival(
+                0, rng.randrange(6), rng.randrange(400), rng.randrange(1, 60),
+                rng.randrange(1, 60), 0, None, "",
+            )  # fmt: skip
+            sim.add(arrival.request(number))
+            number += 1
+        if rng.random() < 0.02:
+            sim.abort(f"r{rng.randrange(number + 1)}")
+        sim.step()  # checks the account at each step
+        if step % 500 == 0:
+            check_references(sim)
+    sim.run()
+    assert sim.cache.num_hit_tokens > 0.2 * sim.cache.num_queried_tokens
+    assert number > 500
