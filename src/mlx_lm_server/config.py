@@ -184,9 +184,38 @@ class ServerConfig:
 
 @dataclass(frozen=True)
 class KVConfig:
+    block_size: int = option(
+        16,
+        "Tokens per block of the prefix cache.",
+        why="As vLLM: small enough to share most of a prefix, large enough to name cheaply.",
+        unit="tokens",
+        low=1,
+        high=1024,
+    )
+    num_blocks: int | None = option(
+        None,
+        "Most blocks that the prefix cache keeps beyond running rows.",
+        why="It takes what rows leave free and gives it back when they need it.",
+        unit="blocks",
+        unset="what the memory holds",
+        low=0,
+    )
+    prefix_cache: bool = option(
+        True,
+        "Let requests start from what earlier ones with the same beginning computed.",
+        why="The tokens are the same, and a conversation's next turn starts in milliseconds.",
+    )
+    sequence_cache_size: int = option(
+        50,
+        "Finished sequences whose end is kept too, so that the next turn of a conversation "
+        "computes only what is new; 0 keeps none.",
+        why="Some more conversations than rows.",
+        unit="sequences",
+        low=0,
+    )
     max_kv_size: int | None = option(
         None,
-        "Cap on KV tokens over all rows.",
+        "Cap on KV tokens over all rows and cached blocks.",
         why="Memory is the real limit, and it is measured.",
         unit="tokens",
         unset="what the memory holds",

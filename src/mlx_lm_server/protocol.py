@@ -192,7 +192,8 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, array_like=
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """Gauges at the end of a step; totals count from the engine's start. Blocks are those of the
-    prefix cache's pool; its queries and hits are counted in prompt tokens."""
+    prefix cache's pool; its queries and hits are counted in prompt tokens. `prompt_tokens_total`
+    counts what was asked, `prefill_tokens_total` what was computed."""
 
     num_running: int
     num_waiting: int
@@ -213,6 +214,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prefix_cache_queries_total: int = 0
     prefix_cache_hits_total: int = 0
     cache_evictions_total: int = 0
+    prefill_tokens_total: int = 0
 
 
 class Outputs(Message, frozen=True):

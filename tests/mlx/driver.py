@@ -12,7 +12,15 @@ import msgspec
 
 from mlx_lm_server.engine.assembly import assemble
 from mlx_lm_server.engine.engine_core import EngineCore
-from mlx_lm_server.protocol import Abort, AddRequest, LoadModel, RequestOutput, SamplingParams
+from mlx_lm_server.protocol import (
+    Abort,
+    AddRequest,
+    CacheReport,
+    LoadModel,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
 from mlx_lm_server.runner.blas import Blas
 
 __all__ = ["GREEDY", "EngineDriver", "random_prompts"]
@@ -34,10 +42,14 @@ class EngineDriver:
         self.core, self.ready = assemble(message, Blas("test"), lambda _stage, _fraction: None)
         self.tokens: dict[str, list[int]] = {}
         self.reasons: dict[str, list[str]] = {}
+        self.scores: dict[str, list[TokenLogprobs]] = {}
+        self.reports: dict[str, CacheReport] = {}
 
-    def add(self, req_id: str, prompt: list[int], sampling: SamplingParams = GREEDY) -> None:
+    def add(
+        self, req_id: str, prompt: list[int], sampling: SamplingParams = GREEDY, **more: object
+    ) -> None:
         self.tokens[req_id] = []
-        self._collect(self.core.handle([AddRequest(req_id, prompt, sampling)]))
+        self._collect(self.core.handle([AddRequest(req_id, prompt, sampling, **more)]))
 
     def abort(self, req_id: str) -> None:
         self._collect(self.core.handle([Abort(req_id)]))
@@ -76,5 +88,8 @@ class EngineDriver:
     def _collect(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
             self.tokens[output.req_id].extend(output.token_ids)
+            self.scores.setdefault(output.req_id, []).extend(output.logprobs or ())
+            if output.cache is not None:
+                self.reports[output.req_id] = output.cache
             if output.finish_reason is not None:
                 self.reasons.setdefault(output.req_id, []).append(output.finish_reason)

@@ -33,9 +33,9 @@ class Request:
 
     For the prefix cache: `cache_root` is the name before its first block, `num_named_blocks` how
     many blocks of its row others may take, `state_points` where, in tokens, its state is to be
-    kept, `chunk_limit` where its next chunk has to end for that, `waits_until_s` how long at most
-    it waits for others to compute what it needs too. `cache_report` says what it found when it got
-    its first row.
+    kept, `chunk_limit` where its next chunk has to end for that, `wait_tokens_left` for how many
+    prefill tokens of others it still waits, at most, when one of them computes what it needs too.
+    `cache_report` says what it found when it got its first row.
     """
 
     req_id: str
@@ -63,7 +63,7 @@ class Request:
     num_named_blocks: int = 0
     state_points: set[int] = field(default_factory=set)
     chunk_limit: int | None = None
-    waits_until_s: float | None = None
+    wait_tokens_left: float | None = None
     cache_report: CacheReport | None = None
 
     def __post_init__(self) -> None:
@@ -77,6 +77,8 @@ class Request:
             sampling=message.sampling,
             priority=message.priority,
             client_key=message.client_key,
+            cache_salt=message.cache_salt,
+            state_points=set(message.message_ends),
             arrival_s=arrival_s,
         )
 

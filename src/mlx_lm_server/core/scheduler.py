@@ -28,6 +28,7 @@ from types import MappingProxyType
 
 from mlx_lm_server.core.cost_model import CostModel, StepFeatures, prefill_pairs
 from mlx_lm_server.core.fair_queue import FairQueue
+from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.memory_ledger import request_arithmetic
 from mlx_lm_server.core.plan import DecodeRow, JoinedRow, PrefillChunk, RowLogprobs, StepPlan
@@ -40,7 +41,7 @@ from mlx_lm_server.protocol import EngineStats, FinishReason, RequestOutput
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
-# Forecasts of somebody else's progress are rough: others are waited for so much longer.
+# Who waits for another's prefix lets so many times its tokens be computed for others meanwhile.
 WAIT_MARGIN = 1.5
 
 NO_LOGPROBS: Mapping[int, RowLogprobs] = MappingProxyType({})
@@ -72,6 +73,7 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_prompt_tokens = 0
         self._num_output_tokens = 0
+        self._num_prefill_tokens = 0
         self._forecast_step_s = 0.0
         self._ramp_tokens = limits.first_chunk_tokens
 
@@ -141,7 +143,7 @@ class Scheduler:
         # Not in the step that preempts: the victim would take back what it just gave.
         joined = self._admit(now_s) if self._num_preemptions == num_preemptions else []
         self._catch_up()
-        chunks = self._choose_chunks(decoding, now_s)
+        chunks = self._choose_chunks(decoding)
         if not (self._left_rows or joined or decoding or chunks or self._cache.has_operations):
             return None
         return self._make_plan(joined, decoding, chunks)
@@ -280,45 +282,35 @@ class Scheduler:
                 return other, num_shared
         return None
 
-    def _waits(
-        self, request: Request, prefilling: Sequence[Request], share: float, now_s: float
-    ) -> bool:
-        """Whether the request leaves computing to somebody else, in a step that leaves prefill
-        such a share of its time."""
+    def _waits(self, request: Request, prefilling: Sequence[Request]) -> bool:
+        """Whether the request leaves computing to somebody else: at most until others have had
+        about as many tokens computed as it would have needed itself."""
         found = self._leader(request, prefilling)
         if found is None:
             return False
         leader, num_shared = found
         leader.state_points.add(num_shared)
-        if request.waits_until_s is None:
-            own_s = self._prefill_s(num_shared, num_shared - request.num_computed_tokens)
-            request.waits_until_s = now_s + WAIT_MARGIN * own_s / share
-        return now_s < request.waits_until_s
+        if request.wait_tokens_left is None:
+            request.wait_tokens_left = WAIT_MARGIN * (num_shared - request.num_computed_tokens)
+        return request.wait_tokens_left > 0
 
-    def _choose_chunks(
-        self, decoding: Sequence[Request], now_s: float
-    ) -> list[tuple[Request, int]]:
+    def _choose_chunks(self, decoding: Sequence[Request]) -> list[tuple[Request, int]]:
         decode = StepFeatures(
             rows=len(decoding), kv_tokens=sum(r.num_computed_tokens + 1 for r in decoding)
         )
-        all_prefilling = [r for r in self._running if r.is_prefilling]
-        share = self._prefill_share(decode)
-        prefilling = [r for r in all_prefilling if not self._waits(r, all_prefilling, share, now_s)]
-        for request in prefilling:
+        prefilling = [r for r in self._running if r.is_prefilling]
+        waiting = [r for r in prefilling if self._waits(r, prefilling)]
+        computing = [r for r in prefilling if r not in waiting]
+        for request in computing:
             request.chunk_limit = self._cache.next_state_point(request)
         plan = PrefillPlan(self._limits, self._cost_model, decode, self._ramp_tokens)
-        chunks = plan.share_out(prefilling)
+        chunks = plan.share_out(computing)
+        for request in waiting:
+            assert request.wait_tokens_left is not None
+            request.wait_tokens_left -= sum(num_tokens for _, num_tokens in chunks)
         had = sum(num_tokens for _, num_tokens in chunks) if decoding else 0
         self._ramp_tokens = max(self._limits.first_chunk_tokens, had + had // 4)
         return chunks
-
-    def _prefill_share(self, decode: StepFeatures) -> float:
-        """Of a step's time, beside these decoding rows."""
-        if not decode.rows:
-            return 1.0
-        decode_s = self._cost_model.forecast_s(decode)
-        goal_s = self._limits.step_goal_s(decode_s, is_short=False)
-        return max(0.1, 1 - decode_s / goal_s)
 
     def _make_plan(
         self,
@@ -339,6 +331,7 @@ class Scheduler:
             saves=saves,
             loads=loads,
         )
+        self._num_prefill_tokens += plan.num_prefill_tokens
         self._advance(plan, [(request, 1) for request in decoding] + list(chunks))
         self._forecast_step_s = self._cost_model.forecast_s(StepFeatures.of(plan))
         return plan
@@ -425,6 +418,10 @@ class Scheduler:
     # ---- what is going on
 
     @property
+    def geometry(self) -> KVGeometry:
+        return self._layout.geometry
+
+    @property
     def has_unfinished_requests(self) -> bool:
         return bool(self._requests)
 
@@ -463,6 +460,7 @@ class Scheduler:
             prefix_cache_queries_total=self._cache.num_queried_tokens,
             prefix_cache_hits_total=self._cache.num_hit_tokens,
             cache_evictions_total=self._cache.store.num_evictions,
+            prefill_tokens_total=self._num_prefill_tokens,
         )
 
 

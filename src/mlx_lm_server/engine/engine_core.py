@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
+from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.plan import RowLogprobs, StepPlan
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import Scheduler
@@ -45,6 +46,11 @@ class EngineCore:
         self._peak_memory = peak_memory
         self._running: StepPlan | None = None
         self._running_since_s = 0.0
+
+    @property
+    def geometry(self) -> KVGeometry:
+        """What rows and checkpoints take."""
+        return self._scheduler.geometry
 
     @property
     def has_work(self) -> bool:

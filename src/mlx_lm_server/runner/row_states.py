@@ -40,6 +40,8 @@ class RowStates:
     def take(self, rows: Sequence[int]) -> list[Any]:
         """mlx-lm's caches filled with the state of these rows, in their order."""
         caches = self.fresh()
+        if not caches:
+            return caches
         is_as_kept = list(rows) == self._rows
         places = None if is_as_kept else self._places(rows)
         for cache, arrays in zip(caches, self._arrays, strict=True):
@@ -60,6 +62,8 @@ class RowStates:
 
     def read(self, row: int) -> list[list[mx.array | None]]:
         """A copy of the state of one row, `[1, …]` each."""
+        if not self._parts:
+            return []
         place = self._rows.index(row)
         return [
             [None if a is None else mx.contiguous(a[place : place + 1]) for a in part]
@@ -68,6 +72,8 @@ class RowStates:
 
     def write(self, row: int, state: Sequence[Sequence[mx.array | None]]) -> None:
         """Let the row go on from a state that `read` gave."""
+        if not self._parts:
+            return
         caches = self.fresh()
         for cache, part in zip(caches, state, strict=True):
             cache.cache = list(part)

@@ -28,11 +28,14 @@ from mlx_lm_server.protocol import (
     Message,
     Outputs,
     RequestOutput,
+    SamplingParams,
     TokenLogprobs,
 )
 from mlx_lm_server.server.generate_request import GenerateRequest
 from mlx_lm_server.server.metrics import Metrics
 
+# Messages at whose ends a conversation is likely to go on differently.
+NUM_LAST_MESSAGE_ENDS = 3
 # Tokens that may wait for a client that reads slowly, before its request is given up.
 MAX_UNREAD_TOKENS = 16384
 
@@ -227,6 +230,8 @@ class EngineClient:
                     sampling=request.sampling,
                     priority=request.priority,
                     client_key=request.client_key,
+                    cache_salt=request.cache_salt,
+                    message_ends=_message_ends(request.prompt_ids, request.sampling),
                 )
             )
         return streams
@@ -261,6 +266,8 @@ class EngineClient:
     def _deliver(self, stream: OutputStream, output: RequestOutput, now: float) -> None:
         if output.token_ids:
             self._metrics.observe_tokens(stream, len(output.token_ids), now)
+            if output.cache is not None:
+                self._metrics.observe_cache(output.cache)
             if stream.first_token_s is None:
                 stream.first_token_s = now
         if output.finish_reason == "error":
@@ -282,3 +289,10 @@ class EngineClient:
             if limit_s and now - stream.last_token_s > limit_s:
                 kind = "first" if is_first else "further"
                 self.abort(stream, RequestTimeoutError(f"no {kind} token within {limit_s:g} s"))
+
+
+def _message_ends(prompt_ids: Sequence[int], sampling: SamplingParams) -> list[int]:
+    """Positions after the tokens that end a message: the first, which ends the system message, and
+    the last ones, since templates change what comes after them in the next turn."""
+    ends = [i + 1 for i, token in enumerate(prompt_ids) if token in sampling.stop_token_ids]
+    return sorted({*ends[:1], *ends[-NUM_LAST_MESSAGE_ENDS:]})

@@ -27,6 +27,7 @@ class GenerateRequest:
     stop_strings: tuple[str, ...] = ()
     priority: int = 0
     client_key: str = ""
+    cache_salt: str = ""
     answer: AnswerFormat | None = None
     marker_ids: frozenset[int] = frozenset()
     is_one_call: bool = False

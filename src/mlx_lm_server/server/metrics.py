@@ -20,7 +20,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from mlx_lm_server.protocol import EngineStats, FinishReason
+from mlx_lm_server.protocol import CacheReport, EngineStats, FinishReason
 
 if TYPE_CHECKING:
     from mlx_lm_server.server.engine_client import OutputStream
@@ -78,6 +78,8 @@ class Metrics(Collector):
         self.generation_tokens_per_request = Histogram(TOKEN_BOUNDS)
         self.prompt_tokens = 0
         self.generation_tokens = 0
+        self.prefix_cache_queries = 0
+        self.prefix_cache_hits = 0
         self.engine_restarts = 0
         self.num_preemptions = 0
         self.finished: Counter[str] = Counter()
@@ -94,6 +96,10 @@ class Metrics(Collector):
             self.prompt_tokens += stream.num_prompt_tokens
         else:
             self.inter_token_latency_s.observe(now - stream.last_token_s)
+
+    def observe_cache(self, report: CacheReport) -> None:
+        self.prefix_cache_queries += report.num_prompt_tokens
+        self.prefix_cache_hits += report.num_cached_tokens
 
     def observe_end(self, stream: OutputStream, num_tokens: int, reason: FinishReason) -> None:
         self.finished[reason] += 1
@@ -133,8 +139,11 @@ class Metrics(Collector):
             ("prompt_tokens", "Prompt tokens of requests that gave a token.", self.prompt_tokens),
             ("generation_tokens", "Tokens generated.", self.generation_tokens),
             ("num_preemptions", "Rows put back by the scheduler.", self._preemptions()),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.",
+             self.prefix_cache_queries),
+            ("prefix_cache_hits", "Prompt tokens found there.", self.prefix_cache_hits),
             ("engine_restarts", "Engines started anew after a death.", self.engine_restarts),
-        ):
+        ):  # fmt: skip
             family = CounterMetricFamily(PREFIX + name, help, labels=["model_name"])
             family.add_metric([self.model_name], value)
             yield family
@@ -162,6 +171,7 @@ class Metrics(Collector):
         running = stats.num_running if stats else 0
         waiting = max(self.num_live() - running, 0)
         usage = stats.kv_used_bytes / stats.kv_limit_bytes if stats and stats.kv_limit_bytes else 0
+        hit_rate = self.prefix_cache_hits / max(1, self.prefix_cache_queries)
         for name, help, value in (
             ("num_requests_running", "Rows in the batch.", running),
             ("num_requests_waiting", "Requests waiting for a row.", waiting),
@@ -173,6 +183,13 @@ class Metrics(Collector):
         for name, help, value in (
             ("active_sequences", "Rows in the batch.", running),
             ("queued_requests", "Requests waiting for a row.", waiting),
+            (
+                "used_blocks",
+                "Blocks in the prefix cache's pool.",
+                stats.num_cached_blocks if stats else 0,
+            ),
+            ("free_blocks", "Free places there.", stats.num_free_blocks if stats else 0),
+            ("cache_hit_rate", "Share of prompt tokens found in the prefix cache.", hit_rate),
             ("shutdown_clean", "1 once the server has drained.", int(self.is_shut_down_clean)),
         ):
             yield GaugeMetricFamily(name, help, value=value)
