@@ -164,6 +164,10 @@ class FakeEngine:
         return any(not self._is_silent(row) for row in self.rows.values())
 
     def _add(self, request: AddRequest) -> None:
+        if self.options.ignores_seeds:
+            request = msgspec.structs.replace(
+                request, sampling=msgspec.structs.replace(request.sampling, seed=0)
+            )
         seed = request.sampling.seed
         if seed == DIE:
             os._exit(9)
@@ -274,6 +278,7 @@ def main() -> None:
     parser.add_argument("--kv-tokens", type=int, default=1_000_000)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--eos", type=int)
+    parser.add_argument("--ignores-seeds", type=int, default=0)
     parser.add_argument("--step-s", type=float, default=0.0)
     parser.add_argument("--load-s", type=float, default=0.0)
     parser.add_argument("--fail-loading", default="")

@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
+from mlx_lm_server.server.endpoint import ANY_GENERATION, ANY_REQUEST, Endpoint
 from mlx_lm_server.server.generate_request import GenerateRequest
 from mlx_lm_server.server.json_body import parse_object
 from mlx_lm_server.server.logs import TRACE
 from mlx_lm_server.server.middleware import read_body
-from mlx_lm_server.server.openai import adapter, schema
+from mlx_lm_server.server.openai import adapter, answer_schema, schema
 from mlx_lm_server.server.openai.stream import (
     ChatChunks,
     CompletionChunks,
@@ -32,6 +32,7 @@ from mlx_lm_server.server.sse import EventStream, collect
 
 log = logging.getLogger(__name__)
 
+GROUP = "OpenAI"
 # A body this long takes a few milliseconds to parse.
 MAX_INLINE_BYTES = 32768
 Parsed = TypeVar("Parsed", bound=schema.Sampling)
@@ -43,12 +44,48 @@ class OpenAIRoutes:
     def __init__(self, services: Services) -> None:
         self._services = services
 
-    def routes(self) -> list[BaseRoute]:
+    def endpoints(self) -> list[Endpoint]:
         return [
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/models", self.models, methods=["GET"]),
-            Route("/v1/models/{id:path}", self.model, methods=["GET"]),
+            Endpoint(
+                "POST",
+                "/v1/chat/completions",
+                self.chat,
+                "Answer a conversation",
+                GROUP,
+                schema.ChatRequest,
+                answer_schema.ChatCompletion,
+                answer_schema.ChatCompletionChunk,
+                errors=ANY_GENERATION,
+            ),
+            Endpoint(
+                "POST",
+                "/v1/completions",
+                self.completions,
+                "Go on with a text",
+                GROUP,
+                schema.CompletionRequest,
+                answer_schema.Completion,
+                answer_schema.Completion,
+                errors=ANY_GENERATION,
+            ),
+            Endpoint(
+                "GET",
+                "/v1/models",
+                self.models,
+                "Names of the served model",
+                GROUP,
+                answer=answer_schema.ModelList,
+                errors=ANY_REQUEST,
+            ),
+            Endpoint(
+                "GET",
+                "/v1/models/{id:path}",
+                self.model,
+                "The model behind a name",
+                GROUP,
+                answer=answer_schema.ModelCard,
+                errors=(*ANY_REQUEST, 404),
+            ),
         ]
 
     async def chat(self, http: Request) -> ASGIApp:

@@ -7,15 +7,18 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
 
+from mlx_lm_server.server.endpoint import ANY_REQUEST, Endpoint
 from mlx_lm_server.server.json_body import parse_object
 from mlx_lm_server.server.middleware import read_body
-from mlx_lm_server.server.openai import text_schema
+from mlx_lm_server.server.openai import answer_schema, text_schema
 from mlx_lm_server.server.openai.adapter import check_ids
 from mlx_lm_server.server.openai.chat_prompt import ChatPrompt, chat_prompt
 from mlx_lm_server.server.served_model import ServedModel
 from mlx_lm_server.server.services import Services
+
+GROUP = "Text"
+ERRORS = (*ANY_REQUEST, 404, 503)
 
 
 class TextRoutes:
@@ -24,11 +27,38 @@ class TextRoutes:
     def __init__(self, services: Services) -> None:
         self._services = services
 
-    def routes(self) -> list[BaseRoute]:
+    def endpoints(self) -> list[Endpoint]:
         return [
-            Route("/tokenize", self.tokenize, methods=["POST"]),
-            Route("/detokenize", self.detokenize, methods=["POST"]),
-            Route("/apply-template", self.apply_template, methods=["POST"]),
+            Endpoint(
+                "POST",
+                "/tokenize",
+                self.tokenize,
+                "Token ids of a text or a conversation",
+                GROUP,
+                text_schema.TokenizeRequest,
+                answer_schema.TokenizeAnswer,
+                errors=ERRORS,
+            ),
+            Endpoint(
+                "POST",
+                "/detokenize",
+                self.detokenize,
+                "The text of token ids",
+                GROUP,
+                text_schema.DetokenizeRequest,
+                answer_schema.DetokenizeAnswer,
+                errors=ERRORS,
+            ),
+            Endpoint(
+                "POST",
+                "/apply-template",
+                self.apply_template,
+                "A conversation as the model gets it",
+                GROUP,
+                text_schema.ApplyTemplateRequest,
+                answer_schema.ApplyTemplateAnswer,
+                errors=ERRORS,
+            ),
         ]
 
     async def tokenize(self, http: Request) -> Response:
