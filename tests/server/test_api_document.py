@@ -13,6 +13,7 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
+from tests.observations import observes
 from tests.server.harness import RunningServer
 from tests.server.test_tools import SAID, TEMPLATE, TOOL
 
@@ -120,6 +121,7 @@ def test_the_page_needs_no_other_host_and_no_script(
             assert f"<code>{field}</code>" in page.text
 
 
+@observes("ServerConfig.api_key")
 def test_the_document_is_open_and_the_rest_is_not(start: Any) -> None:
     server = start(flags={"--api-key": "sesame"})
     document = server.client.get("/openapi.json").json()

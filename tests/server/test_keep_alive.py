@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from tests import fakes
+from tests.observations import observes
 from tests.server.harness import http_request, read_all
 
 BODY = b'{"prompt": "abc", "stream": true, "max_tokens": 2, "seed": %d}'
 
 
+@observes("GenerationConfig.keep_alive_s")
 def test_comments_come_until_the_first_token_and_the_sdk_skips_them(start: Any) -> None:
     server = start(flags={"--keep-alive-s": "0.05"}, engine={"rows": 1, "step_s": 0.05})
     with server.connect() as first, server.connect() as second:

@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.observations import observes
 from tests.server.harness import RunningServer, make_model
 
 TEMPLATE = (
@@ -112,6 +113,31 @@ def test_without_tools_nothing_is_a_call(tools: RunningServer, fields: dict[str,
     assert message["finish_reason"] == "stop"
 
 
+@observes("ChatMessage.name", "ChatMessage.reasoning_content", "ToolCall.type", "ToolCall.index")
+@observes("Tool.type", "FunctionTool.name", "FunctionTool.description")
+def test_a_template_gets_all_that_was_said(start: Any) -> None:
+    template = "{{ messages | tojson }}{{ tools | tojson }}{# name #}"
+    server = start(flags={"--chat-template": template, "--tool-call-parser": "hermes"})
+    call = {"type": "function", "index": 0, "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "name": "bob", "content": "u"},
+        {"role": "assistant", "content": "a", "reasoning_content": "r", "tool_calls": [call]},
+    ]
+    body = {"messages": messages, "tools": [TOOL]}
+    prompt = server.client.post("/apply-template", json=body).json()["prompt"]
+    seen, _, tools = prompt.partition("][")
+    call["function"] = {"name": "f", "arguments": {}}  # an object, where a template takes one
+    assert json.loads(seen + "]") == messages
+    assert json.loads("[" + tools) == [TOOL]
+
+
+@observes(
+    "ChatMessage.tool_calls",
+    "ToolCall.id",
+    "ToolCall.function",
+    "FunctionCall.name",
+    "FunctionCall.arguments",
+)
 def test_calls_and_results_go_back_into_the_template(tools: RunningServer) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":2}'}}
     messages = [
@@ -158,6 +184,7 @@ def test_the_sdk_puts_a_streamed_call_together(tools: RunningServer) -> None:
     assert [json.loads(c.function.arguments) for c in message.tool_calls] == [{"a": 1}] * 2  # type: ignore[union-attr]
 
 
+@observes("ModelConfig.tool_call_parser", "ModelConfig.reasoning_parser")
 @pytest.mark.parametrize(
     ("flag", "text", "content"),
     [
@@ -182,6 +209,7 @@ def strict_tool(**schema: Any) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+@observes("FunctionTool.strict", "FunctionTool.parameters", "Tool.function")
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_strict_call_fits_its_schema_or_is_text(tools: RunningServer, stream: bool) -> None:
     fits = said(tools, CALL + "<eos>", stream=stream, tools=[strict_tool()])
