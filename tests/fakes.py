@@ -80,6 +80,7 @@ class Seen(msgspec.Struct):
     xtc_threshold: float
     logprobs: int | None
     prompt_logprobs: int | None
+    thinking: protocol.ThinkingBudget | None
 
     @classmethod
     def of(cls, request: AddRequest) -> Seen:

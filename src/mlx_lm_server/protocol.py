@@ -25,6 +25,18 @@ class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, array_l
     """Base of all messages."""
 
 
+class ThinkingBudget(msgspec.Struct, frozen=True, array_like=True):
+    """How many tokens a row may think. Reasoning begins after the row of `start_ids`, or with the
+    prompt's end where `is_open`, and ends with any of `end_ids`. Where it would have more than
+    `max_tokens`, `forced_ids` come next, which begin with an end."""
+
+    max_tokens: int
+    start_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
+    forced_ids: tuple[int, ...]
+    is_open: bool = False
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     """How one request draws its tokens; resolved by the server, nothing is left to default here.
 
@@ -53,6 +65,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like
     xtc_threshold: float = 0.1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    thinking: ThinkingBudget | None = None
 
 
 # ---- server → engine

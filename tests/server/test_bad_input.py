@@ -226,7 +226,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ("response_format", {"type": "json_object"}),
         ("best_of", 2),
         ("guided_json", {}),
-        ("reasoning_effort", "low"),
+        ("thinking_budget", 5),  # the model does not think
         ("prompt_logprobs", 1),
         ("store", True),
         ("audio", {}),

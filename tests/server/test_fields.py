@@ -16,12 +16,13 @@ from tokenizers import AddedToken, Tokenizer
 
 from mlx_lm_server.server.openai import fields
 from tests.observations import observed, observes
-from tests.server.harness import EOS_ID, RunningServer, make_model
+from tests.server.harness import EOS_ID, VOCAB_SIZE, RunningServer, make_model
 from tests.server.test_tools import CALL, TEMPLATE, TOOL
 
 PATHS = {"chat": "/v1/chat/completions", "completion": "/v1/completions"}
 BODIES = {"chat": "ChatRequest", "completion": "CompletionRequest"}
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+THINK = ("<think>", "</think>")
 
 
 class Scene:
@@ -69,7 +70,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     root = tmp_path_factory.mktemp("fields")
     folder = make_model(root / "tiny")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in FIM])
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in FIM + THINK])
     tokenizer.save(str(folder / "tokenizer.json"))
     record = root / "seen.json"
     server = RunningServer(
@@ -188,15 +189,33 @@ def _observe_logprobs(scene: Scene, _kind: str) -> bool:
     return whole[0] == first and [t for s in streamed for t in s["content"]] == whole
 
 
+def _observe_budget(name: str) -> Observe:
+    def observe(scene: Scene, kind: str) -> bool:
+        start, end = VOCAB_SIZE + len(FIM), VOCAB_SIZE + len(FIM) + 1
+        kwargs = {"enable_thinking": True}
+        bounded = scene.seen(kind, chat_template_kwargs=kwargs, **{name: 5})["thinking"]
+        later = scene.seen(kind, **{name: 0})["thinking"]
+        return (
+            bounded == [5, [start], [end], [end], True]
+            and later == [0, [start], [end], [end], False]
+            and scene.seen(kind, **{name: -1})["thinking"] is None
+        )
+
+    return observe
+
+
 CHAT: dict[str, Observe] = {
     "messages": lambda s, k: s.text(k, messages=[{"role": "user", "content": "zzz"}])[:3] == "zzz",
     "max_completion_tokens": lambda s, k: s.seen(k, max_completion_tokens=3)["max_tokens"] == 3,
     "chat_template_kwargs": lambda s, k: s.choice(k, chat_template_kwargs={"enable_thinking": True})
     ["message"].get("reasoning_content") is not None,
-    "reasoning_effort": lambda s, k: s.choice(k, reasoning_effort="low", max_tokens=13)["message"][
+    "reasoning_effort": lambda s, k: s.choice(k, reasoning_effort="low", max_tokens=7)["message"][
         "reasoning_content"
     ]
     == "low",
+    "thinking_budget": _observe_budget("thinking_budget"),
+    "thinking_token_budget": _observe_budget("thinking_token_budget"),
+    "thinking_budget_tokens": _observe_budget("thinking_budget_tokens"),
     "tools": lambda s, k: len(_with_tools(s)["message"]["tool_calls"]) == 2,
     "tool_choice": lambda s, k: "tool_calls" not in _with_tools(s, tool_choice="none")["message"],
     "parallel_tool_calls": lambda s, k: len(
@@ -282,13 +301,13 @@ TEXT: dict[str, dict[str, Callable[[Scene], bool]]] = {
         ),
         "tools": lambda s: s.post("/tokenize", messages=MESSAGES, tools=[TOOL])["count"] == 4,
         "reasoning_effort": lambda s: (
-            s.post("/tokenize", messages=MESSAGES, reasoning_effort="low")["count"] == 12
+            s.post("/tokenize", messages=MESSAGES, reasoning_effort="low")["count"] == 6
         ),
         "chat_template_kwargs": lambda s: (
             s.post("/tokenize", messages=MESSAGES, chat_template_kwargs={"enable_thinking": True})[
                 "count"
             ]
-            == 9
+            == 3
         ),
         "return_token_strs": lambda s: (
             s.post("/tokenize", prompt="a b", return_token_strs=True)["token_strs"]

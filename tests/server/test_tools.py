@@ -10,9 +10,10 @@ from typing import Any
 
 import openai
 import pytest
+from tokenizers import AddedToken, Tokenizer
 
 from tests.observations import observes
-from tests.server.harness import RunningServer, make_model
+from tests.server.harness import VOCAB_SIZE, RunningServer, make_model
 
 TEMPLATE = (
     "{# <tool_call> <think> #}"
@@ -160,6 +161,63 @@ def test_thinking_is_switched_by_the_template(tools: RunningServer) -> None:
         assert prompt.endswith("<think>") == is_on
 
 
+def test_budgets_that_disagree_are_refused(tools: RunningServer) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "thinking_budget": 1}
+    body["thinking_token_budget"] = 2
+    error = tools.client.post("/v1/chat/completions", json=body).json()["error"]
+    assert "thinking_budget" in error["message"]
+
+
+def test_a_budget_needs_an_end_that_is_one_token(tools: RunningServer) -> None:
+    """Here the marks are text, of a token a letter."""
+    body = {"messages": [{"role": "user", "content": "x"}], "thinking_budget": 1}
+    error = tools.client.post("/v1/chat/completions", json=body).json()["error"]
+    assert (error["param"], error["code"]) == ("thinking_budget", "unsupported_parameter")
+
+
+ALWAYS_THINKS = "{{ messages[0].content }}<think>"
+
+
+@pytest.mark.parametrize(
+    ("template", "effort", "is_heard"),
+    [
+        ("{{ messages[0].content }}", "high", False),  # agents send it to every model
+        ("{{ messages[0].content }}", "none", True),
+        (ALWAYS_THINKS, "low", False),
+        (ALWAYS_THINKS, "none", False),  # its marks are no tokens, so they cannot be forced
+    ],
+)
+def test_an_effort_that_a_model_has_no_measure_for_is_a_hint(
+    start: Any, template: str, effort: str, is_heard: bool
+) -> None:
+    server = start(flags={"--chat-template": template})
+    asked = {"reasoning_effort": effort, "max_tokens": 2}
+    for stream in (False, True):
+        response = server.chat("ab", stream=stream, **asked)
+        assert response.status_code == 200
+        warning = response.headers.get("x-warning")
+        assert (warning is None) == is_heard
+    assert warning is None or "reasoning_effort" in warning
+    body = {"messages": [{"role": "user", "content": "x"}], "reasoning_effort": effort}
+    response = server.client.post("/apply-template", json=body)
+    assert ("x-warning" not in response.headers) == is_heard
+
+
+def test_no_effort_ends_reasoning_that_the_template_begins(start: Any, tmp_path: Path) -> None:
+    record = tmp_path / "seen.json"
+    folder = with_tokens(tmp_path / "model", "<think>", "</think>")
+    server = start(
+        model=folder,
+        flags={"--chat-template": ALWAYS_THINKS},
+        engine={"vocab_size": 300, "record_sampling": record},
+    )
+    response = server.chat("ab", max_tokens=2, reasoning_effort="none")
+    assert "x-warning" not in response.headers
+    start_id, end_id = VOCAB_SIZE, VOCAB_SIZE + 1
+    seen = json.loads(record.read_text())["thinking"]
+    assert seen == [0, [start_id], [end_id], [end_id], True]
+
+
 def test_usage_counts_the_tokens_of_the_reasoning(tools: RunningServer) -> None:
     text = "<think>ab</think>c"
     body = {"messages": [{"role": "user", "content": text}], "max_tokens": len(text)}
@@ -227,14 +285,18 @@ def test_a_strict_schema_that_cannot_be_checked_is_refused_by_name(tools: Runnin
     assert "pattern" in error["message"]
 
 
-def test_markers_that_are_special_tokens_are_still_read(start: Any, tmp_path: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer
-
-    folder = make_model(tmp_path / "model")
+def with_tokens(folder: Path, *names: str) -> Path:
+    """A model whose tokenizer has these special tokens too."""
+    make_model(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    names = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
     tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_markers_that_are_special_tokens_are_still_read(start: Any, tmp_path: Path) -> None:
+    names = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    folder = with_tokens(tmp_path / "model", *names)
     server = start(model=folder, flags={"--chat-template": TEMPLATE}, engine={"vocab_size": 300})
     message = said(server, SAID + "<eos>", stream=True, tools=[TOOL])
     assert message["reasoning_content"] == "hm"

@@ -19,7 +19,7 @@ class GenerateRequest:
     `answer` says how the text is to be taken apart; None leaves it whole. `marker_ids` are special
     tokens that are part of the text for that reason. The text begins with `echo`, and holds nothing
     else where `is_prompt_only`. `is_one_call` ends it after one tool call. `is_copy`: the prompt
-    was counted with another sequence.
+    was counted with another sequence. `warnings` say which hints of the request have no effect.
     """
 
     prompt_ids: list[int]
@@ -33,6 +33,7 @@ class GenerateRequest:
     echo: str | None = None
     is_prompt_only: bool = False
     is_copy: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

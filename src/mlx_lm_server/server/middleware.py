@@ -70,7 +70,8 @@ class Border:
             nonlocal has_started
             if not has_started and message["type"] == "http.response.start":
                 has_started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                more = [(b"x-request-id", request_id), *_warnings(scope)]
+                message["headers"] = [*message["headers"], *more]
                 self._responses[message["status"]] += 1
             await send(message)
 
@@ -86,6 +87,11 @@ class Border:
                 await send_json(
                     send_tagged, status, msgspec.json.encode(body), dict(headers_of(error))
                 )
+
+
+def _warnings(scope: Scope) -> Headers:
+    """What of the request has no effect, as routes left it in the scope's state."""
+    return [(b"x-warning", text.encode()) for text in scope["state"].get("warnings", ())]
 
 
 def _request_id(scope: Scope) -> bytes:

@@ -68,6 +68,10 @@ class Tokenizer:
         found: str | None = self._backend.id_to_token(token_id)
         return found
 
+    def ids_of(self, text: str) -> list[int]:
+        """Of a short text, at once."""
+        return self._encode(text, add_special_tokens=False)
+
     def id_of(self, token: str) -> int | None:
         found: int | None = self._backend.token_to_id(token)
         return found

@@ -9,7 +9,8 @@ from dataclasses import replace
 import msgspec
 
 from mlx_lm_server.errors import InvalidRequestError
-from mlx_lm_server.protocol import SamplingParams
+from mlx_lm_server.parsing.message_parser import AnswerFormat
+from mlx_lm_server.protocol import SamplingParams, ThinkingBudget
 from mlx_lm_server.server.generate_request import GenerateRequest
 from mlx_lm_server.server.openai.chat_prompt import chat_prompt
 from mlx_lm_server.server.openai.infill import infill_prompt
@@ -43,13 +44,33 @@ async def from_chat(
     if wanted is None:
         wanted = request.max_tokens
     answer = model.formats.answer(text, prompt.tools)
+    one = _generate_request(request, ids, wanted, model, client_key)
+    max_thinking = 0 if prompt.ends_thinking else request.max_thinking_tokens
+    if max_thinking is not None:
+        thinking = _thinking(max_thinking, answer, model, has_tools=prompt.tools is not None)
+        one = replace(one, sampling=msgspec.structs.replace(one.sampling, thinking=thinking))
     one = replace(
-        _generate_request(request, ids, wanted, model, client_key),
+        one,
         answer=answer,
+        warnings=prompt.warnings,
         marker_ids=model.marker_ids if answer is not None else frozenset(),
         is_one_call=request.parallel_tool_calls is False,
     )
     return _choices(one, request.num_choices)
+
+
+def _thinking(
+    max_tokens: int, answer: AnswerFormat | None, model: ServedModel, *, has_tools: bool
+) -> ThinkingBudget:
+    if model.thinking is None or answer is None:
+        reason = "its reasoning has no end that is a token" if model.formats.can_think else ""
+        raise InvalidRequestError(
+            "`thinking_budget` is not supported by this model: "
+            f"{reason or 'it does not think, or --reasoning-parser leaves that in the text'}",
+            param="thinking_budget",
+            code="unsupported_parameter",
+        )
+    return model.thinking.budget(max_tokens, is_open=answer.is_open, has_tools=has_tools)
 
 
 async def from_completion(

@@ -46,7 +46,6 @@ CHAT: Neutral = {
     "audio": (),
     "prediction": (),
     "reasoning": (),
-    "thinking_budget": (),
     "verbosity": ("medium",),
     "web_search_options": (),
     "prompt_cache_key": (),
@@ -61,6 +60,9 @@ CHAT: Neutral = {
 COMPLETION: Neutral = {
     **COMMON,
     "add_special_tokens": (True,),
+    "thinking_budget": (-1,),
+    "thinking_token_budget": (-1,),
+    "thinking_budget_tokens": (-1,),
 }
 MESSAGE: Neutral = {
     "function_call": (),

@@ -126,6 +126,7 @@ class OpenAIRoutes:
         with services.admission.preparing(num_sequences):
             sequences = await adapt(http.scope["state"]["client_key"])
             generation = services.generate(id, sequences, arrival_s)
+        http.scope["state"]["warnings"] = sequences[0].warnings
         log.debug("%s: %d sequences, user=%s", id, num_sequences, request.user)
         is_chat = isinstance(request, schema.ChatRequest)
         head = Head(id, int(time.time()), name, request.metadata)

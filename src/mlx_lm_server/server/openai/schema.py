@@ -335,7 +335,14 @@ class ChatRequest(Sampling):
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the model's chat template, such as `enable_thinking`."""
     reasoning_effort: Effort | None = None
-    """How much to think, for models whose chat template reads it."""
+    """How much to think, a hint: a model that has no measure for it answers as always, and the
+    header `x-warning` says so."""
+    thinking_budget: int | None = Field(None, ge=-1)
+    """Most tokens of reasoning; then its end is forced and the answer begins. -1 is off."""
+    thinking_token_budget: int | None = Field(None, ge=-1)
+    """The same, by vLLM's name."""
+    thinking_budget_tokens: int | None = Field(None, ge=-1)
+    """The same, by llama.cpp's name."""
     tools: list[Tool] | None = Field(None, max_length=512)
     """Functions that the model may call."""
     tool_choice: str | dict[str, Any] | None = None
@@ -352,6 +359,22 @@ class ChatRequest(Sampling):
         if self.top_logprobs and not self.logprobs:
             raise refuse("top_logprobs: only together with `logprobs: true`")
         return self
+
+    @model_validator(mode="after")
+    def _has_one_budget(self) -> Self:
+        if len(self._thinking_budgets) > 1:
+            raise refuse("thinking_budget: given more than once, with different values")
+        return self
+
+    @property
+    def _thinking_budgets(self) -> set[int]:
+        names = (self.thinking_budget, self.thinking_token_budget, self.thinking_budget_tokens)
+        return {budget for budget in names if budget is not None}
+
+    @property
+    def max_thinking_tokens(self) -> int | None:
+        """None where the reasoning is not bounded."""
+        return next((budget for budget in self._thinking_budgets if budget >= 0), None)
 
     @property
     def num_logprobs(self) -> int | None:

@@ -13,7 +13,7 @@ from mlx_lm_server.server.json_body import parse_object
 from mlx_lm_server.server.middleware import read_body
 from mlx_lm_server.server.openai import answer_schema, text_schema
 from mlx_lm_server.server.openai.adapter import check_ids
-from mlx_lm_server.server.openai.chat_prompt import ChatPrompt, chat_prompt
+from mlx_lm_server.server.openai.chat_prompt import chat_prompt
 from mlx_lm_server.server.served_model import ServedModel
 from mlx_lm_server.server.services import Services
 
@@ -64,12 +64,9 @@ class TextRoutes:
     async def tokenize(self, http: Request) -> Response:
         request = text_schema.parse_tokenize(await _body(http))
         model = self._model(request.model)
+        text = request.text
         if request.messages is not None:
-            text = await _prompt_of(request, model).render(
-                model, add_generation_prompt=request.add_generation_prompt
-            )
-        else:
-            text = request.text
+            text = await _rendered(request, model, http)
         ids = await model.tokenizer.encode(text, add_special_tokens=request.adds_special_tokens)
         found: dict[str, Any] = {
             "count": len(ids),
@@ -90,10 +87,7 @@ class TextRoutes:
     async def apply_template(self, http: Request) -> Response:
         request = text_schema.parse_apply_template(await _body(http))
         model = self._model(request.model)
-        text = await _prompt_of(request, model).render(
-            model, add_generation_prompt=request.add_generation_prompt
-        )
-        return _json({"prompt": text})
+        return _json({"prompt": await _rendered(request, model, http)})
 
     def _model(self, name: str | None) -> ServedModel:
         model = self._services.model()
@@ -101,14 +95,16 @@ class TextRoutes:
         return model
 
 
-def _prompt_of(request: text_schema.Rendering, model: ServedModel) -> ChatPrompt:
-    return chat_prompt(
+async def _rendered(request: text_schema.Rendering, model: ServedModel, http: Request) -> str:
+    prompt = chat_prompt(
         model,
         request.messages or (),
         request.chat_template_kwargs,
         effort=request.reasoning_effort,
         tools=request.tools,
     )
+    http.scope["state"]["warnings"] = prompt.warnings
+    return await prompt.render(model, add_generation_prompt=request.add_generation_prompt)
 
 
 async def _body(http: Request) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Rendering(Body):
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the model's chat template, such as `enable_thinking`."""
     reasoning_effort: Effort | None = None
-    """How much to think, for models whose chat template reads it."""
+    """How much to think, where the chat template has a measure for it."""
     tools: list[Tool] | None = Field(None, max_length=512)
     """Functions that the model may call."""
 
