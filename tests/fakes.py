@@ -209,9 +209,17 @@ class FakeEngine:
             reason = "stop"
         elif row.num_said >= request.sampling.max_tokens:
             reason = "length"
-        num_top = request.sampling.logprobs
+        num_top, num_prompt = request.sampling.logprobs, request.sampling.prompt_logprobs
         scores = None if num_top is None else [_scores(token, num_top)]
-        return RequestOutput(request.req_id, [token], reason, queue_s=0.001, logprobs=scores)
+        prompt_scores = None
+        if num_prompt is not None and row.num_said == 1:
+            prompt_scores = [_scores(one, num_prompt) for one in prompt[1:]]
+        return RequestOutput(
+            *(request.req_id, [token], reason),
+            queue_s=0.001,
+            logprobs=scores,
+            prompt_logprobs=prompt_scores,
+        )
 
     def _suffer(self, output: RequestOutput) -> None:
         row = self.rows.get(output.req_id)
@@ -262,7 +270,7 @@ class FakeEngine:
 def _scores(token: int, num_top: int) -> TokenLogprobs:
     """The token itself is the likeliest, the ids after it follow."""
     ids = [token + i for i in range(num_top)]
-    return TokenLogprobs(-0.5, ids, [-0.5 - i for i in range(num_top)])
+    return TokenLogprobs(-0.5, ids, [-0.5 - i for i in range(num_top)], rank=1)
 
 
 def command(**options: object) -> list[str]:

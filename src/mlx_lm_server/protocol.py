@@ -159,11 +159,13 @@ class LoadFailed(Message, frozen=True):
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Natural logarithm of the model's probability of a token, before temperature and penalties,
-    and the likeliest tokens there, the likeliest first."""
+    and the likeliest tokens there, the likeliest first. `rank` is its place among all tokens, the
+    likeliest being 1; counted for prompts only, else 0."""
 
     logprob: float
     top_ids: list[int]
     top_logprobs: list[float]
+    rank: int = 0
 
 
 class CacheReport(msgspec.Struct, frozen=True, array_like=True):

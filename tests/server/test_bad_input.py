@@ -227,7 +227,6 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ("best_of", 2),
         ("guided_json", {}),
         ("thinking_budget", 5),  # the model does not think
-        ("prompt_logprobs", 1),
         ("store", True),
         ("audio", {}),
         ("cache_salt", "x"),

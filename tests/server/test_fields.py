@@ -161,6 +161,24 @@ def _observe_metadata(scene: Scene, kind: str) -> bool:
     return bool(whole["metadata"] == event["metadata"] == given)
 
 
+def _observe_prompt_logprobs(scene: Scene, kind: str) -> bool:
+    """The fake finds each token of the prompt the likeliest, and then those after it."""
+    whole = scene.answer(kind, prompt_logprobs=1, n=2, max_tokens=1)
+    places = [whole] if kind == "chat" else whole["choices"]
+    second = {"65": {"logprob": -0.5, "rank": 1, "decoded_token": "b"}}
+    only = scene.answer(kind, prompt_logprobs=0, max_tokens=0)
+    return (
+        len(places) == (1 if kind == "chat" else 2)
+        and all(place["prompt_logprobs"][:2] == [None, second] for place in places)
+        and only["usage"]["completion_tokens"] == 0
+        and only["choices"][0]["finish_reason"] == "length"
+        and not (
+            only["choices"][0].get("text")
+            or only["choices"][0].get("message", {"content": ""})["content"]
+        )
+    )
+
+
 Observe = Callable[[Scene, str], bool]
 BOTH: dict[str, Observe] = {
     "model": lambda s, k: s.answer(k, model="other")["model"] == "other",
@@ -173,6 +191,7 @@ BOTH: dict[str, Observe] = {
     "n": _observe_n,
     "timings": _observe_timings,
     "metadata": _observe_metadata,
+    "prompt_logprobs": _observe_prompt_logprobs,
 }
 
 
@@ -255,6 +274,19 @@ def _observe_echo(scene: Scene, kind: str) -> bool:
         and only["choices"][0]["text"] == "abc"
         and only["choices"][0]["finish_reason"] == "length"
         and only["usage"]["completion_tokens"] == 0
+        and _tells_an_echo_from_the_prompt(scene)
+    )
+
+
+def _tells_an_echo_from_the_prompt(scene: Scene) -> bool:
+    """Each has the alternatives that it asked for; the prompt may be a single token."""
+    both = scene.choice("completion", echo=True, logprobs=1, prompt_logprobs=3, max_tokens=1)
+    single = scene.choice("completion", prompt="a", echo=True, logprobs=1, prompt_logprobs=1)
+    return (
+        [len(top) for top in both["logprobs"]["top_logprobs"][1:]] == [1, 1, 1]
+        and [len(top) for top in both["prompt_logprobs"][1:]] == [3, 3]
+        and single["prompt_logprobs"] == [None]
+        and len(single["logprobs"]["tokens"]) == 10
     )
 
 

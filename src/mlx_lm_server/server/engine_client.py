@@ -110,7 +110,7 @@ class OutputStream:
         self._mailbox = mailbox
         self._unread: list[int] = []
         self._scores: list[TokenLogprobs] = []
-        self._prompt_scores: list[TokenLogprobs] = []
+        self._prompt_scores: list[TokenLogprobs] | None = None
         self.queue_s = 0.0
 
     @property
@@ -119,12 +119,12 @@ class OutputStream:
 
     @property
     def has_scores(self) -> bool:
-        return bool(self._scores or self._prompt_scores)
+        return bool(self._scores) or self._prompt_scores is not None
 
-    def read_scores(self) -> tuple[list[TokenLogprobs], list[TokenLogprobs]]:
+    def read_scores(self) -> tuple[list[TokenLogprobs], list[TokenLogprobs] | None]:
         """Logprobs of the tokens read last, and of the prompt, once."""
         scores, self._scores = self._scores, []
-        prompt_scores, self._prompt_scores = self._prompt_scores, []
+        prompt_scores, self._prompt_scores = self._prompt_scores, None
         return scores, prompt_scores
 
     @property

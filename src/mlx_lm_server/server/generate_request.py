@@ -18,7 +18,8 @@ class GenerateRequest:
 
     `answer` says how the text is to be taken apart; None leaves it whole. `marker_ids` are special
     tokens that are part of the text for that reason. The text begins with `echo`, and holds nothing
-    else where `is_prompt_only`. `is_one_call` ends it after one tool call. `is_copy`: the prompt
+    else where `is_prompt_only`. `prompt_logprobs` is how many alternatives to tell of each token of
+    the prompt. `is_one_call` ends it after one tool call. `is_copy`: the prompt
     was counted with another sequence. `warnings` say which hints of the request have no effect.
     """
 
@@ -32,6 +33,7 @@ class GenerateRequest:
     is_one_call: bool = False
     echo: str | None = None
     is_prompt_only: bool = False
+    prompt_logprobs: int | None = None
     is_copy: bool = False
     warnings: tuple[str, ...] = ()
 
@@ -47,13 +49,15 @@ class ScoredToken:
 @dataclass(slots=True)
 class Delta:
     """New text of sequence `index`, and its end where `finish_reason` is set. `message` has what is
-    not plain text, `tokens` the tokens since the last delta where logprobs were asked for."""
+    not plain text, `tokens` the tokens since the last delta where logprobs were asked for,
+    `prompt_tokens` those of the prompt, once, where theirs were."""
 
     index: int
     text: str
     finish_reason: AnswerReason | None = None
     message: MessageDelta | None = None
     tokens: list[ScoredToken] | None = None
+    prompt_tokens: list[ScoredToken] | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -69,6 +73,7 @@ class Answer:
     calls: list[list[str]] = field(default_factory=list)  # [id, name, arguments]
     warnings: list[str] = field(default_factory=list)
     tokens: list[ScoredToken] = field(default_factory=list)
+    prompt_tokens: list[ScoredToken] | None = None
     finish_reason: AnswerReason = "error"
     _texts: list[str] = field(default_factory=list)
 
@@ -78,6 +83,8 @@ class Answer:
             self._add_message(delta.message)
         if delta.tokens is not None:
             self.tokens += delta.tokens
+        if delta.prompt_tokens is not None:
+            self.prompt_tokens = delta.prompt_tokens
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
             self.text = "".join(self._texts)

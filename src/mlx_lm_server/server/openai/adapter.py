@@ -56,7 +56,8 @@ async def from_chat(
         marker_ids=model.marker_ids if answer is not None else frozenset(),
         is_one_call=request.parallel_tool_calls is False,
     )
-    return _choices(one, request.num_choices)
+    first, *copies = _choices(one, request.num_choices)
+    return [first, *map(_without_prompt_logprobs, copies)]
 
 
 def _thinking(
@@ -80,10 +81,10 @@ async def from_completion(
     found: list[GenerateRequest] = []
     for prompt in request.prompt:
         ids = await _prompt_ids(prompt, request.suffix, model)
-        one = _generate_request(request, ids, request.max_tokens or None, model, client_key)
+        one = _generate_request(request, ids, request.max_tokens, model, client_key)
         if request.echo:
             text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
-            one = _with_echo(one, text, is_prompt_only=request.max_tokens == 0)
+            one = _with_echo(one, text)
         found += _choices(one, request.num_choices)
     return found
 
@@ -99,13 +100,17 @@ async def _prompt_ids(prompt: str | list[int], suffix: str | None, model: Served
     return prompt
 
 
-def _with_echo(one: GenerateRequest, text: str, *, is_prompt_only: bool) -> GenerateRequest:
-    """An echo with logprobs has those of the prompt too. The engine always draws a token; where
-    only the prompt is wanted, it is left out."""
-    sampling = msgspec.structs.replace(one.sampling, prompt_logprobs=one.sampling.logprobs)
-    if is_prompt_only:
-        sampling = msgspec.structs.replace(sampling, max_tokens=1)
-    return replace(one, sampling=sampling, echo=text, is_prompt_only=is_prompt_only)
+def _with_echo(one: GenerateRequest, text: str) -> GenerateRequest:
+    """An echo with logprobs has those of the prompt too."""
+    wanted = [n for n in (one.sampling.logprobs, one.prompt_logprobs) if n is not None]
+    sampling = msgspec.structs.replace(one.sampling, prompt_logprobs=max(wanted, default=None))
+    return replace(one, sampling=sampling, echo=text)
+
+
+def _without_prompt_logprobs(one: GenerateRequest) -> GenerateRequest:
+    """The choices of a chat have one prompt, which is told once."""
+    sampling = msgspec.structs.replace(one.sampling, prompt_logprobs=None)
+    return replace(one, sampling=sampling, prompt_logprobs=None)
 
 
 def _choices(one: GenerateRequest, num: int) -> list[GenerateRequest]:
@@ -127,7 +132,9 @@ def _generate_request(
 ) -> GenerateRequest:
     if not prompt_ids:
         raise InvalidRequestError("the prompt is empty", param="prompt")
-    max_tokens = model.bounds.max_tokens(len(prompt_ids), wanted)
+    # The engine always draws a token; where only the prompt is wanted, it is left out.
+    is_prompt_only = wanted == 0
+    max_tokens = model.bounds.max_tokens(len(prompt_ids), 1 if is_prompt_only else wanted)
     if (request.min_tokens or 0) > max_tokens:
         raise InvalidRequestError(
             f"min_tokens: {request.min_tokens} is over max_tokens, which is {max_tokens}",
@@ -139,6 +146,8 @@ def _generate_request(
         stop_strings=tuple(request.stop),
         priority=request.priority or 0,
         client_key=client_key,
+        is_prompt_only=is_prompt_only,
+        prompt_logprobs=request.prompt_logprobs,
     )
 
 
@@ -166,6 +175,7 @@ def _sampling(request: Sampling, max_tokens: int, model: ServedModel) -> Samplin
         xtc_probability=request.xtc_probability or 0.0,
         xtc_threshold=_or(request.xtc_threshold, 0.1),
         logprobs=request.num_logprobs,
+        prompt_logprobs=request.prompt_logprobs,
     )
 
 

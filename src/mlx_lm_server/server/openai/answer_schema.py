@@ -102,6 +102,18 @@ class CompletionLogprobsPart(Part):
     """Where in the text each token begins."""
 
 
+class PromptLogprob(Part):
+    logprob: float
+    """Natural logarithm of the probability that the model gave it there."""
+    rank: int
+    """Its place among all tokens, from 1 on."""
+    decoded_token: str
+    """Its text."""
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
 class CalledFunction(Part):
     name: str
     """Which tool."""
@@ -163,6 +175,8 @@ class ChatCompletion(_Headed):
     """Kind of answer."""
     choices: list[ChatChoice]
     """`n` of them."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """By token id, of each token of the prompt; null for the first."""
     usage: UsagePart
     """Numbers of tokens."""
 
@@ -229,6 +243,8 @@ class TextChoice(Part):
     """Where they were asked for."""
     finish_reason: FinishReasonText | None
     """Why it ended; null in a chunk before the last."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """By token id, of each token of the prompt; null for the first."""
 
 
 class Completion(_Headed):

@@ -196,8 +196,9 @@ class Sampling(Body):
 
     model: str | None = None
     """A name of the served model, or `default`."""
-    max_tokens: Count | None = None
-    """Most tokens to generate; unset: what is left of the context, or --default-max-tokens."""
+    max_tokens: int | None = Field(None, ge=0)
+    """Most tokens to generate; unset: what is left of the context, or --default-max-tokens. 0 is
+    possible together with `prompt_logprobs`, and with `echo` of completions."""
     temperature: float | None = Field(None, ge=0, le=2)
     """0 takes the likeliest token. Unset: --default-temperature, else the model's, else 1."""
     top_p: float | None = Field(None, ge=0, le=1)
@@ -239,6 +240,9 @@ class Sampling(Body):
     """How often XTC drops the likeliest tokens; 0 is off."""
     xtc_threshold: float | None = Field(None, ge=0, le=0.5)
     """XTC drops all tokens above this probability but the least likely of them. Default 0.1."""
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """Tell the log probability of each token of the prompt, and so many of the likeliest; not in a
+    stream."""
     timings: bool | None = None
     """Tell seconds and paces in `usage.timings`."""
     metadata: dict[str, str] | None = Field(None, max_length=16)
@@ -257,6 +261,25 @@ class Sampling(Body):
         if self.stream_options is not None and not self.stream:
             raise refuse("stream_options: only together with `stream: true`")
         return self
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_are_no_stream(self) -> Self:
+        if self.prompt_logprobs is not None and self.stream:
+            raise refuse("prompt_logprobs: not together with `stream: true`")
+        return self
+
+    @model_validator(mode="after")
+    def _no_tokens_need_a_reason(self) -> Self:
+        if self.max_tokens == 0 and self.prompt_logprobs is None and not self.is_echoed:
+            raise refuse(
+                "max_tokens: 0 is possible together with `prompt_logprobs` only, and with "
+                "`echo: true` of completions"
+            )
+        return self
+
+    @property
+    def is_echoed(self) -> bool:
+        return False
 
     @property
     def num_choices(self) -> int:
@@ -386,8 +409,6 @@ class CompletionRequest(Sampling):
 
     prompt: Annotated[Prompts, BeforeValidator(_prompts, json_schema_input_type=GivenPrompts)]
     """A text, a list of texts, token ids, or a list of lists of token ids."""
-    max_tokens: int | None = Field(None, ge=0)
-    """Most tokens to generate; 0 is possible together with `echo`."""
     echo: bool | None = None
     """Begin the text with the prompt, and the logprobs with the prompt's."""
     suffix: str | None = None
@@ -395,11 +416,9 @@ class CompletionRequest(Sampling):
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     """Tell log probabilities, and so many of the likeliest tokens at each place."""
 
-    @model_validator(mode="after")
-    def _no_tokens_need_an_echo(self) -> Self:
-        if self.max_tokens == 0 and not self.echo:
-            raise refuse("max_tokens: 0 is possible together with `echo: true` only")
-        return self
+    @property
+    def is_echoed(self) -> bool:
+        return bool(self.echo)
 
     @property
     def num_logprobs(self) -> int | None:
