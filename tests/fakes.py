@@ -52,6 +52,7 @@ GARBAGE = 672  # the engine sends what is no frame
 class Row:
     request: AddRequest
     num_said: int = 0
+    num_computed: int = 0
 
     @property
     def seed(self) -> int:
@@ -199,6 +200,9 @@ class FakeEngine:
         if row.seed == FAIL:
             return RequestOutput(request.req_id, [], "error", error="told to fail")
         prompt = request.prompt_ids
+        if request.wants_progress and row.num_computed < len(prompt):  # in two halves
+            row.num_computed = min(len(prompt), row.num_computed + (len(prompt) + 1) // 2)
+            return RequestOutput(request.req_id, [], num_computed_tokens=row.num_computed)
         token = prompt[row.num_said % len(prompt)]
         if self.options.eos is not None and row.num_said == len(prompt):
             token = self.options.eos

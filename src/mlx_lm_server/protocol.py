@@ -104,6 +104,7 @@ class AddRequest(Message, frozen=True):
     client_key: str = ""
     cache_salt: str = ""
     message_ends: list[int] = []
+    wants_progress: bool = False
 
 
 class Abort(Message, frozen=True):
@@ -193,6 +194,8 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, array_like=
 
     `logprobs` has one entry for each token, `prompt_logprobs` one for each prompt token but the
     first; both only where they were asked for. `queue_s` and `cache` come with the first token.
+    Where `num_computed_tokens` is set, nothing but `num_reused_tokens` is: they say how many tokens
+    of the prompt are computed, and how many of these were found in the cache.
     """
 
     req_id: str
@@ -203,6 +206,8 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, array_like=
     queue_s: float = 0.0
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    num_computed_tokens: int = 0
+    num_reused_tokens: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

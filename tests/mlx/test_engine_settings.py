@@ -14,7 +14,7 @@ import pytest
 from mlx_lm_server.config import BatchingConfig, Config, CpuConfig, KVConfig, ModelConfig
 from mlx_lm_server.core.plan import StepPlan
 from mlx_lm_server.errors import ModelTooLargeError, UnsupportedModelError
-from mlx_lm_server.protocol import LoadModel
+from mlx_lm_server.protocol import Abort, AddRequest, LoadModel
 from mlx_lm_server.server.boot import load_message
 from tests.mlx.driver import GREEDY, EngineDriver, random_prompts
 from tests.mlx.tiny_models import VOCAB_SIZE, write_model
@@ -121,3 +121,19 @@ def test_a_models_own_code_runs_only_if_trusted(folder: Path, tmp_path: Path) ->
     trusting = engine(own, model=ModelConfig(trust_remote_code=True))
     prompts = random_prompts(1, [20], VOCAB_SIZE)
     assert trusting.run(prompts) == engine(folder).run(prompts)
+
+
+def test_progress_is_told_to_those_who_ask(folder: Path) -> None:
+    driver = engine(folder, batching=BatchingConfig(prefill_step_size=16))
+    prompts = random_prompts(5, [40, 40, 7], VOCAB_SIZE)
+    told: dict[str, list[int]] = {name: [] for name in "abc"}
+    for name, prompt in zip(told, prompts, strict=True):
+        request = AddRequest(name, prompt, GREEDY, wants_progress=name != "b")
+        assert driver.core.handle([request]) == []
+    driver.core.handle([Abort("c")])
+    while driver.core.has_work:
+        for output in driver.core.step():
+            if output.num_computed_tokens:
+                assert output.token_ids == []
+                told[output.req_id].append(output.num_computed_tokens)
+    assert told == {"a": [16, 32, 40], "b": [], "c": []}

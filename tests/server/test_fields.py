@@ -155,6 +155,18 @@ def _observe_timings(scene: Scene, kind: str) -> bool:
     return set(whole) == set(streamed) == names and 0 < whole["ttft_s"] <= whole["total_s"]
 
 
+def _observe_progress(scene: Scene, kind: str) -> bool:
+    events = scene.events(kind, return_progress=True)[:-1]
+    told = [event["prompt_progress"] for event in events if "prompt_progress" in event]
+    return (
+        # who reads slowly misses the half
+        [one["processed"] for one in told] in ([2, 3], [3])
+        and all((one["total"], one["cache"]) == (3, 0) for one in told)
+        and all("prompt_progress" in event for event in events[: len(told)])
+        and not any("prompt_progress" in event for event in scene.events(kind)[:-1])
+    )
+
+
 def _observe_metadata(scene: Scene, kind: str) -> bool:
     given = {"job": "7"}
     whole, event = scene.answer(kind, metadata=given), scene.events(kind, metadata=given)[0]
@@ -191,6 +203,7 @@ BOTH: dict[str, Observe] = {
     "n": _observe_n,
     "timings": _observe_timings,
     "metadata": _observe_metadata,
+    "return_progress": _observe_progress,
     "prompt_logprobs": _observe_prompt_logprobs,
 }
 

@@ -87,6 +87,8 @@ class OutputStream:
         "is_in_mailbox",
         "is_released",
         "last_token_s",
+        "num_computed_tokens",
+        "num_reused_tokens",
         "num_prompt_tokens",
         "queue_s",
         "req_id",
@@ -99,6 +101,8 @@ class OutputStream:
         self.index = index
         self.num_prompt_tokens = num_prompt_tokens
         self.cache: CacheReport | None = None
+        self.num_computed_tokens = 0
+        self.num_reused_tokens = 0
         self.arrival_s = now
         self.first_token_s: float | None = None
         self.last_token_s = now
@@ -146,6 +150,16 @@ class OutputStream:
             self.finish_reason = output.finish_reason
             self.is_ended = True
         self._mailbox.put(self)
+
+    def note_progress(self, num_computed_tokens: int, num_reused_tokens: int) -> None:
+        self.num_computed_tokens = num_computed_tokens
+        self.num_reused_tokens = num_reused_tokens
+        self._mailbox.put(self)
+
+    def read_progress(self) -> int:
+        """How many tokens of the prompt are computed; 0 where that is no news."""
+        num_computed_tokens, self.num_computed_tokens = self.num_computed_tokens, 0
+        return num_computed_tokens
 
     def fail(self, error: ServerError) -> None:
         """Ends the stream with an error, unless it has ended."""
@@ -227,6 +241,7 @@ class EngineClient:
                     sampling=request.sampling,
                     priority=request.priority,
                     client_key=request.client_key,
+                    wants_progress=request.wants_progress,
                 )
             )
         return streams
@@ -259,6 +274,9 @@ class EngineClient:
                 self._deliver(stream, output, now)
 
     def _deliver(self, stream: OutputStream, output: RequestOutput, now: float) -> None:
+        if output.num_computed_tokens:  # no token: the time to the first one runs on
+            stream.note_progress(output.num_computed_tokens, output.num_reused_tokens)
+            return
         if output.token_ids:
             self._metrics.observe_tokens(stream, len(output.token_ids), now)
             if stream.first_token_s is None:

@@ -35,6 +35,7 @@ class GenerateRequest:
     is_prompt_only: bool = False
     prompt_logprobs: int | None = None
     is_copy: bool = False
+    wants_progress: bool = False
     warnings: tuple[str, ...] = ()
 
 
@@ -47,10 +48,20 @@ class ScoredToken:
 
 
 @dataclass(slots=True)
+class PromptProgress:
+    """How many tokens of the prompt of one sequence are computed, and how many in all."""
+
+    num_computed: int
+    num_prompt: int
+    num_cached: int
+    elapsed_s: float
+
+
+@dataclass(slots=True)
 class Delta:
     """New text of sequence `index`, and its end where `finish_reason` is set. `message` has what is
     not plain text, `tokens` the tokens since the last delta where logprobs were asked for,
-    `prompt_tokens` those of the prompt, once, where theirs were."""
+    `prompt_tokens` those of the prompt, once, where theirs were. `progress` comes alone."""
 
     index: int
     text: str
@@ -58,6 +69,7 @@ class Delta:
     message: MessageDelta | None = None
     tokens: list[ScoredToken] | None = None
     prompt_tokens: list[ScoredToken] | None = None
+    progress: PromptProgress | None = None
 
     @property
     def is_plain(self) -> bool:

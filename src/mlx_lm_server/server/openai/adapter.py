@@ -148,6 +148,7 @@ def _generate_request(
         client_key=client_key,
         is_prompt_only=is_prompt_only,
         prompt_logprobs=request.prompt_logprobs,
+        wants_progress=bool(request.return_progress),
     )
 
 

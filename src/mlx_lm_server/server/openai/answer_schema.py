@@ -223,6 +223,19 @@ class ChatChunkChoice(Part):
     """In the last chunk of a choice."""
 
 
+class PromptProgressPart(Part):
+    index: int
+    """Number of the choice."""
+    total: int
+    """Tokens of its prompt."""
+    cache: int
+    """Those that were not computed anew."""
+    processed: int
+    """Those that are computed."""
+    time_ms: int
+    """Since the request arrived."""
+
+
 class ChatCompletionChunk(_Headed):
     """An event of a stream; the last one is `[DONE]`."""
 
@@ -232,6 +245,8 @@ class ChatCompletionChunk(_Headed):
     """One, or none beside the usage."""
     usage: UsagePart | None = None
     """In the last chunk, where it was asked for."""
+    prompt_progress: PromptProgressPart | None = None
+    """In chunks without choices before the answer, where `return_progress` asked for it."""
 
 
 class TextChoice(Part):
@@ -256,6 +271,8 @@ class Completion(_Headed):
     """`n` for each prompt."""
     usage: UsagePart | None = None
     """Numbers of tokens; in a stream with the last chunk, where it was asked for."""
+    prompt_progress: PromptProgressPart | None = None
+    """In chunks without choices before the answer, where `return_progress` asked for it."""
 
 
 class ModelCard(Part):

@@ -251,6 +251,9 @@ class Sampling(Body):
     """Answer with server-sent events."""
     stream_options: StreamOptions | None = None
     """Only together with `stream`."""
+    return_progress: bool | None = None
+    """Tell in a stream how much of the prompt is computed, in `prompt_progress` of chunks that come
+    before the answer."""
     user: str | None = None
     """Written to the log at debug level."""
     priority: int | None = Field(None, ge=MIN_PRIORITY, le=MAX_PRIORITY)
@@ -260,6 +263,8 @@ class Sampling(Body):
     def _options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise refuse("stream_options: only together with `stream: true`")
+        if self.return_progress and not self.stream:
+            raise refuse("return_progress: only together with `stream: true`")
         return self
 
     @model_validator(mode="after")

@@ -14,7 +14,13 @@ from typing import Any
 import msgspec
 
 from mlx_lm_server.parsing.message import MessageDelta
-from mlx_lm_server.server.generate_request import Answer, AnswerReason, Delta, Usage
+from mlx_lm_server.server.generate_request import (
+    Answer,
+    AnswerReason,
+    Delta,
+    PromptProgress,
+    Usage,
+)
 from mlx_lm_server.server.openai.logprobs import (
     CompletionLogprobs,
     TokenBytes,
@@ -95,6 +101,17 @@ class Chunks:
     def finish(self, index: int, reason: AnswerReason) -> bytes:
         choice = b'{"index":%d,' % index + self.LAST + b',"finish_reason":' + encode(reason) + b"}"
         return self._head + choice + self._tail
+
+    def progress(self, index: int, progress: PromptProgress) -> bytes:
+        """A chunk with empty choices, in llama.cpp's words."""
+        told = {
+            "index": index,
+            "total": progress.num_prompt,
+            "cache": progress.num_cached,
+            "processed": progress.num_computed,
+            "time_ms": round(progress.elapsed_s * 1000),
+        }
+        return self._head + b'],"prompt_progress":' + encode(told) + b"}\n\n"
 
     def usage(self, usage: Usage) -> bytes:
         """The chunk with empty choices; nothing unless it was asked for."""
