@@ -98,6 +98,37 @@ def test_one_call_is_enough_without_parallel_calls(tools: RunningServer, stream:
     tools.wait_until(tools.is_idle)
 
 
+def test_arguments_come_in_pieces(start: Any) -> None:
+    """The fake says a letter every 4 ms, and what a letter adds to the arguments goes out with it;
+    a client that is late gets several at once, so not every one is a piece of its own."""
+    server = start(flags={"--chat-template": TEMPLATE}, engine={"step_s": 0.004})
+    arguments = json.dumps({"text": "one two three four five six seven eight nine ten"})
+    call = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call><eos>'
+    messages = [{"role": "user", "content": call}]
+    body = {"messages": messages, "tools": [TOOL], "max_tokens": 300}
+    events = server.events("/v1/chat/completions", **body)[:-1]
+    deltas = [choice["delta"] for event in events for choice in event["choices"]]
+    pieces = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert ["id" in piece for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    texts = [piece["function"]["arguments"] for piece in pieces]
+    assert "".join(texts) == arguments
+    assert len(texts) > len(arguments) / 4
+
+
+@pytest.mark.parametrize("text", ["a <tool_ca", "a <thin"])
+@pytest.mark.parametrize("end", ["<eos>", ""])
+def test_an_answer_that_ends_within_a_mark_has_it_as_text(
+    tools: RunningServer, text: str, end: str
+) -> None:
+    """Nobody can know that it would have become one, and nothing is dropped."""
+    for stream in (False, True):
+        limit = {} if end else {"max_tokens": len("f|" + text)}
+        message = said(tools, text + end, stream=stream, tools=[TOOL], **limit)
+        assert message["content"] == "f|" + text
+        assert message["finish_reason"] == ("stop" if end else "length")
+        assert "warning" not in message
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_is_none_is_text_with_a_warning(tools: RunningServer, stream: bool) -> None:
     message = said(tools, "<tool_call>oops</tool_call><eos>", stream=stream, tools=[TOOL])
