@@ -29,6 +29,7 @@ class AnswerReader:
         "_parser",
         "_prompt_ids",
         "_prompt_logprobs",
+        "_scores_end_token",
         "_text",
         "num_reasoning_tokens",
     )
@@ -48,6 +49,7 @@ class AnswerReader:
         self._prompt_ids = request.prompt_ids
         self._echo_logprobs = None if request.echo is None else request.sampling.logprobs
         self._prompt_logprobs = request.prompt_logprobs
+        self._scores_end_token = request.scores_end_token
         self.num_reasoning_tokens = 0
 
     @property
@@ -81,7 +83,7 @@ class AnswerReader:
         delta = self.read(ids, reason)
         num_read = 0 if self._is_prompt_only else self._text.num_tokens - num_before
         pairs = list(zip(ids, scores, strict=False))[:num_read]
-        if pairs and self._text.is_stop_token(pairs[-1][0]):
+        if pairs and not self._scores_end_token and self._text.is_stop_token(pairs[-1][0]):
             pairs.pop()
         tokens = [ScoredToken(token_id, score) for token_id, score in pairs]
         if prompt_scores is not None:

@@ -20,7 +20,8 @@ class GenerateRequest:
     tokens that are part of the text for that reason. The text begins with `echo`, and holds nothing
     else where `is_prompt_only`. `prompt_logprobs` is how many alternatives to tell of each token of
     the prompt. `is_one_call` ends it after one tool call. `is_copy`: the prompt
-    was counted with another sequence. `warnings` say which hints of the request have no effect.
+    was counted with another sequence. `scores_end_token`: the token that ends the answer has
+    logprobs too, though no text. `warnings` say which hints of the request have no effect.
     """
 
     prompt_ids: list[int]
@@ -35,6 +36,7 @@ class GenerateRequest:
     is_prompt_only: bool = False
     prompt_logprobs: int | None = None
     is_copy: bool = False
+    scores_end_token: bool = False
     wants_progress: bool = False
     warnings: tuple[str, ...] = ()
 

@@ -82,6 +82,7 @@ async def from_completion(
     for prompt in request.prompt:
         ids = await _prompt_ids(prompt, request.suffix, model)
         one = _generate_request(request, ids, request.max_tokens, model, client_key)
+        one = replace(one, scores_end_token=True)
         if request.echo:
             text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
             one = _with_echo(one, text)
