@@ -84,7 +84,7 @@ async def from_completion(
         one = _generate_request(request, ids, request.max_tokens, model, client_key)
         one = replace(one, scores_end_token=True)
         if request.echo:
-            text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
+            text = prompt if isinstance(prompt, str) else await model.tokenizer.decode(prompt)
             one = _with_echo(one, text)
         found += _choices(one, request.num_choices)
     return found

@@ -7,7 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
@@ -16,9 +16,6 @@ from starlette.types import ASGIApp
 
 from mlx_lm_server.server.endpoint import ANY_GENERATION, ANY_REQUEST, Endpoint
 from mlx_lm_server.server.generate_request import GenerateRequest
-from mlx_lm_server.server.json_body import parse_object
-from mlx_lm_server.server.logs import TRACE
-from mlx_lm_server.server.middleware import read_body
 from mlx_lm_server.server.openai import adapter, answer_schema, schema
 from mlx_lm_server.server.openai.stream import (
     ChatChunks,
@@ -27,15 +24,15 @@ from mlx_lm_server.server.openai.stream import (
     chat_response,
     completion_response,
 )
+from mlx_lm_server.server.request_body import parsed_body
 from mlx_lm_server.server.services import Services
 from mlx_lm_server.server.sse import EventStream, collect
 
 log = logging.getLogger(__name__)
 
 GROUP = "OpenAI"
-# A body this long takes a few milliseconds to parse.
-MAX_INLINE_BYTES = 32768
-Parsed = TypeVar("Parsed", bound=schema.Sampling)
+# So many scored tokens take a few milliseconds to write down.
+MAX_INLINE_TOKENS = 1024
 
 
 class OpenAIRoutes:
@@ -89,7 +86,7 @@ class OpenAIRoutes:
         ]
 
     async def chat(self, http: Request) -> ASGIApp:
-        request = await self._parse(http, schema.parse_chat)
+        request = await parsed_body(http, schema.parse_chat)
         model = self._services.model()
         return await self._answer(
             http,
@@ -100,7 +97,7 @@ class OpenAIRoutes:
         )
 
     async def completions(self, http: Request) -> ASGIApp:
-        request = await self._parse(http, schema.parse_completion)
+        request = await parsed_body(http, schema.parse_completion)
         model = self._services.model()
         return await self._answer(
             http,
@@ -144,16 +141,10 @@ class OpenAIRoutes:
         if request.timings:
             usage.timings = generation.timings()
         build = chat_response if is_chat else completion_response
-        return json_response(build(head, answers, usage, tokenizer))
-
-    async def _parse(self, http: Request, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
-        """The request that a body holds; a large one leaves the event loop meanwhile."""
-        body = await read_body(http.receive)
-        if log.isEnabledFor(TRACE):
-            log.log(TRACE, "%s %s", http.url.path, body.decode("utf-8", "backslashreplace"))
-        if len(body) <= MAX_INLINE_BYTES:
-            return parse(parse_object(body))
-        return await asyncio.to_thread(lambda: parse(parse_object(body)))
+        num_scored = sum(len(a.tokens) + len(a.prompt_tokens or ()) for a in answers)
+        if num_scored <= MAX_INLINE_TOKENS:
+            return json_response(build(head, answers, usage, tokenizer))
+        return json_response(await asyncio.to_thread(build, head, answers, usage, tokenizer))
 
     async def models(self, http: Request) -> Response:
         cards = [self._card(name) for name in self._services.names.shown]

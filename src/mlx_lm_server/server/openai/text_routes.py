@@ -9,11 +9,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from mlx_lm_server.server.endpoint import ANY_REQUEST, Endpoint
-from mlx_lm_server.server.json_body import parse_object
-from mlx_lm_server.server.middleware import read_body
 from mlx_lm_server.server.openai import answer_schema, text_schema
 from mlx_lm_server.server.openai.adapter import check_ids
 from mlx_lm_server.server.openai.chat_prompt import chat_prompt
+from mlx_lm_server.server.request_body import parsed_body
 from mlx_lm_server.server.served_model import ServedModel
 from mlx_lm_server.server.services import Services
 
@@ -62,7 +61,7 @@ class TextRoutes:
         ]
 
     async def tokenize(self, http: Request) -> Response:
-        request = text_schema.parse_tokenize(await _body(http))
+        request = await parsed_body(http, text_schema.parse_tokenize)
         model = self._model(request.model)
         text = request.text
         if request.messages is not None:
@@ -74,18 +73,18 @@ class TextRoutes:
             "tokens": ids,
         }
         if request.return_token_strs:
-            found["token_strs"] = [model.tokenizer.token_of(i) for i in ids]
+            found["token_strs"] = await model.tokenizer.tokens_of(ids)
         return _json(found)
 
     async def detokenize(self, http: Request) -> Response:
-        request = text_schema.parse_detokenize(await _body(http))
+        request = await parsed_body(http, text_schema.parse_detokenize)
         model = self._model(request.model)
         check_ids(request.tokens, model, "tokens")
-        text = model.tokenizer.decode(request.tokens)
+        text = await model.tokenizer.decode(request.tokens)
         return _json({"prompt": text, "content": text})
 
     async def apply_template(self, http: Request) -> Response:
-        request = text_schema.parse_apply_template(await _body(http))
+        request = await parsed_body(http, text_schema.parse_apply_template)
         model = self._model(request.model)
         return _json({"prompt": await _rendered(request, model, http)})
 
@@ -105,10 +104,6 @@ async def _rendered(request: text_schema.Rendering, model: ServedModel, http: Re
     )
     http.scope["state"]["warnings"] = prompt.warnings
     return await prompt.render(model, add_generation_prompt=request.add_generation_prompt)
-
-
-async def _body(http: Request) -> dict[str, Any]:
-    return parse_object(await read_body(http.receive))
 
 
 def _json(found: dict[str, Any]) -> Response:
