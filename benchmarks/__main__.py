@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import engine_loop, layouts, products, serving, soak
+from benchmarks import engine_loop, fields, layouts, products, serving, soak
 from benchmarks.parts import console, run_parts
 
 SCRIPTS = {
     "engine": engine_loop,
+    "fields": fields,
     "layouts": layouts,
     "blas": products,
     "serving": serving,

@@ -52,6 +52,7 @@ GARBAGE = 672  # the engine sends what is no frame
 class Row:
     request: AddRequest
     num_said: int = 0
+    num_computed: int = 0
 
     @property
     def seed(self) -> int:
@@ -80,6 +81,7 @@ class Seen(msgspec.Struct):
     xtc_threshold: float
     logprobs: int | None
     prompt_logprobs: int | None
+    thinking: protocol.ThinkingBudget | None
 
     @classmethod
     def of(cls, request: AddRequest) -> Seen:
@@ -164,6 +166,10 @@ class FakeEngine:
         return any(not self._is_silent(row) for row in self.rows.values())
 
     def _add(self, request: AddRequest) -> None:
+        if self.options.ignores_seeds:
+            request = msgspec.structs.replace(
+                request, sampling=msgspec.structs.replace(request.sampling, seed=0)
+            )
         seed = request.sampling.seed
         if seed == DIE:
             os._exit(9)
@@ -194,6 +200,9 @@ class FakeEngine:
         if row.seed == FAIL:
             return RequestOutput(request.req_id, [], "error", error="told to fail")
         prompt = request.prompt_ids
+        if request.wants_progress and row.num_computed < len(prompt):  # in two halves
+            row.num_computed = min(len(prompt), row.num_computed + (len(prompt) + 1) // 2)
+            return RequestOutput(request.req_id, [], num_computed_tokens=row.num_computed)
         token = prompt[row.num_said % len(prompt)]
         if self.options.eos is not None and row.num_said == len(prompt):
             token = self.options.eos
@@ -204,9 +213,17 @@ class FakeEngine:
             reason = "stop"
         elif row.num_said >= request.sampling.max_tokens:
             reason = "length"
-        num_top = request.sampling.logprobs
+        num_top, num_prompt = request.sampling.logprobs, request.sampling.prompt_logprobs
         scores = None if num_top is None else [_scores(token, num_top)]
-        return RequestOutput(request.req_id, [token], reason, queue_s=0.001, logprobs=scores)
+        prompt_scores = None
+        if num_prompt is not None and row.num_said == 1:
+            prompt_scores = [_scores(one, num_prompt) for one in prompt[1:]]
+        return RequestOutput(
+            *(request.req_id, [token], reason),
+            queue_s=0.001,
+            logprobs=scores,
+            prompt_logprobs=prompt_scores,
+        )
 
     def _suffer(self, output: RequestOutput) -> None:
         row = self.rows.get(output.req_id)
@@ -257,7 +274,7 @@ class FakeEngine:
 def _scores(token: int, num_top: int) -> TokenLogprobs:
     """The token itself is the likeliest, the ids after it follow."""
     ids = [token + i for i in range(num_top)]
-    return TokenLogprobs(-0.5, ids, [-0.5 - i for i in range(num_top)])
+    return TokenLogprobs(-0.5, ids, [-0.5 - i for i in range(num_top)], rank=1)
 
 
 def command(**options: object) -> list[str]:
@@ -274,6 +291,7 @@ def main() -> None:
     parser.add_argument("--kv-tokens", type=int, default=1_000_000)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--eos", type=int)
+    parser.add_argument("--ignores-seeds", type=int, default=0)
     parser.add_argument("--step-s", type=float, default=0.0)
     parser.add_argument("--load-s", type=float, default=0.0)
     parser.add_argument("--fail-loading", default="")

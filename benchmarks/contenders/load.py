@@ -16,7 +16,8 @@ from mlx_lm_server.protocol import SamplingParams
 
 class Load(msgspec.Struct, frozen=True):
     """`prompt_tokens[i]` tokens for row i, `output_tokens` out of each. With `own_sampling` each
-    row has its own temperature, top_p and seed. `num_in_flight` 0: all at once; else a row that
+    row has its own temperature, top_p and seed. The first `num_scored` rows ask for logprobs and
+    five alternatives. `num_in_flight` 0: all at once; else a row that
     ends makes place for the next."""
 
     prompt_tokens: tuple[int, ...]
@@ -24,6 +25,7 @@ class Load(msgspec.Struct, frozen=True):
     seed: int
     own_sampling: bool = False
     num_in_flight: int = 0
+    num_scored: int = 0
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -34,7 +36,10 @@ class Load(msgspec.Struct, frozen=True):
     @property
     def sampling(self) -> list[SamplingParams]:
         rng = Random(f"{self.seed}/sampling")
-        return [self._sampling_of(rng) for _ in self.prompt_tokens]
+        found = [self._sampling_of(rng) for _ in self.prompt_tokens]
+        for row in range(self.num_scored):
+            found[row] = msgspec.structs.replace(found[row], logprobs=5)
+        return found
 
     def _sampling_of(self, rng: Random) -> SamplingParams:
         if not self.own_sampling:

@@ -25,6 +25,18 @@ class Message(msgspec.Struct, frozen=True, tag=True, omit_defaults=True, array_l
     """Base of all messages."""
 
 
+class ThinkingBudget(msgspec.Struct, frozen=True, array_like=True):
+    """How many tokens a row may think. Reasoning begins after the row of `start_ids`, or with the
+    prompt's end where `is_open`, and ends with any of `end_ids`. Where it would have more than
+    `max_tokens`, `forced_ids` come next, which begin with an end."""
+
+    max_tokens: int
+    start_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
+    forced_ids: tuple[int, ...]
+    is_open: bool = False
+
+
 class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
     """How one request draws its tokens; resolved by the server, nothing is left to default here.
 
@@ -53,6 +65,7 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like
     xtc_threshold: float = 0.1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    thinking: ThinkingBudget | None = None
 
 
 # ---- server → engine
@@ -91,6 +104,7 @@ class AddRequest(Message, frozen=True):
     client_key: str = ""
     cache_salt: str = ""
     message_ends: list[int] = []
+    wants_progress: bool = False
 
 
 class Abort(Message, frozen=True):
@@ -146,11 +160,13 @@ class LoadFailed(Message, frozen=True):
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     """Natural logarithm of the model's probability of a token, before temperature and penalties,
-    and the likeliest tokens there, the likeliest first."""
+    and the likeliest tokens there, the likeliest first. `rank` is its place among all tokens, the
+    likeliest being 1; counted for prompts only, else 0."""
 
     logprob: float
     top_ids: list[int]
     top_logprobs: list[float]
+    rank: int = 0
 
 
 class CacheReport(msgspec.Struct, frozen=True, array_like=True):
@@ -178,6 +194,8 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, array_like=
 
     `logprobs` has one entry for each token, `prompt_logprobs` one for each prompt token but the
     first; both only where they were asked for. `queue_s` and `cache` come with the first token.
+    Where `num_computed_tokens` is set, nothing but `num_reused_tokens` is: they say how many tokens
+    of the prompt are computed, and how many of these were found in the cache.
     """
 
     req_id: str
@@ -188,6 +206,8 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, array_like=
     queue_s: float = 0.0
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    num_computed_tokens: int = 0
+    num_reused_tokens: int = 0
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

@@ -56,6 +56,32 @@ def test_it_thinks_when_asked_to(sdk: openai.OpenAI) -> None:
     assert "reasoning_content" not in (plain.choices[0].message.model_extra or {})
 
 
+@pytest.mark.parametrize("budget", [0, 3])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_it_answers_when_its_budget_is_spent(
+    sdk: openai.OpenAI, budget: int, temperature: float
+) -> None:
+    answer = sdk.chat.completions.create(
+        model="nano",
+        messages=SUM,
+        temperature=temperature,
+        seed=1,
+        max_tokens=100,
+        logprobs=True,
+        extra_body={**THINK, "thinking_budget": budget},
+    )
+    message = answer.choices[0].message
+    tokens = [token.token for token in answer.choices[0].logprobs.content or ()]  # type: ignore[union-attr]
+    start = tokens.index("<think>") + 1 if "<think>" in tokens else 0
+    assert tokens[start:].index("</think>") == budget
+    assert message.content
+    assert "think>" not in message.content
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens_details is not None
+    marks = 1 + (start > 0)
+    assert answer.usage.completion_tokens_details.reasoning_tokens == budget + marks
+
+
 def test_a_tool_is_called_and_its_result_is_answered(sdk: openai.OpenAI) -> None:
     """The loop that every agent runs."""
     messages = list(QUESTION)

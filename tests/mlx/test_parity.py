@@ -8,6 +8,7 @@ import pytest
 from msgspec.structs import replace
 
 from mlx_lm_server.errors import UnsupportedModelError
+from tests.observations import observes
 
 from .driver import GREEDY, EngineDriver, random_prompts
 from .reference import ReferenceStep, assert_same_tokens, run_jobs
@@ -114,6 +115,7 @@ def test_quantised_weights_widened_to_float32_give_the_widened_models_tokens(
     _assert_all(engine.run(PROMPTS), reference[name])
 
 
+@observes("ModelConfig.adapter_path")
 def test_an_adapter_changes_the_tokens_as_in_mlx_lm(
     models: dict[str, Path], reference: Reference
 ) -> None:

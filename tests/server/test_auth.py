@@ -11,6 +11,7 @@ from typing import Any
 import openai
 import pytest
 
+from tests.observations import observes
 from tests.server.harness import RunningServer, http_request
 
 
@@ -72,6 +73,7 @@ def test_an_unknown_path_tells_nothing_without_a_key(guarded: RunningServer) -> 
     assert guarded.status("/secret") == 401
 
 
+@observes("ServerConfig.cors_origins")
 def test_a_page_of_a_named_origin_may_call(guarded: RunningServer) -> None:
     preflight = guarded.client.options(
         "/v1/chat/completions",
@@ -115,6 +117,7 @@ def test_an_open_address_without_a_key_is_refused(start: Callable[..., Any]) -> 
     assert "open to the network" in server.output()
 
 
+@observes("ServerConfig.allow_unauthenticated")
 def test_an_open_address_without_a_key_can_be_insisted_on(start: Callable[..., Any]) -> None:
     server = start(flags={"--host": "0.0.0.0", "--allow-unauthenticated": True})
     assert status(server, None) == 200

@@ -226,8 +226,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ("response_format", {"type": "json_object"}),
         ("best_of", 2),
         ("guided_json", {}),
-        ("reasoning_effort", "low"),
-        ("prompt_logprobs", 1),
+        ("thinking_budget", 5),  # the model does not think
         ("store", True),
         ("audio", {}),
         ("cache_salt", "x"),

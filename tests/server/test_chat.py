@@ -5,6 +5,7 @@ from __future__ import annotations
 import openai
 import pytest
 
+from tests.observations import observes
 from tests.server.harness import RunningServer
 
 
@@ -33,6 +34,7 @@ def test_an_answer_is_what_the_engine_said(sdk: openai.OpenAI) -> None:
     assert answer.usage.prompt_tokens_details.cached_tokens == 0
 
 
+@observes("StreamOptions.include_usage")
 def test_a_stream_gives_role_then_text_then_reason_then_usage(sdk: openai.OpenAI) -> None:
     chunks = list(
         sdk.chat.completions.create(
@@ -120,6 +122,7 @@ def test_a_stop_token_id_ends_the_answer_and_has_no_text(server: RunningServer) 
     assert answer["choices"][0]["finish_reason"] == "stop"
 
 
+@observes("ChatMessage.content", "TextPart.text", "TextPart.type")
 def test_text_parts_are_joined_by_newlines(server: RunningServer) -> None:
     parts = [{"type": "text", "text": "ab"}, {"type": "text", "text": "cd"}]
     body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 6}
@@ -127,6 +130,7 @@ def test_text_parts_are_joined_by_newlines(server: RunningServer) -> None:
     assert answer["choices"][0]["message"]["content"] == "ab\ncd"
 
 
+@observes("ChatMessage.role", "ChatMessage.tool_call_id")
 def test_all_roles_reach_the_template(server: RunningServer) -> None:
     messages = [
         {"role": "system", "content": "s"},

@@ -76,6 +76,18 @@ def test_a_stream_of_several_prompts_says_which_choice_a_text_belongs_to(
     server.wait_until(server.is_idle)
 
 
+def test_the_end_token_is_scored_though_it_has_no_text(server: RunningServer) -> None:
+    """Evaluations that ask for one token rely on one more score than the prompt has."""
+    body = {"prompt": "a<eos>", "max_tokens": 5, "logprobs": 0}
+    for echo, tokens in ((False, ["a", "<eos>"]), (True, ["a", "<eos>", "a", "<eos>"])):
+        [choice] = server.client.post("/v1/completions", json={**body, "echo": echo}).json()[
+            "choices"
+        ]
+        assert choice["logprobs"]["tokens"] == tokens
+        assert choice["text"] == ("a<eos>a" if echo else "a")
+        assert choice["finish_reason"] == "stop"
+
+
 def test_the_sdk_reads_a_stream(server: RunningServer) -> None:
     sdk = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     stream = sdk.completions.create(model="tiny", prompt="hello", max_tokens=5, stream=True)

@@ -17,8 +17,10 @@ from mlx_lm_server import __version__
 from mlx_lm_server.cli import main
 from mlx_lm_server.config_loading import flag_name, settings
 from mlx_lm_server.protocol import LENGTH, LoadModel, decode_to_engine
+from tests.observations import observes
 from tests.server.harness import RunningServer, make_model
 
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 CLI = [sys.executable, "-m", "mlx_lm_server"]
 
 
@@ -108,6 +110,13 @@ def test_all_sampling_fields_reach_the_engine(start: Callable[..., Any], tmp_pat
     assert len({recorder.saw()["seed"] for _ in range(3)}) == 3, "a random one for each request"
 
 
+@observes(
+    "GenerationConfig.default_temperature",
+    "GenerationConfig.default_top_p",
+    "GenerationConfig.default_top_k",
+    "GenerationConfig.default_min_p",
+    "GenerationConfig.default_repetition_penalty",
+)
 def test_sampling_flags_go_before_the_models_defaults_and_fields_before_both(
     start: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -119,13 +128,13 @@ def test_sampling_flags_go_before_the_models_defaults_and_fields_before_both(
         "--default-repetition-penalty": "1.2",
     }
     recorder = Recorder(start, tmp_path / "seen.json", **flags)
-    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
     seen = recorder.saw()
-    assert [seen[name] for name in names] == [0.9, 0.8, 3, 0.1, 1.2]
+    assert [seen[name] for name in SAMPLING] == [0.9, 0.8, 3, 0.1, 1.2]
     seen = recorder.saw(temperature=0, top_k=-1, top_p=0.5)
-    assert [seen[name] for name in names] == [0.0, 0.5, 0, 0.1, 1.2]
+    assert [seen[name] for name in SAMPLING] == [0.0, 0.5, 0, 0.1, 1.2]
 
 
+@observes("ServerConfig.api_key_file")
 def test_a_key_names_its_client_to_the_scheduler(start: Callable[..., Any], tmp_path: Path) -> None:
     record, keys = tmp_path / "sampling.json", tmp_path / "keys"
     keys.write_text("sesame ali baba\n")
@@ -135,6 +144,14 @@ def test_a_key_names_its_client_to_the_scheduler(start: Callable[..., Any], tmp_
     assert json.loads(record.read_text())["client_key"] == "ali baba"
 
 
+@observes("ModelConfig.model", "ModelConfig.served_model_name")
+def test_models_go_by_the_names_they_were_given(start: Callable[..., Any], model: Path) -> None:
+    served = start(flags={"--served-model-name": ["one", "two"]}).client
+    assert [card["id"] for card in served.get("/v1/models").json()["data"]] == ["one", "two"]
+    assert served.get("/v1/models/two").json()["root"] == str(model)
+
+
+@observes("ModelConfig.chat_template", "ModelConfig.chat_template_args")
 def test_a_chat_template_as_text_and_its_arguments(start: Callable[..., Any]) -> None:
     server = start(
         flags={
@@ -195,12 +212,14 @@ def test_a_hub_id_without_a_network(start: Callable[..., Any], tmp_path: Path) -
     assert "Traceback" not in server.output()
 
 
+@observes("ServerConfig.port")
 def test_a_port_in_use(start: Callable[..., Any], server: RunningServer) -> None:
     second = start(wait=False, flags={"--port": str(server.port)})
     assert second.process.wait(10) == 1
     assert f"cannot listen on 127.0.0.1:{server.port}" in second.output()
 
 
+@observes("ServerConfig.uds")
 def test_a_unix_socket(start: Callable[..., Any], tmp_path: Path) -> None:
     path = str(tmp_path / "s.sock")
     server = start(flags={"--uds": path}, uds=path)
@@ -209,6 +228,7 @@ def test_a_unix_socket(start: Callable[..., Any], tmp_path: Path) -> None:
     assert not Path(path).exists()
 
 
+@observes("ServerConfig.ssl_certfile", "ServerConfig.ssl_keyfile")
 def test_tls(start: Callable[..., Any], tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     subprocess.run(
@@ -222,6 +242,7 @@ def test_tls(start: Callable[..., Any], tmp_path: Path) -> None:
     assert server.chat("x", max_tokens=1).status_code == 200
 
 
+@observes("ServerConfig.host")
 def test_ipv6(start: Callable[..., Any]) -> None:
     server = start(wait=False, flags={"--host": "::1"})
     server.client.base_url = f"http://[::1]:{server.port}"
@@ -229,6 +250,7 @@ def test_ipv6(start: Callable[..., Any]) -> None:
     assert f"http://[::1]:{server.port}" in server.output()
 
 
+@observes("ServerConfig.log_format")
 def test_log_lines_are_json_and_hold_no_prompt(start: Callable[..., Any]) -> None:
     server = start(flags={"--log-format": "json", "--log-level": "debug"})
     server.chat("my secret", max_tokens=2)
@@ -239,6 +261,7 @@ def test_log_lines_are_json_and_hold_no_prompt(start: Callable[..., Any]) -> Non
     assert "my secret" not in server.output()
 
 
+@observes("ServerConfig.log_level")
 def test_a_level_hides_what_is_less_severe(start: Callable[..., Any]) -> None:
     server = start(flags={"--log-level": "error"})
     server.chat("x", max_tokens=2)

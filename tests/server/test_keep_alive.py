@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import openai
+
 from tests import fakes
-from tests.server.harness import http_request, read_all
+from tests.observations import observes
+from tests.server.harness import RunningServer, http_request, read_all
 
 BODY = b'{"prompt": "abc", "stream": true, "max_tokens": 2, "seed": %d}'
 
 
+@observes("GenerationConfig.keep_alive_s")
 def test_comments_come_until_the_first_token_and_the_sdk_skips_them(start: Any) -> None:
     server = start(flags={"--keep-alive-s": "0.05"}, engine={"rows": 1, "step_s": 0.05})
     with server.connect() as first, server.connect() as second:
@@ -48,3 +52,28 @@ def test_a_client_that_leaves_while_it_waits_is_noticed(start: Any) -> None:
         link.sendall(http_request("/v1/completions", BODY % fakes.SILENT))
         assert b"keep-alive" in link.recv(65536) + link.recv(65536)
     server.wait_until(server.is_idle)
+
+
+def test_progress_is_no_token(start: Any) -> None:
+    """The time to the first token runs on while a prompt is computed."""
+    server = start(flags={"--first-token-timeout-s": "0.4"}, engine={"step_s": 0.3})
+    body = {"prompt": "abcd", "return_progress": True, "max_tokens": 1}
+    events = server.events("/v1/completions", **body)
+    assert events[0]["prompt_progress"]["processed"] in (2, 4)
+    assert events[-2]["error"]["code"] == "request_timeout"
+
+
+def test_the_sdk_reads_progress(server: RunningServer) -> None:
+    sdk = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    stream = sdk.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "abc"}],
+        max_tokens=3,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_body={"return_progress": True},
+    )
+    chunks = list(stream)
+    told = [(c.model_extra or {}).get("prompt_progress") for c in chunks]
+    assert [one["processed"] for one in told if one][-1] == 5  # <user>abc<assistant>
+    assert all(told[: told.index(None)])

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests import fakes
+from tests.observations import observes
 from tests.server.harness import RunningServer, http_request
 
 
@@ -32,6 +33,7 @@ def _num_open(server: RunningServer) -> int:
     return int(facts["num_running"] + facts["num_waiting"])
 
 
+@observes("BatchingConfig.max_queue_size", "BatchingConfig.max_batch_size")
 def test_beyond_batch_and_queue_it_is_a_429_with_retry_after(start: Callable[..., Any]) -> None:
     server = start(flags={"--max-batch-size": "2", "--max-queue-size": "1"}, engine={"rows": 2})
     with waiting(server, 3):
@@ -45,6 +47,7 @@ def test_beyond_batch_and_queue_it_is_a_429_with_retry_after(start: Callable[...
     assert server.chat("x", max_tokens=1).status_code == 200
 
 
+@observes("AdmissionConfig.max_concurrent_requests")
 def test_max_concurrent_requests_is_a_lower_bound(start: Callable[..., Any]) -> None:
     server = start(flags={"--max-concurrent-requests": "1"})
     with waiting(server, 1):
@@ -97,6 +100,7 @@ def hasty(model: Any) -> Iterator[RunningServer]:
     server.stop()
 
 
+@observes("GenerationConfig.first_token_timeout_s")
 def test_no_first_token_in_time_is_a_408(hasty: RunningServer) -> None:
     began_s = time.monotonic()
     response = hasty.complete("abc", seed=fakes.SILENT, stream=True)
@@ -107,6 +111,7 @@ def test_no_first_token_in_time_is_a_408(hasty: RunningServer) -> None:
     hasty.wait_until(hasty.is_idle)
 
 
+@observes("GenerationConfig.request_timeout_s")
 def test_no_further_token_in_time_is_an_event(hasty: RunningServer) -> None:
     *_, error, done = hasty.events("/v1/completions", prompt="abc", seed=fakes.SILENT_AFTER_TOKEN)
     assert error["error"]["code"] == "request_timeout"
@@ -123,6 +128,7 @@ def test_a_long_answer_lives_as_long_as_tokens_come(hasty: RunningServer) -> Non
     assert answer["usage"]["completion_tokens"] == 50
 
 
+@observes("GenerationConfig.max_prompt_tokens")
 def test_a_prompt_over_max_prompt_tokens(hasty: RunningServer) -> None:
     error = hasty.complete("x" * 101).json()["error"]
     assert error["code"] == "context_length_exceeded"
@@ -130,11 +136,13 @@ def test_a_prompt_over_max_prompt_tokens(hasty: RunningServer) -> None:
     assert "100" in error["message"]
 
 
+@observes("GenerationConfig.max_generation_tokens")
 def test_max_tokens_over_max_generation_tokens(hasty: RunningServer) -> None:
     error = hasty.complete("x", max_tokens=51).json()["error"]
     assert (error["code"], error["param"]) == ("context_length_exceeded", "max_tokens")
 
 
+@observes("KVConfig.max_kv_size")
 def test_what_can_never_fit_the_kv_memory_is_a_413_with_the_sum(hasty: RunningServer) -> None:
     response = hasty.complete("x" * 90, max_tokens=40)
     assert response.status_code == 413
@@ -142,11 +150,13 @@ def test_what_can_never_fit_the_kv_memory_is_a_413_with_the_sum(hasty: RunningSe
     assert "120" in response.json()["error"]["message"]
 
 
+@observes("GenerationConfig.default_max_tokens")
 def test_default_max_tokens_is_for_those_who_name_none(hasty: RunningServer) -> None:
     assert hasty.complete("abc").json()["usage"]["completion_tokens"] == 7
     assert hasty.complete("abc", max_tokens=9).json()["usage"]["completion_tokens"] == 9
 
 
+@observes("ServerConfig.max_request_bytes")
 def test_a_body_over_max_request_bytes(hasty: RunningServer) -> None:
     assert hasty.complete("x" * 2000).status_code == 413
 

@@ -10,8 +10,10 @@ from typing import Any
 
 import openai
 import pytest
+from tokenizers import AddedToken, Tokenizer
 
-from tests.server.harness import RunningServer, make_model
+from tests.observations import observes
+from tests.server.harness import VOCAB_SIZE, RunningServer, make_model
 
 TEMPLATE = (
     "{# <tool_call> <think> #}"
@@ -96,6 +98,37 @@ def test_one_call_is_enough_without_parallel_calls(tools: RunningServer, stream:
     tools.wait_until(tools.is_idle)
 
 
+def test_arguments_come_in_pieces(start: Any) -> None:
+    """The fake says a letter every 4 ms, and what a letter adds to the arguments goes out with it;
+    a client that is late gets several at once, so not every one is a piece of its own."""
+    server = start(flags={"--chat-template": TEMPLATE}, engine={"step_s": 0.004})
+    arguments = json.dumps({"text": "one two three four five six seven eight nine ten"})
+    call = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call><eos>'
+    messages = [{"role": "user", "content": call}]
+    body = {"messages": messages, "tools": [TOOL], "max_tokens": 300}
+    events = server.events("/v1/chat/completions", **body)[:-1]
+    deltas = [choice["delta"] for event in events for choice in event["choices"]]
+    pieces = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert ["id" in piece for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    texts = [piece["function"]["arguments"] for piece in pieces]
+    assert "".join(texts) == arguments
+    assert len(texts) > len(arguments) / 4
+
+
+@pytest.mark.parametrize("text", ["a <tool_ca", "a <thin"])
+@pytest.mark.parametrize("end", ["<eos>", ""])
+def test_an_answer_that_ends_within_a_mark_has_it_as_text(
+    tools: RunningServer, text: str, end: str
+) -> None:
+    """Nobody can know that it would have become one, and nothing is dropped."""
+    for stream in (False, True):
+        limit = {} if end else {"max_tokens": len("f|" + text)}
+        message = said(tools, text + end, stream=stream, tools=[TOOL], **limit)
+        assert message["content"] == "f|" + text
+        assert message["finish_reason"] == ("stop" if end else "length")
+        assert "warning" not in message
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_is_none_is_text_with_a_warning(tools: RunningServer, stream: bool) -> None:
     message = said(tools, "<tool_call>oops</tool_call><eos>", stream=stream, tools=[TOOL])
@@ -112,6 +145,31 @@ def test_without_tools_nothing_is_a_call(tools: RunningServer, fields: dict[str,
     assert message["finish_reason"] == "stop"
 
 
+@observes("ChatMessage.name", "ChatMessage.reasoning_content", "ToolCall.type", "ToolCall.index")
+@observes("Tool.type", "FunctionTool.name", "FunctionTool.description")
+def test_a_template_gets_all_that_was_said(start: Any) -> None:
+    template = "{{ messages | tojson }}{{ tools | tojson }}{# name #}"
+    server = start(flags={"--chat-template": template, "--tool-call-parser": "hermes"})
+    call = {"type": "function", "index": 0, "function": {"name": "f", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "name": "bob", "content": "u"},
+        {"role": "assistant", "content": "a", "reasoning_content": "r", "tool_calls": [call]},
+    ]
+    body = {"messages": messages, "tools": [TOOL]}
+    prompt = server.client.post("/apply-template", json=body).json()["prompt"]
+    seen, _, tools = prompt.partition("][")
+    call["function"] = {"name": "f", "arguments": {}}  # an object, where a template takes one
+    assert json.loads(seen + "]") == messages
+    assert json.loads("[" + tools) == [TOOL]
+
+
+@observes(
+    "ChatMessage.tool_calls",
+    "ToolCall.id",
+    "ToolCall.function",
+    "FunctionCall.name",
+    "FunctionCall.arguments",
+)
 def test_calls_and_results_go_back_into_the_template(tools: RunningServer) -> None:
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":2}'}}
     messages = [
@@ -132,6 +190,63 @@ def test_thinking_is_switched_by_the_template(tools: RunningServer) -> None:
         body = {"messages": [{"role": "user", "content": "x"}], "reasoning_effort": effort}
         prompt = tools.client.post("/apply-template", json=body).json()["prompt"]
         assert prompt.endswith("<think>") == is_on
+
+
+def test_budgets_that_disagree_are_refused(tools: RunningServer) -> None:
+    body = {"messages": [{"role": "user", "content": "x"}], "thinking_budget": 1}
+    body["thinking_token_budget"] = 2
+    error = tools.client.post("/v1/chat/completions", json=body).json()["error"]
+    assert "thinking_budget" in error["message"]
+
+
+def test_a_budget_needs_an_end_that_is_one_token(tools: RunningServer) -> None:
+    """Here the marks are text, of a token a letter."""
+    body = {"messages": [{"role": "user", "content": "x"}], "thinking_budget": 1}
+    error = tools.client.post("/v1/chat/completions", json=body).json()["error"]
+    assert (error["param"], error["code"]) == ("thinking_budget", "unsupported_parameter")
+
+
+ALWAYS_THINKS = "{{ messages[0].content }}<think>"
+
+
+@pytest.mark.parametrize(
+    ("template", "effort", "is_heard"),
+    [
+        ("{{ messages[0].content }}", "high", False),  # agents send it to every model
+        ("{{ messages[0].content }}", "none", True),
+        (ALWAYS_THINKS, "low", False),
+        (ALWAYS_THINKS, "none", False),  # its marks are no tokens, so they cannot be forced
+    ],
+)
+def test_an_effort_that_a_model_has_no_measure_for_is_a_hint(
+    start: Any, template: str, effort: str, is_heard: bool
+) -> None:
+    server = start(flags={"--chat-template": template})
+    asked = {"reasoning_effort": effort, "max_tokens": 2}
+    for stream in (False, True):
+        response = server.chat("ab", stream=stream, **asked)
+        assert response.status_code == 200
+        warning = response.headers.get("x-warning")
+        assert (warning is None) == is_heard
+    assert warning is None or "reasoning_effort" in warning
+    body = {"messages": [{"role": "user", "content": "x"}], "reasoning_effort": effort}
+    response = server.client.post("/apply-template", json=body)
+    assert ("x-warning" not in response.headers) == is_heard
+
+
+def test_no_effort_ends_reasoning_that_the_template_begins(start: Any, tmp_path: Path) -> None:
+    record = tmp_path / "seen.json"
+    folder = with_tokens(tmp_path / "model", "<think>", "</think>")
+    server = start(
+        model=folder,
+        flags={"--chat-template": ALWAYS_THINKS},
+        engine={"vocab_size": 300, "record_sampling": record},
+    )
+    response = server.chat("ab", max_tokens=2, reasoning_effort="none")
+    assert "x-warning" not in response.headers
+    start_id, end_id = VOCAB_SIZE, VOCAB_SIZE + 1
+    seen = json.loads(record.read_text())["thinking"]
+    assert seen == [0, [start_id], [end_id], [end_id], True]
 
 
 def test_usage_counts_the_tokens_of_the_reasoning(tools: RunningServer) -> None:
@@ -158,6 +273,7 @@ def test_the_sdk_puts_a_streamed_call_together(tools: RunningServer) -> None:
     assert [json.loads(c.function.arguments) for c in message.tool_calls] == [{"a": 1}] * 2  # type: ignore[union-attr]
 
 
+@observes("ModelConfig.tool_call_parser", "ModelConfig.reasoning_parser")
 @pytest.mark.parametrize(
     ("flag", "text", "content"),
     [
@@ -182,6 +298,7 @@ def strict_tool(**schema: Any) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
+@observes("FunctionTool.strict", "FunctionTool.parameters", "Tool.function")
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_strict_call_fits_its_schema_or_is_text(tools: RunningServer, stream: bool) -> None:
     fits = said(tools, CALL + "<eos>", stream=stream, tools=[strict_tool()])
@@ -199,14 +316,18 @@ def test_a_strict_schema_that_cannot_be_checked_is_refused_by_name(tools: Runnin
     assert "pattern" in error["message"]
 
 
-def test_markers_that_are_special_tokens_are_still_read(start: Any, tmp_path: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer
-
-    folder = make_model(tmp_path / "model")
+def with_tokens(folder: Path, *names: str) -> Path:
+    """A model whose tokenizer has these special tokens too."""
+    make_model(folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    names = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in names])
     tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_markers_that_are_special_tokens_are_still_read(start: Any, tmp_path: Path) -> None:
+    names = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
+    folder = with_tokens(tmp_path / "model", *names)
     server = start(model=folder, flags={"--chat-template": TEMPLATE}, engine={"vocab_size": 300})
     message = said(server, SAID + "<eos>", stream=True, tools=[TOOL])
     assert message["reasoning_content"] == "hm"

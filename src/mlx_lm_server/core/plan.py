@@ -193,6 +193,10 @@ class PrefillChunk:
     token_ids: tuple[int, ...]
     samples: bool
 
+    @property
+    def end(self) -> int:
+        return self.start + len(self.token_ids)
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:

@@ -9,6 +9,7 @@ from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.plan import RowLogprobs, StepPlan
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import Scheduler
+from mlx_lm_server.engine.prefill_progress import PrefillProgress
 from mlx_lm_server.errors import RequestError
 from mlx_lm_server.protocol import Abort, AddRequest, EngineStats, RequestOutput
 
@@ -46,6 +47,7 @@ class EngineCore:
         self._peak_memory = peak_memory
         self._running: StepPlan | None = None
         self._running_since_s = 0.0
+        self._progress = PrefillProgress()
 
     @property
     def geometry(self) -> KVGeometry:
@@ -69,6 +71,7 @@ class EngineCore:
                 case Abort():
                     ended = self._scheduler.abort(message.req_id)
                     outputs += [ended] if ended else []
+        self._progress.forget(outputs)
         return outputs
 
     def _add(self, message: AddRequest) -> Sequence[RequestOutput]:
@@ -76,6 +79,8 @@ class EngineCore:
             self._scheduler.add(Request.from_message(message, self._clock()))
         except RequestError as error:
             return [RequestOutput(message.req_id, [], finish_reason="error", error=error.message)]
+        if message.wants_progress:
+            self._progress.watch(message.req_id)
         return ()
 
     def step(self) -> list[RequestOutput]:
@@ -91,4 +96,7 @@ class EngineCore:
         if finished is None:
             return []
         logprobs = self._runner.read_logprobs()
-        return self._scheduler.update(finished, tokens, step_s, now_s, logprobs)
+        outputs = self._scheduler.update(finished, tokens, step_s, now_s, logprobs)
+        progress = self._progress.after(finished)
+        self._progress.forget(outputs)
+        return progress + outputs if progress else outputs

@@ -63,16 +63,17 @@ class PromptScores:
             place = first - start
             logits = head(hidden[place : place + len(following), 0]).astype(mx.float32)
             tokens = mx.array(following, mx.int32)[:, None]
-            self._pending.append(score(logits, tokens, self._num_top))
+            own = mx.take_along_axis(logits, tokens, axis=-1)
+            rank = (logits > own).sum(axis=-1) + 1
+            self._pending.append((*score(logits, tokens, self._num_top), rank))
         return [array for piece in self._pending for array in piece]
 
     def settle(self) -> None:
         """The arrays taken so far are computed."""
         for piece in self._pending:
-            own, ids, tops = (cast(list[Any], array.tolist()) for array in piece)
-            self._found += [
-                TokenLogprobs(o[0], i, t) for o, i, t in zip(own, ids, tops, strict=True)
-            ]
+            own, ids, tops, ranks = (cast(list[Any], array.tolist()) for array in piece)
+            found = zip(own, ids, tops, ranks, strict=True)
+            self._found += [TokenLogprobs(o[0], i, t, rank) for o, i, t, rank in found]
         self._pending = []
 
     def read(self) -> list[TokenLogprobs]:

@@ -20,11 +20,13 @@ a row sampled last; no array of a slab is referenced across steps (see kv_storag
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import mlx.core as mx
 
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.plan import JoinedRow, RowLogprobs, StepPlan
+from mlx_lm_server.core.thinking import ThinkingClock
 from mlx_lm_server.protocol import Batching
 from mlx_lm_server.runner import probe
 from mlx_lm_server.runner.block_store import BlockStore
@@ -49,6 +51,7 @@ class _Running:
     scores: RowScores | None = None
     prompts: list[PromptScores] = field(default_factory=list)
     told: dict[int, PromptScores] = field(default_factory=dict)  # by place among `rows`
+    thinking: dict[int, ThinkingClock] = field(default_factory=dict)  # by place among `rows`
 
 
 class ModelRunner:
@@ -175,6 +178,8 @@ class ModelRunner:
         wanted = [row.params.logprobs for row in sampling]
         if any(num is not None for num in wanted):
             self._drawn.scores = RowScores(logits, wanted)
+        clocks = ((place, row.thinking) for place, row in enumerate(sampling))
+        self._drawn.thinking = {place: clock for place, clock in clocks if clock is not None}
         tokens = self._sampler.sample(logits, sampling)
         self._last_tokens[mx.array(rows, mx.int32)] = tokens
         self._drawn.result = tokens
@@ -195,7 +200,10 @@ class ModelRunner:
             mx.async_eval(self._forward.result, *self._forward.beside)
         if drawn is None or not drawn.rows:
             return []
-        return drawn.result.tolist()  # type: ignore[return-value]
+        tokens = cast(list[int], drawn.result.tolist())
+        for place, clock in drawn.thinking.items():
+            clock.push(tokens[place])
+        return tokens
 
     def read_logprobs(self) -> dict[int, RowLogprobs]:
         """With the tokens read last, by their place among them, where they were asked for."""

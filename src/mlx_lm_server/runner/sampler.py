@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
+from mlx_lm_server.core.thinking import ThinkingClock
 from mlx_lm_server.protocol import SamplingParams
 from mlx_lm_server.runner import fast_math
 from mlx_lm_server.runner.logprobs import PromptScores
@@ -45,6 +46,7 @@ class RowSampling:
     stop_ids: mx.array | None = None  # not to be drawn before index `ends_from`
     ends_from: int = 0
     prompt_scores: PromptScores | None = None
+    thinking: ThinkingClock | None = None
 
     @property
     def may_not_end(self) -> bool:
@@ -55,8 +57,13 @@ class RowSampling:
         return self.output_counts is not None
 
     @property
+    def forced_token(self) -> int | None:
+        return None if self.thinking is None else self.thinking.forced
+
+    @property
     def changes_logits(self) -> bool:
-        return self.has_penalties or self.bias is not None or self.may_not_end
+        is_bent = self.has_penalties or self.bias is not None
+        return is_bent or self.may_not_end or self.forced_token is not None
 
     @property
     def is_greedy(self) -> bool:
@@ -78,6 +85,8 @@ def start_row(
     if params.min_tokens and params.stop_token_ids:
         row.stop_ids = mx.array(list(params.stop_token_ids), mx.int32)
         row.ends_from = len(prompt_ids) + params.min_tokens
+    if params.thinking is not None:
+        row.thinking = ThinkingClock(params.thinking, output_ids)
     if params.prompt_logprobs is not None and not output_ids:
         row.prompt_scores = PromptScores(prompt_ids, params.prompt_logprobs)
     return row
@@ -263,8 +272,13 @@ def _adjust(logits: mx.array, rows: Sequence[RowSampling]) -> mx.array:
 
 
 def _adjust_row(logits: mx.array, row: RowSampling) -> mx.array:
-    """Repetition as in CTRL (Keskar et al. 2019), frequency and presence as OpenAI defines them."""
+    """Repetition as in CTRL (Keskar et al. 2019), frequency and presence as OpenAI defines them. A
+    forced token is the only candidate."""
     params = row.params
+    if (forced := row.forced_token) is not None:
+        only = mx.full(logits.shape, -mx.inf)
+        only[forced] = 0.0
+        return only
     if row.output_counts is not None and row.seen is not None:
         if params.repetition_penalty != 1.0:
             penalty = params.repetition_penalty

@@ -22,11 +22,14 @@ class AnswerReader:
 
     __slots__ = (
         "_echo",
+        "_echo_logprobs",
         "_index",
         "_is_one_call",
         "_is_prompt_only",
         "_parser",
         "_prompt_ids",
+        "_prompt_logprobs",
+        "_scores_end_token",
         "_text",
         "num_reasoning_tokens",
     )
@@ -43,7 +46,10 @@ class AnswerReader:
         self._is_one_call = request.is_one_call
         self._is_prompt_only = request.is_prompt_only
         self._echo = request.echo
-        self._prompt_ids = request.prompt_ids if request.echo is not None else None
+        self._prompt_ids = request.prompt_ids
+        self._echo_logprobs = None if request.echo is None else request.sampling.logprobs
+        self._prompt_logprobs = request.prompt_logprobs
+        self._scores_end_token = request.scores_end_token
         self.num_reasoning_tokens = 0
 
     @property
@@ -56,6 +62,8 @@ class AnswerReader:
 
     def read(self, ids: Sequence[int], reason: FinishReason | None) -> Delta | None:
         """None where nothing is certain yet."""
+        if self._is_prompt_only:
+            return Delta(self._index, self._echo or "", "length")
         if self._parser is not None:
             return self._read_message(self._parser, ids, reason)
         if self._echo is not None:
@@ -68,33 +76,39 @@ class AnswerReader:
         ids: Sequence[int],
         reason: FinishReason | None,
         scores: Sequence[TokenLogprobs],
-        prompt_scores: Sequence[TokenLogprobs],
+        prompt_scores: Sequence[TokenLogprobs] | None,
     ) -> Delta | None:
         """The same, with the logprobs of the tokens that are part of the answer."""
         num_before = self._text.num_tokens
-        tokens = self._prompt_tokens(prompt_scores)
         delta = self.read(ids, reason)
         num_read = 0 if self._is_prompt_only else self._text.num_tokens - num_before
         pairs = list(zip(ids, scores, strict=False))[:num_read]
-        if pairs and self._text.is_stop_token(pairs[-1][0]):
+        if pairs and not self._scores_end_token and self._text.is_stop_token(pairs[-1][0]):
             pairs.pop()
-        tokens += [ScoredToken(token_id, score) for token_id, score in pairs]
+        tokens = [ScoredToken(token_id, score) for token_id, score in pairs]
+        if prompt_scores is not None:
+            echoed = self._prompt_tokens(prompt_scores, self._echo_logprobs)
+            tokens = [*(echoed or ()), *tokens]
         if tokens:
             delta = delta or Delta(self._index, "")
             delta.tokens = tokens
+        if prompt_scores is not None and self._prompt_logprobs is not None:
+            delta = delta or Delta(self._index, "")
+            delta.prompt_tokens = self._prompt_tokens(prompt_scores, self._prompt_logprobs)
         return delta
 
-    def _prompt_tokens(self, scores: Sequence[TokenLogprobs]) -> list[ScoredToken]:
-        if self._prompt_ids is None or (not scores and len(self._prompt_ids) > 1):
-            return []
-        ids, self._prompt_ids = self._prompt_ids, None
-        first = ScoredToken(ids[0], None)
-        return [first, *(ScoredToken(i, s) for i, s in zip(ids[1:], scores, strict=True))]
+    def _prompt_tokens(
+        self, scores: Sequence[TokenLogprobs], num_top: int | None
+    ) -> list[ScoredToken] | None:
+        """With so many alternatives at most; None where none were asked for."""
+        if num_top is None:
+            return None
+        first, *rest = self._prompt_ids
+        pairs = zip(rest, scores, strict=True)
+        return [ScoredToken(first, None), *(ScoredToken(i, _cut(s, num_top)) for i, s in pairs)]
 
     def _read_echoed(self, ids: Sequence[int], reason: FinishReason | None) -> Delta | None:
         text, self._echo = self._echo or "", None
-        if self._is_prompt_only:
-            return Delta(self._index, text, "length")
         more, reason = self._text.push(ids, reason)
         return Delta(self._index, text + more, reason)
 
@@ -131,3 +145,11 @@ class AnswerReader:
             return None
         message.add(parser.flush(is_cut=end == "length"))
         return "tool_calls" if end == "stop" and parser.num_calls else end
+
+
+def _cut(scores: TokenLogprobs, num_top: int) -> TokenLogprobs:
+    if len(scores.top_ids) <= num_top:
+        return scores
+    return TokenLogprobs(
+        scores.logprob, scores.top_ids[:num_top], scores.top_logprobs[:num_top], scores.rank
+    )

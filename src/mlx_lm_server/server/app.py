@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlx_lm_server.server.api_keys import ApiKeys
 from mlx_lm_server.server.connection import ConnectionLimits
+from mlx_lm_server.server.document import DocumentRoutes
 from mlx_lm_server.server.health import HealthRoutes
 from mlx_lm_server.server.http_errors import HttpError
 from mlx_lm_server.server.middleware import Auth, BodyLimit, Border
@@ -19,9 +20,9 @@ from mlx_lm_server.server.services import Services
 
 def create_app(services: Services, keys: ApiKeys, limits: ConnectionLimits) -> ASGIApp:
     server = services.config.server
-    app: ASGIApp = Routes(services)
-    app = BodyLimit(app, server.max_request_bytes, limits.body_s)
-    app = Auth(app, keys)
+    routes = Routes(services)
+    app: ASGIApp = BodyLimit(routes, server.max_request_bytes, limits.body_s)
+    app = Auth(app, keys, routes.open_paths)
     app = Border(app, services.metrics.http_responses)
     if server.cors_origins:
         app = CORSMiddleware(
@@ -35,9 +36,12 @@ class Routes:
     answer errors before the Border sees them."""
 
     def __init__(self, services: Services) -> None:
-        parts = (HealthRoutes(services), OpenAIRoutes(services), TextRoutes(services))
-        routes = [route for part in parts for route in part.routes()]
+        parts = (OpenAIRoutes(services), TextRoutes(services), HealthRoutes(services))
+        endpoints = [endpoint for part in parts for endpoint in part.endpoints()]
+        endpoints += DocumentRoutes(endpoints).endpoints()
+        routes = [endpoint.route() for endpoint in endpoints]
         self._router = Router(routes, redirect_slashes=False)
+        self.open_paths = [endpoint.path for endpoint in endpoints if endpoint.is_open]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self  # tells the router to raise what it cannot route
@@ -46,4 +50,4 @@ class Routes:
         except HTTPException as error:
             code = "method_not_allowed" if error.status_code == 405 else "unknown_url"
             message = f"{scope['method']} {scope['path']} is not served here"
-            raise HttpError(error.status_code, message, code) from error
+            raise HttpError(error.status_code, message, code, error.headers) from error

@@ -20,6 +20,7 @@ from mlx_lm_server.server.model_formats import ModelFormats
 from mlx_lm_server.server.served_model import ModelNames, ServedModel, bounds_of, defaults_of
 from mlx_lm_server.server.services import Services
 from mlx_lm_server.server.supervisor import Limits, Supervisor
+from mlx_lm_server.server.thinking import ThinkingMarks
 from mlx_lm_server.server.tokenizer import Tokenizer, load_tokenizer
 from mlx_lm_server.server.waiting import first_of, in_daemon_thread
 
@@ -99,4 +100,5 @@ def _served_model(
         created_s=int(time.time()),
         formats=formats,
         marker_ids=tokenizer.special_ids_of(formats.markers()),
+        thinking=ThinkingMarks.of(formats, tokenizer),
     )

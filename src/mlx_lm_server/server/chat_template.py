@@ -15,6 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_lm_server.errors import ConfigError, InvalidRequestError, ModelError
 
+OURS = Path(__file__).parent / "chat_templates"
 # Variables that the server sets; a request cannot.
 RESERVED_NAMES = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
 # What a template may raise when the messages are not those it was written for.
@@ -139,9 +140,12 @@ class ChatTemplate:
 def find_template(
     folder: Path, tokenizer_config: Mapping[str, Any], override: str | None
 ) -> str | None:
-    """The template's text: the user's, else the folder's file, else tokenizer_config's."""
+    """The template's text: the user's, else one of ours that the folder names as mlx-lm's, else the
+    folder's file, else tokenizer_config's."""
     if override is not None:
         return _read_override(override)
+    if (ours := _ours(tokenizer_config.get("chat_template_type"))) is not None:
+        return ours
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -150,6 +154,13 @@ def find_template(
         named = {item.get("name"): item.get("template") for item in given if isinstance(item, dict)}
         given = named.get("default")
     return given if isinstance(given, str) else None
+
+
+def _ours(kind: Any) -> str | None:
+    """What mlx-lm keeps as code, by the name that it goes by there."""
+    file = OURS / f"{kind}.jinja"
+    is_name = isinstance(kind, str) and kind.isidentifier()
+    return file.read_text(encoding="utf-8") if is_name and file.is_file() else None
 
 
 def _read_override(override: str) -> str:

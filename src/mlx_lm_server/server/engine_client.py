@@ -90,6 +90,8 @@ class OutputStream:
         "is_in_mailbox",
         "is_released",
         "last_token_s",
+        "num_computed_tokens",
+        "num_reused_tokens",
         "num_prompt_tokens",
         "queue_s",
         "req_id",
@@ -102,6 +104,8 @@ class OutputStream:
         self.index = index
         self.num_prompt_tokens = num_prompt_tokens
         self.cache: CacheReport | None = None
+        self.num_computed_tokens = 0
+        self.num_reused_tokens = 0
         self.arrival_s = now
         self.first_token_s: float | None = None
         self.last_token_s = now
@@ -113,7 +117,7 @@ class OutputStream:
         self._mailbox = mailbox
         self._unread: list[int] = []
         self._scores: list[TokenLogprobs] = []
-        self._prompt_scores: list[TokenLogprobs] = []
+        self._prompt_scores: list[TokenLogprobs] | None = None
         self.queue_s = 0.0
 
     @property
@@ -122,12 +126,12 @@ class OutputStream:
 
     @property
     def has_scores(self) -> bool:
-        return bool(self._scores or self._prompt_scores)
+        return bool(self._scores) or self._prompt_scores is not None
 
-    def read_scores(self) -> tuple[list[TokenLogprobs], list[TokenLogprobs]]:
+    def read_scores(self) -> tuple[list[TokenLogprobs], list[TokenLogprobs] | None]:
         """Logprobs of the tokens read last, and of the prompt, once."""
         scores, self._scores = self._scores, []
-        prompt_scores, self._prompt_scores = self._prompt_scores, []
+        prompt_scores, self._prompt_scores = self._prompt_scores, None
         return scores, prompt_scores
 
     @property
@@ -149,6 +153,16 @@ class OutputStream:
             self.finish_reason = output.finish_reason
             self.is_ended = True
         self._mailbox.put(self)
+
+    def note_progress(self, num_computed_tokens: int, num_reused_tokens: int) -> None:
+        self.num_computed_tokens = num_computed_tokens
+        self.num_reused_tokens = num_reused_tokens
+        self._mailbox.put(self)
+
+    def read_progress(self) -> int:
+        """How many tokens of the prompt are computed; 0 where that is no news."""
+        num_computed_tokens, self.num_computed_tokens = self.num_computed_tokens, 0
+        return num_computed_tokens
 
     def fail(self, error: ServerError) -> None:
         """Ends the stream with an error, unless it has ended."""
@@ -232,6 +246,7 @@ class EngineClient:
                     client_key=request.client_key,
                     cache_salt=request.cache_salt,
                     message_ends=_message_ends(request.prompt_ids, request.sampling),
+                    wants_progress=request.wants_progress,
                 )
             )
         return streams
@@ -264,6 +279,9 @@ class EngineClient:
                 self._deliver(stream, output, now)
 
     def _deliver(self, stream: OutputStream, output: RequestOutput, now: float) -> None:
+        if output.num_computed_tokens:  # no token: the time to the first one runs on
+            stream.note_progress(output.num_computed_tokens, output.num_reused_tokens)
+            return
         if output.token_ids:
             self._metrics.observe_tokens(stream, len(output.token_ids), now)
             if output.cache is not None:

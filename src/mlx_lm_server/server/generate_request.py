@@ -18,8 +18,10 @@ class GenerateRequest:
 
     `answer` says how the text is to be taken apart; None leaves it whole. `marker_ids` are special
     tokens that are part of the text for that reason. The text begins with `echo`, and holds nothing
-    else where `is_prompt_only`. `is_one_call` ends it after one tool call. `is_copy`: the prompt
-    was counted with another sequence.
+    else where `is_prompt_only`. `prompt_logprobs` is how many alternatives to tell of each token of
+    the prompt. `is_one_call` ends it after one tool call. `is_copy`: the prompt
+    was counted with another sequence. `scores_end_token`: the token that ends the answer has
+    logprobs too, though no text. `warnings` say which hints of the request have no effect.
     """
 
     prompt_ids: list[int]
@@ -33,7 +35,11 @@ class GenerateRequest:
     is_one_call: bool = False
     echo: str | None = None
     is_prompt_only: bool = False
+    prompt_logprobs: int | None = None
     is_copy: bool = False
+    scores_end_token: bool = False
+    wants_progress: bool = False
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -45,15 +51,28 @@ class ScoredToken:
 
 
 @dataclass(slots=True)
+class PromptProgress:
+    """How many tokens of the prompt of one sequence are computed, and how many in all."""
+
+    num_computed: int
+    num_prompt: int
+    num_cached: int
+    elapsed_s: float
+
+
+@dataclass(slots=True)
 class Delta:
     """New text of sequence `index`, and its end where `finish_reason` is set. `message` has what is
-    not plain text, `tokens` the tokens since the last delta where logprobs were asked for."""
+    not plain text, `tokens` the tokens since the last delta where logprobs were asked for,
+    `prompt_tokens` those of the prompt, once, where theirs were. `progress` comes alone."""
 
     index: int
     text: str
     finish_reason: AnswerReason | None = None
     message: MessageDelta | None = None
     tokens: list[ScoredToken] | None = None
+    prompt_tokens: list[ScoredToken] | None = None
+    progress: PromptProgress | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -69,6 +88,7 @@ class Answer:
     calls: list[list[str]] = field(default_factory=list)  # [id, name, arguments]
     warnings: list[str] = field(default_factory=list)
     tokens: list[ScoredToken] = field(default_factory=list)
+    prompt_tokens: list[ScoredToken] | None = None
     finish_reason: AnswerReason = "error"
     _texts: list[str] = field(default_factory=list)
 
@@ -78,6 +98,8 @@ class Answer:
             self._add_message(delta.message)
         if delta.tokens is not None:
             self.tokens += delta.tokens
+        if delta.prompt_tokens is not None:
+            self.prompt_tokens = delta.prompt_tokens
         if delta.finish_reason is not None:
             self.finish_reason = delta.finish_reason
             self.text = "".join(self._texts)

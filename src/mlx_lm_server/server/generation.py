@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 from mlx_lm_server.errors import ServerError
 from mlx_lm_server.protocol import FinishReason
 from mlx_lm_server.server.answer_reader import AnswerReader
 from mlx_lm_server.server.engine_client import EngineClient, Mailbox, OutputStream
-from mlx_lm_server.server.generate_request import Delta, GenerateRequest, Timings, Usage
+from mlx_lm_server.server.generate_request import (
+    Delta,
+    GenerateRequest,
+    PromptProgress,
+    Timings,
+    Usage,
+)
 from mlx_lm_server.server.metrics import Metrics
 from mlx_lm_server.server.tokenizer import Tokenizer
 
@@ -69,6 +76,10 @@ class Generation:
             self._close(stream, "abort" if isinstance(error, ClientGoneError) else "error")
             self.close()
             raise
+        if num_computed := stream.read_progress():
+            deltas.append(self._progress(stream, num_computed))
+        if not ids and reason is None:
+            return
         reader = self._readers[stream.index]
         if stream.has_scores:
             delta = reader.read_scored(ids, reason, *stream.read_scores())
@@ -82,6 +93,13 @@ class Generation:
             self._close(stream, "stop" if end == "tool_calls" else end)
             if reason is None:  # a stop string or a call: the engine does not know yet
                 self._client.release(stream)
+
+    def _progress(self, stream: OutputStream, num_computed: int) -> Delta:
+        elapsed_s = time.monotonic() - stream.arrival_s
+        progress = PromptProgress(
+            num_computed, stream.num_prompt_tokens, stream.num_reused_tokens, elapsed_s
+        )
+        return Delta(stream.index, "", progress=progress)
 
     def _close(self, stream: OutputStream, reason: FinishReason) -> None:
         self._open[stream.index] = False

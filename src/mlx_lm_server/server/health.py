@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import msgspec
+from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
 
 from mlx_lm_server.protocol import EngineStats
+from mlx_lm_server.server.endpoint import Endpoint, Handler
 from mlx_lm_server.server.services import Services
 
+GROUP = "Health"
 Status = Literal["ok", "degraded", "overloaded", "shutting_down"]
 # Shares of the KV memory: overloaded from the first, degraded from 72 % of it.
 OVERLOADED_KV = 0.9
@@ -44,16 +46,56 @@ def judge(
     return "ok", ""
 
 
+class StatusAnswer(BaseModel):
+    model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
+
+    status: str
+    """In a word."""
+
+
+class HealthAnswer(StatusAnswer):
+    """And the facts behind it."""
+
+    reason: str
+    """The fact that decides the status."""
+    model: str
+    """Name of the served model."""
+    engine: dict[str, Any]
+    """The engine process: its state, its device, how it batches."""
+    num_running: int
+    """Sequences that have a row."""
+    num_waiting: int
+    """Sequences that wait for one."""
+    max_batch_size: int
+    """Most rows."""
+    max_queue_size: int
+    """Most sequences that may wait."""
+    kv_used_bytes: int
+    """KV memory in use."""
+    kv_limit_bytes: int
+    """KV memory in all."""
+    kv_usage: float
+    """Share of it in use, 0 to 1."""
+
+
 class HealthRoutes:
     def __init__(self, services: Services) -> None:
         self._services = services
 
-    def routes(self) -> list[BaseRoute]:
+    def endpoints(self) -> list[Endpoint]:
         return [
-            Route("/livez", self.livez, methods=["GET"]),
-            Route("/readyz", self.readyz, methods=["GET"]),
-            Route("/health", self.health, methods=["GET"]),
-            Route("/metrics", self.metrics, methods=["GET"]),
+            _probe("/livez", self.livez, "The process is alive", StatusAnswer),
+            _probe("/readyz", self.readyz, "A request would be taken now", StatusAnswer, 503),
+            _probe("/health", self.health, "How the server is, and why", HealthAnswer, 503),
+            Endpoint(
+                "GET",
+                "/metrics",
+                self.metrics,
+                "Numbers for Prometheus",
+                GROUP,
+                media_type="text/plain",
+                is_open=True,
+            ),
         ]
 
     async def livez(self, _: Request) -> Response:
@@ -115,6 +157,14 @@ class HealthRoutes:
                 facts |= {"device": ready.device, "blas": ready.blas}
                 facts |= {"batching": ready.batching, "batching_reason": ready.batching_reason}
         return facts
+
+
+def _probe(path: str, handler: Handler, about: str, answer: type[BaseModel], *bad: int) -> Endpoint:
+    """Also with a bad status the body says the same."""
+    statuses = (200, *bad)
+    return Endpoint(
+        "GET", path, handler, about, GROUP, answer=answer, statuses=statuses, is_open=True
+    )
 
 
 def _json(status: int, value: dict[str, Any]) -> Response:

@@ -28,10 +28,13 @@ UNAVAILABLE_RETRY_AFTER_S = 2
 class HttpError(errors.ServerError):
     """What the HTTP layer itself refuses: no such route, wrong method."""
 
-    def __init__(self, status: int, message: str, code: str) -> None:
+    def __init__(
+        self, status: int, message: str, code: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
+        self.headers = headers or {}
 
 
 class ErrorBody(msgspec.Struct, frozen=True):
@@ -64,6 +67,8 @@ def describe(error: Exception) -> tuple[int, ErrorResponse]:
 
 def headers_of(error: Exception) -> Mapping[str, str]:
     """Headers that go with an error's status."""
+    if isinstance(error, HttpError):
+        return error.headers
     if isinstance(error, errors.OverloadedError):
         return {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
     if isinstance(error, errors.EngineUnavailableError | errors.EngineDiedError):

@@ -13,6 +13,7 @@ import logging
 import secrets
 import time
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -30,8 +31,6 @@ from mlx_lm_server.server.http_errors import describe, headers_of
 
 log = logging.getLogger(__name__)
 
-# Probes carry no keys.
-OPEN_PATHS = frozenset({"/health", "/livez", "/readyz", "/metrics"})
 MAX_REQUEST_ID_CHARS = 128
 Headers = list[tuple[bytes, bytes]]
 
@@ -71,7 +70,8 @@ class Border:
             nonlocal has_started
             if not has_started and message["type"] == "http.response.start":
                 has_started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                more = [(b"x-request-id", request_id), *_warnings(scope)]
+                message["headers"] = [*message["headers"], *more]
                 self._responses[message["status"]] += 1
             await send(message)
 
@@ -89,6 +89,11 @@ class Border:
                 )
 
 
+def _warnings(scope: Scope) -> Headers:
+    """What of the request has no effect, as routes left it in the scope's state."""
+    return [(b"x-warning", text.encode()) for text in scope["state"].get("warnings", ())]
+
+
 def _request_id(scope: Scope) -> bytes:
     """The client's own where it is sane, so that its logs and ours can be matched."""
     given = header(scope, b"x-request-id")
@@ -98,16 +103,18 @@ def _request_id(scope: Scope) -> bytes:
 
 
 class Auth:
-    """Sets `scope["state"]["client_key"]`: the name of the key, empty where none is asked for."""
+    """Sets `scope["state"]["client_key"]`: the name of the key, empty where none is asked for.
+    Probes and browsers, which carry no keys, may GET the `open_paths`."""
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, open_paths: Collection[str]) -> None:
         self._app = app
         self._keys = keys
+        self._open_paths = frozenset(open_paths)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             name = ""
-            if self._keys.is_required and scope["path"] not in OPEN_PATHS:
+            if self._keys.is_required and scope["path"] not in self._open_paths:
                 name = self._identify(scope)
             scope.setdefault("state", {})["client_key"] = name
         await self._app(scope, receive, send)

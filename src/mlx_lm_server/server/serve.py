@@ -37,6 +37,7 @@ from mlx_lm_server.server.waiting import first_of
 
 log = logging.getLogger(__name__)
 
+SWITCH_INTERVAL_S = 0.001
 EXIT_CLEAN, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 
@@ -54,6 +55,8 @@ def run(config: Config, surroundings: Surroundings | None = None) -> int:
     """Serves until it is told to stop; returns the exit code."""
     set_up_logging(config.server.log_level, config.server.log_format)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # While a thread renders or parses something long, the event loop gets its turn after so much.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     server = Server(config, surroundings or Surroundings())
     try:
         return uvloop.run(server.main())

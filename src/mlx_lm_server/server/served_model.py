@@ -11,6 +11,7 @@ from mlx_lm_server.errors import ContextLengthError, ModelUnknownError, RequestT
 from mlx_lm_server.protocol import Ready
 from mlx_lm_server.server.model_files import ModelFacts, SamplingDefaults
 from mlx_lm_server.server.model_formats import ModelFormats
+from mlx_lm_server.server.thinking import ThinkingMarks
 from mlx_lm_server.server.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -116,6 +117,7 @@ class ServedModel:
     created_s: int
     formats: ModelFormats
     marker_ids: frozenset[int]
+    thinking: ThinkingMarks | None = None
 
 
 def bounds_of(config: Config, facts: ModelFacts, ready: Ready) -> Bounds:

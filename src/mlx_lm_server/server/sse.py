@@ -15,7 +15,13 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from mlx_lm_server.errors import ServerError
-from mlx_lm_server.server.generate_request import Answer, AnswerReason, Delta, Usage
+from mlx_lm_server.server.generate_request import (
+    Answer,
+    AnswerReason,
+    Delta,
+    PromptProgress,
+    Usage,
+)
 from mlx_lm_server.server.generation import ClientGoneError, Generation
 from mlx_lm_server.server.http_errors import describe
 
@@ -39,6 +45,7 @@ class ChunkWriter(Protocol):
     def text(self, index: int, text: str) -> bytes: ...
     def rich(self, delta: Delta) -> bytes: ...
     def finish(self, index: int, reason: AnswerReason) -> bytes: ...
+    def progress(self, index: int, progress: PromptProgress) -> bytes: ...
     def usage(self, usage: Usage) -> bytes: ...
 
 
@@ -108,6 +115,9 @@ class EventStream:
         """All events but the last, which are returned."""
         generation = self._generation
         deltas = await self._first(send)
+        while all(delta.progress is not None for delta in deltas):
+            await self._send(send, self._encode(deltas))
+            deltas = await self._first(send)
         await self._open(send)
         while not generation.is_done:
             body = self._encode(deltas)
@@ -123,15 +133,18 @@ class EventStream:
             self._is_open = True
             await send({**START})
 
+    async def _send(self, send: Send, body: bytes) -> None:
+        await self._open(send)
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+
     async def _first(self, send: Send) -> list[Delta]:
-        """The first deltas, and comments until they come."""
+        """The next deltas, and comments until they come."""
         if not self._keep_alive_s:
             return await self._generation.next()
         first = asyncio.ensure_future(self._generation.next())
         try:
             while not (await asyncio.wait({first}, timeout=self._keep_alive_s))[0]:
-                await self._open(send)
-                await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
+                await self._send(send, KEEP_ALIVE)
             return first.result()
         finally:
             first.cancel()
@@ -140,6 +153,9 @@ class EventStream:
         writer = self._writer
         chunks = []
         for delta in deltas:
+            if delta.progress is not None:
+                chunks.append(writer.progress(delta.index, delta.progress))
+                continue
             if delta.index not in self._has_begun:
                 self._has_begun.add(delta.index)
                 chunks.append(writer.begin(delta.index))

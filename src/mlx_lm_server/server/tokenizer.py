@@ -23,6 +23,7 @@ from mlx_lm_server.server.model_files import ModelFacts
 
 # A text this long takes a few milliseconds to encode; longer ones leave the event loop.
 MAX_INLINE_CHARS = 8192
+MAX_INLINE_TOKENS = 2048
 # What rendering a message costs beyond its text, as if it were so much longer.
 CHARS_PER_MESSAGE = 64
 CHARS_PER_TOOL = 512
@@ -63,10 +64,18 @@ class Tokenizer:
         found = (self._backend.token_to_id(text) for text in texts)
         return frozenset(i for i in found if i in self._special_ids)
 
-    def token_of(self, token_id: int) -> str | None:
-        """As the vocabulary writes it."""
-        found: str | None = self._backend.id_to_token(token_id)
-        return found
+    async def tokens_of(self, ids: Sequence[int]) -> list[str | None]:
+        """As the vocabulary writes them."""
+        if len(ids) <= MAX_INLINE_TOKENS:
+            return self._tokens_of(ids)
+        return await asyncio.to_thread(self._tokens_of, ids)
+
+    def _tokens_of(self, ids: Sequence[int]) -> list[str | None]:
+        return [self._backend.id_to_token(i) for i in ids]
+
+    def ids_of(self, text: str) -> list[int]:
+        """Of a short text, at once."""
+        return self._encode(text, add_special_tokens=False)
 
     def id_of(self, token: str) -> int | None:
         found: int | None = self._backend.token_to_id(token)
@@ -129,13 +138,21 @@ class Tokenizer:
         # A leading space belongs to the token, but a decoder drops it at the start of a text.
         return token.replace("\u2581", " ").encode()
 
-    def decode(self, ids: Sequence[int]) -> str:
+    async def decode(self, ids: Sequence[int]) -> str:
         """The text of ids as they are, special tokens included."""
-        return self._decode([i for i in ids if i < self.vocab_size])
+        known = [i for i in ids if i < self.vocab_size]
+        if len(known) <= MAX_INLINE_TOKENS:
+            return self._decode(known)
+        return await asyncio.to_thread(self._decode_long, known)
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
+
+    def _decode_long(self, ids: list[int]) -> str:
+        # As with encoding, only the batch call lets go of the GIL.
+        [text] = self._backend.decode_batch([ids], skip_special_tokens=False)
+        return str(text)
 
 
 def _byte_fallback_ids(backend: HFTokenizer) -> frozenset[int]:

@@ -42,6 +42,7 @@ def test_an_answer_that_only_thinks() -> None:
         ("a <think>b</think> c <think>d</think>", "bd", "ac"),
         ("1 < 2 <thinking", "", "1 < 2 <thinking"),
         ("<think", "", "<think"),
+        ("<think>a</thi", "a</thi", ""),  # what ends within a mark is text of its part
     ],
 )
 def test_odd_answers_never_show_a_tag(text: str, reasoning: str, content: str) -> None:

@@ -50,6 +50,23 @@ def test_arguments_come_while_they_are_written() -> None:
     assert (more.index, more.id, more.name, more.arguments) == (0, None, None, "o three")
 
 
+STREAMED = ("hermes", "llama3_json", "mistral", "deepseek", "kimi_k2", "qwen3_coder", "glm")
+STREAMED += ("minimax_m2", "deepseek_v32", "harmony")
+
+
+@pytest.mark.parametrize("name", STREAMED)
+def test_each_letter_of_an_argument_goes_out_as_it_comes(name: str) -> None:
+    texts = [one[1] for one in RECORDINGS if one[0] == name]
+    text, city = next((t, c) for c in ("Paris", "Rome") for t in texts if c in t)
+    parser, num_deltas = MessageParser(tool_answer(name)), 0
+    before, _, after = text.partition(city)
+    parser.push(before)
+    for letter in "London and Rome":
+        num_deltas += bool([call for call in parser.push(letter).calls if call.arguments])
+    parser.push(after)
+    assert num_deltas == len("London and Rome")
+
+
 def test_text_arguments_between_tags_come_while_they_are_written() -> None:
     parser = MessageParser(tool_answer("qwen3_coder"))
     parser.push("<tool_call><function=get_weather><parameter=city>")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import get_args, get_type_hints
 
 import pytest
@@ -9,6 +10,7 @@ from mlx_lm_server.parsing import harmony
 from mlx_lm_server.parsing.formats import REASONING_FORMATS, TOOL_FORMATS
 from mlx_lm_server.server.chat_template import ChatTemplate
 from mlx_lm_server.server.model_formats import ModelFormats
+from mlx_lm_server.server.thinking import ThinkingMarks
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
@@ -35,6 +37,35 @@ def test_the_prompts_end_says_whether_it_thinks_already() -> None:
     assert opened is not None
     assert closed is not None
     assert (opened.is_open, closed.is_open) == (True, False)
+
+
+class Words:
+    """A tokenizer of the tokens of Harmony, a word each."""
+
+    TOKENS = (*harmony.TOKENS, "assistant", "analysis", "final")
+
+    def id_of(self, token: str) -> int | None:
+        return self.TOKENS.index(token) if token in self.TOKENS else None
+
+    def ids_of(self, text: str) -> list[int]:
+        return [self.TOKENS.index(one) for one in re.findall(r"<[^>]*>|\w+", text)]
+
+
+def test_harmony_goes_on_with_the_answer_or_where_it_may_call_with_the_next_message() -> None:
+    marks = ThinkingMarks.of(ModelFormats(is_harmony=True), Words())
+    assert marks is not None
+    answer, call = (
+        [Words.TOKENS[i] for i in marks.budget(4, is_open=False, has_tools=has).forced_ids]
+        for has in (False, True)
+    )
+    assert call == ["<|end|>", "<|start|>", "assistant"]
+    assert answer == [*call, "<|channel|>", "final", "<|message|>"]
+    start = [Words.TOKENS[i] for i in marks.start_ids]
+    assert start == ["<|channel|>", "analysis", "<|message|>"]
+
+
+def test_a_model_that_does_not_think_has_no_marks() -> None:
+    assert ThinkingMarks.of(ModelFormats(), Words()) is None
 
 
 @pytest.mark.parametrize("flag", ["tool_call_parser", "reasoning_parser"])

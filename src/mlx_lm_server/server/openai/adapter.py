@@ -9,7 +9,8 @@ from dataclasses import replace
 import msgspec
 
 from mlx_lm_server.errors import InvalidRequestError
-from mlx_lm_server.protocol import SamplingParams
+from mlx_lm_server.parsing.message_parser import AnswerFormat
+from mlx_lm_server.protocol import SamplingParams, ThinkingBudget
 from mlx_lm_server.server.generate_request import GenerateRequest
 from mlx_lm_server.server.openai.chat_prompt import chat_prompt
 from mlx_lm_server.server.openai.infill import infill_prompt
@@ -43,13 +44,34 @@ async def from_chat(
     if wanted is None:
         wanted = request.max_tokens
     answer = model.formats.answer(text, prompt.tools)
+    one = _generate_request(request, ids, wanted, model, client_key)
+    max_thinking = 0 if prompt.ends_thinking else request.max_thinking_tokens
+    if max_thinking is not None:
+        thinking = _thinking(max_thinking, answer, model, has_tools=prompt.tools is not None)
+        one = replace(one, sampling=msgspec.structs.replace(one.sampling, thinking=thinking))
     one = replace(
-        _generate_request(request, ids, wanted, model, client_key),
+        one,
         answer=answer,
+        warnings=prompt.warnings,
         marker_ids=model.marker_ids if answer is not None else frozenset(),
         is_one_call=request.parallel_tool_calls is False,
     )
-    return _choices(one, request.num_choices)
+    first, *copies = _choices(one, request.num_choices)
+    return [first, *map(_without_prompt_logprobs, copies)]
+
+
+def _thinking(
+    max_tokens: int, answer: AnswerFormat | None, model: ServedModel, *, has_tools: bool
+) -> ThinkingBudget:
+    if model.thinking is None or answer is None:
+        reason = "its reasoning has no end that is a token" if model.formats.can_think else ""
+        raise InvalidRequestError(
+            "`thinking_budget` is not supported by this model: "
+            f"{reason or 'it does not think, or --reasoning-parser leaves that in the text'}",
+            param="thinking_budget",
+            code="unsupported_parameter",
+        )
+    return model.thinking.budget(max_tokens, is_open=answer.is_open, has_tools=has_tools)
 
 
 async def from_completion(
@@ -59,10 +81,11 @@ async def from_completion(
     found: list[GenerateRequest] = []
     for prompt in request.prompt:
         ids = await _prompt_ids(prompt, request.suffix, model)
-        one = _generate_request(request, ids, request.max_tokens or None, model, client_key)
+        one = _generate_request(request, ids, request.max_tokens, model, client_key)
+        one = replace(one, scores_end_token=True)
         if request.echo:
-            text = prompt if isinstance(prompt, str) else model.tokenizer.decode(prompt)
-            one = _with_echo(one, text, is_prompt_only=request.max_tokens == 0)
+            text = prompt if isinstance(prompt, str) else await model.tokenizer.decode(prompt)
+            one = _with_echo(one, text)
         found += _choices(one, request.num_choices)
     return found
 
@@ -78,13 +101,17 @@ async def _prompt_ids(prompt: str | list[int], suffix: str | None, model: Served
     return prompt
 
 
-def _with_echo(one: GenerateRequest, text: str, *, is_prompt_only: bool) -> GenerateRequest:
-    """An echo with logprobs has those of the prompt too. The engine always draws a token; where
-    only the prompt is wanted, it is left out."""
-    sampling = msgspec.structs.replace(one.sampling, prompt_logprobs=one.sampling.logprobs)
-    if is_prompt_only:
-        sampling = msgspec.structs.replace(sampling, max_tokens=1)
-    return replace(one, sampling=sampling, echo=text, is_prompt_only=is_prompt_only)
+def _with_echo(one: GenerateRequest, text: str) -> GenerateRequest:
+    """An echo with logprobs has those of the prompt too."""
+    wanted = [n for n in (one.sampling.logprobs, one.prompt_logprobs) if n is not None]
+    sampling = msgspec.structs.replace(one.sampling, prompt_logprobs=max(wanted, default=None))
+    return replace(one, sampling=sampling, echo=text)
+
+
+def _without_prompt_logprobs(one: GenerateRequest) -> GenerateRequest:
+    """The choices of a chat have one prompt, which is told once."""
+    sampling = msgspec.structs.replace(one.sampling, prompt_logprobs=None)
+    return replace(one, sampling=sampling, prompt_logprobs=None)
 
 
 def _choices(one: GenerateRequest, num: int) -> list[GenerateRequest]:
@@ -106,7 +133,9 @@ def _generate_request(
 ) -> GenerateRequest:
     if not prompt_ids:
         raise InvalidRequestError("the prompt is empty", param="prompt")
-    max_tokens = model.bounds.max_tokens(len(prompt_ids), wanted)
+    # The engine always draws a token; where only the prompt is wanted, it is left out.
+    is_prompt_only = wanted == 0
+    max_tokens = model.bounds.max_tokens(len(prompt_ids), 1 if is_prompt_only else wanted)
     if (request.min_tokens or 0) > max_tokens:
         raise InvalidRequestError(
             f"min_tokens: {request.min_tokens} is over max_tokens, which is {max_tokens}",
@@ -118,6 +147,9 @@ def _generate_request(
         stop_strings=tuple(request.stop),
         priority=request.priority or 0,
         client_key=client_key,
+        is_prompt_only=is_prompt_only,
+        prompt_logprobs=request.prompt_logprobs,
+        wants_progress=bool(request.return_progress),
     )
 
 
@@ -145,6 +177,7 @@ def _sampling(request: Sampling, max_tokens: int, model: ServedModel) -> Samplin
         xtc_probability=request.xtc_probability or 0.0,
         xtc_threshold=_or(request.xtc_threshold, 0.1),
         logprobs=request.num_logprobs,
+        prompt_logprobs=request.prompt_logprobs,
     )
 
 

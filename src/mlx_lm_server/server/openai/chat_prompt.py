@@ -13,17 +13,19 @@ from mlx_lm_server.server.chat_template import ChatTemplate
 from mlx_lm_server.server.openai.schema import ChatMessage, Tool
 from mlx_lm_server.server.served_model import ServedModel
 
-# What models with a switch of another name call `enable_thinking`.
-THINKING_SWITCHES = ("enable_thinking", "thinking")
+NO_EFFORT = "reasoning_effort has no effect on this model"
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
-    """Input of a template; `tools` None where the answer may call none."""
+    """Input of a template; `tools` None where the answer may call none. `ends_thinking`: what the
+    template cannot switch off is ended at once. `warnings` say what has no effect."""
 
     messages: list[dict[str, Any]]
     variables: dict[str, Any]
     tools: list[dict[str, Any]] | None
+    ends_thinking: bool = False
+    warnings: tuple[str, ...] = ()
 
     async def render(self, model: ServedModel, *, add_generation_prompt: bool = True) -> str:
         return await model.tokenizer.render_chat(
@@ -45,9 +47,15 @@ def chat_prompt(
 ) -> ChatPrompt:
     """Raises InvalidRequestError for what the model's template cannot do."""
     template = model.tokenizer.template
-    chosen = _variables(dict(variables or {}), effort, template, model)
+    by_effort = {} if effort is None else _variables_of_effort(effort, template, model)
+    is_deaf = effort is not None and not by_effort and (effort != "none" or model.formats.can_think)
+    ends_thinking = is_deaf and effort == "none" and model.thinking is not None
     return ChatPrompt(
-        _for_template(messages, template), chosen, _tools(tools, tool_choice, template, model)
+        _for_template(messages, template),
+        _variables({**by_effort, **(variables or {})}, template, model),
+        _tools(tools, tool_choice, template, model),
+        ends_thinking,
+        (NO_EFFORT,) if is_deaf and not ends_thinking else (),
     )
 
 
@@ -84,10 +92,8 @@ def _parse_arguments(calls: list[dict[str, Any]]) -> None:
 
 
 def _variables(
-    variables: dict[str, Any], effort: str | None, template: ChatTemplate, model: ServedModel
+    variables: dict[str, Any], template: ChatTemplate, model: ServedModel
 ) -> dict[str, Any]:
-    if effort is not None:
-        variables = {**_effort(effort, template, model), **variables}
     if "enable_thinking" in variables and not template.reads("enable_thinking"):
         variables |= _other_switch(bool(variables.pop("enable_thinking")), template, model)
     for name in variables:
@@ -112,22 +118,16 @@ def _other_switch(thinks: bool, template: ChatTemplate, model: ServedModel) -> d
     )
 
 
-def _effort(effort: str, template: ChatTemplate, model: ServedModel) -> dict[str, Any]:
+def _variables_of_effort(effort: str, template: ChatTemplate, model: ServedModel) -> dict[str, Any]:
+    """Empty where the template has none for it."""
     found: dict[str, Any] = {}
     if template.reads("reasoning_effort"):
         found["reasoning_effort"] = effort
     if template.reads("enable_thinking"):
         found["enable_thinking"] = effort != "none"
-    if found or (effort == "none" and not model.formats.can_think):
-        return found
-    if not model.formats.is_harmony and template.reads("thinking"):
-        return {"thinking": effort != "none"}
-    raise InvalidRequestError(
-        "`reasoning_effort` is not supported by this model: its chat template has no variable for "
-        "it",
-        param="reasoning_effort",
-        code="unsupported_parameter",
-    )
+    if not found and not model.formats.is_harmony and template.reads("thinking"):
+        found["thinking"] = effort != "none"
+    return found
 
 
 def _tools(

@@ -12,7 +12,8 @@ from typing import Any
 from mlx_lm_server.errors import InvalidRequestError
 
 # name → values that change nothing; null never does
-COMMON: dict[str, tuple[Any, ...]] = {
+Neutral = Mapping[str, tuple[Any, ...]]
+COMMON: Neutral = {
     "best_of": (1,),
     "use_beam_search": (False,),
     "length_penalty": (1, 1.0),
@@ -21,7 +22,6 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "truncate_prompt_tokens": (),
-    "prompt_logprobs": (),
     "allowed_token_ids": (),
     "bad_words": ([],),
     "logits_processors": ([],),
@@ -37,7 +37,7 @@ COMMON: dict[str, tuple[Any, ...]] = {
     "store": (False,),
     "service_tier": ("auto", "default"),
 }
-CHAT: dict[str, tuple[Any, ...]] = {
+CHAT: Neutral = {
     **COMMON,
     "functions": ([],),
     "function_call": ("none", "auto"),
@@ -45,7 +45,6 @@ CHAT: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "reasoning": (),
-    "thinking_budget": (),
     "verbosity": ("medium",),
     "web_search_options": (),
     "prompt_cache_key": (),
@@ -57,17 +56,20 @@ CHAT: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
     "add_special_tokens": (False,),
 }
-COMPLETION: dict[str, tuple[Any, ...]] = {
+COMPLETION: Neutral = {
     **COMMON,
     "add_special_tokens": (True,),
+    "thinking_budget": (-1,),
+    "thinking_token_budget": (-1,),
+    "thinking_budget_tokens": (-1,),
 }
-MESSAGE: dict[str, tuple[Any, ...]] = {
+MESSAGE: Neutral = {
     "function_call": (),
     "refusal": (),
     "audio": (),
     "annotations": ([],),
 }
-STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {
+STREAM_OPTIONS: Neutral = {
     "include_obfuscation": (False,),
     "continuous_usage_stats": (False,),
 }
@@ -76,7 +78,7 @@ STREAM_OPTIONS: dict[str, tuple[Any, ...]] = {
 def supported(
     given: Mapping[str, Any],
     known: Collection[str],
-    later: Mapping[str, tuple[Any, ...]],
+    later: Neutral,
     path: str = "",
 ) -> dict[str, Any]:
     """The fields of `given` that are done. Raises InvalidRequestError naming any other."""

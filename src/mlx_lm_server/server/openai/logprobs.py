@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from mlx_lm_server.protocol import TokenLogprobs
 from mlx_lm_server.server.generate_request import ScoredToken
 
 
@@ -34,6 +35,27 @@ def _entry(token_id: int, logprob: float, tokenizer: TokenBytes) -> dict[str, An
     raw = tokenizer.bytes_of(token_id)
     text = raw.decode("utf-8", "replace")
     return {"token": text, "logprob": max(logprob, LOWEST), "bytes": list(raw)}
+
+
+def prompt_logprobs(tokens: Iterable[ScoredToken], tokenizer: TokenBytes) -> list[Any]:
+    """vLLM's form: for each token of the prompt but the first, which has null, an object of tokens
+    by their ids: the prompt's own and then the likeliest."""
+    return [None if t.scores is None else _by_id(t, t.scores, tokenizer) for t in tokens]
+
+
+def _by_id(token: ScoredToken, scores: TokenLogprobs, tokenizer: TokenBytes) -> dict[str, Any]:
+    ranked = {token.token_id: (scores.logprob, scores.rank)}
+    top = zip(scores.top_ids, scores.top_logprobs, strict=True)
+    for rank, (token_id, logprob) in enumerate(top, 1):
+        ranked.setdefault(token_id, (logprob, rank))
+    return {
+        str(token_id): {
+            "logprob": max(logprob, LOWEST),
+            "rank": rank,
+            "decoded_token": tokenizer.bytes_of(token_id).decode("utf-8", "replace"),
+        }
+        for token_id, (logprob, rank) in ranked.items()
+    }
 
 
 class CompletionLogprobs:

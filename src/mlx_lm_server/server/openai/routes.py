@@ -7,19 +7,16 @@ import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
+from mlx_lm_server.server.endpoint import ANY_GENERATION, ANY_REQUEST, Endpoint
 from mlx_lm_server.server.generate_request import GenerateRequest
-from mlx_lm_server.server.json_body import parse_object
-from mlx_lm_server.server.logs import TRACE
-from mlx_lm_server.server.middleware import read_body
-from mlx_lm_server.server.openai import adapter, schema
+from mlx_lm_server.server.openai import adapter, answer_schema, schema
 from mlx_lm_server.server.openai.stream import (
     ChatChunks,
     CompletionChunks,
@@ -27,14 +24,15 @@ from mlx_lm_server.server.openai.stream import (
     chat_response,
     completion_response,
 )
+from mlx_lm_server.server.request_body import parsed_body
 from mlx_lm_server.server.services import Services
 from mlx_lm_server.server.sse import EventStream, collect
 
 log = logging.getLogger(__name__)
 
-# A body this long takes a few milliseconds to parse.
-MAX_INLINE_BYTES = 32768
-Parsed = TypeVar("Parsed", bound=schema.Sampling)
+GROUP = "OpenAI"
+# So many scored tokens take a few milliseconds to write down.
+MAX_INLINE_TOKENS = 1024
 
 
 class OpenAIRoutes:
@@ -43,16 +41,52 @@ class OpenAIRoutes:
     def __init__(self, services: Services) -> None:
         self._services = services
 
-    def routes(self) -> list[BaseRoute]:
+    def endpoints(self) -> list[Endpoint]:
         return [
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
-            Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/models", self.models, methods=["GET"]),
-            Route("/v1/models/{id:path}", self.model, methods=["GET"]),
+            Endpoint(
+                "POST",
+                "/v1/chat/completions",
+                self.chat,
+                "Answer a conversation",
+                GROUP,
+                schema.ChatRequest,
+                answer_schema.ChatCompletion,
+                answer_schema.ChatCompletionChunk,
+                errors=ANY_GENERATION,
+            ),
+            Endpoint(
+                "POST",
+                "/v1/completions",
+                self.completions,
+                "Go on with a text",
+                GROUP,
+                schema.CompletionRequest,
+                answer_schema.Completion,
+                answer_schema.Completion,
+                errors=ANY_GENERATION,
+            ),
+            Endpoint(
+                "GET",
+                "/v1/models",
+                self.models,
+                "Names of the served model",
+                GROUP,
+                answer=answer_schema.ModelList,
+                errors=ANY_REQUEST,
+            ),
+            Endpoint(
+                "GET",
+                "/v1/models/{id:path}",
+                self.model,
+                "The model behind a name",
+                GROUP,
+                answer=answer_schema.ModelCard,
+                errors=(*ANY_REQUEST, 404),
+            ),
         ]
 
     async def chat(self, http: Request) -> ASGIApp:
-        request = await self._parse(http, schema.parse_chat)
+        request = await parsed_body(http, schema.parse_chat)
         model = self._services.model()
         return await self._answer(
             http,
@@ -63,7 +97,7 @@ class OpenAIRoutes:
         )
 
     async def completions(self, http: Request) -> ASGIApp:
-        request = await self._parse(http, schema.parse_completion)
+        request = await parsed_body(http, schema.parse_completion)
         model = self._services.model()
         return await self._answer(
             http,
@@ -89,6 +123,7 @@ class OpenAIRoutes:
         with services.admission.preparing(num_sequences):
             sequences = await adapt(http.scope["state"]["client_key"])
             generation = services.generate(id, sequences, arrival_s)
+        http.scope["state"]["warnings"] = sequences[0].warnings
         log.debug("%s: %d sequences, user=%s", id, num_sequences, request.user)
         is_chat = isinstance(request, schema.ChatRequest)
         head = Head(id, int(time.time()), name, request.metadata)
@@ -106,16 +141,10 @@ class OpenAIRoutes:
         if request.timings:
             usage.timings = generation.timings()
         build = chat_response if is_chat else completion_response
-        return json_response(build(head, answers, usage, tokenizer))
-
-    async def _parse(self, http: Request, parse: Callable[[dict[str, Any]], Parsed]) -> Parsed:
-        """The request that a body holds; a large one leaves the event loop meanwhile."""
-        body = await read_body(http.receive)
-        if log.isEnabledFor(TRACE):
-            log.log(TRACE, "%s %s", http.url.path, body.decode("utf-8", "backslashreplace"))
-        if len(body) <= MAX_INLINE_BYTES:
-            return parse(parse_object(body))
-        return await asyncio.to_thread(lambda: parse(parse_object(body)))
+        num_scored = sum(len(a.tokens) + len(a.prompt_tokens or ()) for a in answers)
+        if num_scored <= MAX_INLINE_TOKENS:
+            return json_response(build(head, answers, usage, tokenizer))
+        return json_response(await asyncio.to_thread(build, head, answers, usage, tokenizer))
 
     async def models(self, http: Request) -> Response:
         cards = [self._card(name) for name in self._services.names.shown]

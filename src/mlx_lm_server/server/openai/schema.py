@@ -1,9 +1,12 @@
-"""The bodies of OpenAI requests. Parsing one raises only InvalidRequestError, naming the field."""
+"""The bodies of OpenAI requests. Parsing one raises only InvalidRequestError, naming the field.
+
+What is said below a field is what /openapi.json and /docs say of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -22,6 +25,7 @@ MAX_STOPS = 64
 MAX_STOP_CHARS = 1024
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 MAX_CHOICES = 128
+MAX_PROMPTS = 1024
 MAX_LOGPROBS = 20
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 
@@ -90,13 +94,49 @@ def _biases(value: Any) -> Any:
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 Count = Annotated[int, Field(ge=1)]
+GivenBiases = Annotated[
+    dict[Annotated[str, Field(pattern="^[0-9]{1,11}$")], Bias],
+    Field(json_schema_extra={"additionalProperties": False}),
+]
+Prompts = Annotated[list[str | list[int]], Field(min_length=1, max_length=MAX_PROMPTS)]
+GivenPrompts = (
+    str
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+    | Annotated[list[int], Field(min_length=1)]
+    | Annotated[
+        list[Annotated[list[int], Field(min_length=1)]],
+        Field(min_length=1, max_length=MAX_PROMPTS),
+    ]
+)
+
+
+def _tell_more(schema: dict[str, Any], body: type[Body]) -> None:
+    """In the document stand the fields that are not done, too, with what they may be, and rules
+    that types do not tell."""
+    schema |= body.rules
+    for name, neutral in body.not_done.items():
+        schema.setdefault("properties", {})[name] = {
+            "enum": [None, *neutral],
+            "description": "Not supported: refused by name, but for values that change nothing.",
+        }
 
 
 class Body(BaseModel):
-    """Strict: no number from a string, no integer from a boolean."""
+    """Strict: no number from a string, no integer from a boolean. `not_done` are the fields that
+    are known and refused, see fields.py; `rules` is JSON Schema of what a validator checks."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        frozen=True,
+        use_attribute_docstrings=True,
+        json_schema_extra=_tell_more,
+    )
+    not_done: ClassVar[fields.Neutral] = {}
+    rules: ClassVar[dict[str, Any]] = {}
 
 
 RequestBody = TypeVar("RequestBody", bound=Body)
@@ -104,14 +144,20 @@ RequestBody = TypeVar("RequestBody", bound=Body)
 
 class FunctionCall(Body):
     name: str = Field(min_length=1)
+    """Name of the function."""
     arguments: str = "{}"
+    """Arguments as JSON text."""
 
 
 class ToolCall(Body):
     id: str | None = None
+    """Id that the tool's result names in `tool_call_id`."""
     type: Literal["function"] = "function"
-    index: int | None = None  # clients send a stream's pieces back as they put them together
+    """Always `function`."""
+    index: int | None = None
+    """Place in a stream; clients send it back, it has no meaning here."""
     function: FunctionCall
+    """What was called."""
 
 
 class FunctionTool(Body):
@@ -120,56 +166,125 @@ class FunctionTool(Body):
     model_config = ConfigDict(extra="allow")
 
     name: str = Field(min_length=1, max_length=256)
+    """Name that the model calls."""
     description: str | None = None
+    """When and how to use it, for the model to read."""
     parameters: dict[str, Any] | None = None
+    """JSON schema of the arguments."""
     strict: bool | None = None
+    """Hold a call back until its arguments are complete and fit the schema."""
 
 
 class Tool(Body):
     model_config = ConfigDict(extra="allow")
 
     type: Literal["function"]
+    """Always `function`."""
     function: FunctionTool
+    """What the model may call."""
 
 
 class StreamOptions(Body):
+    not_done = fields.STREAM_OPTIONS
+
     include_usage: bool = False
+    """End the stream with a chunk that has `usage` and no choices."""
 
 
 class Sampling(Body):
     """What chat and completions have in common; null is the same as absent."""
 
     model: str | None = None
-    max_tokens: Count | None = None
+    """A name of the served model, or `default`."""
+    max_tokens: int | None = Field(None, ge=0)
+    """Most tokens to generate; unset: what is left of the context, or --default-max-tokens. 0 is
+    possible together with `prompt_logprobs`, and with `echo` of completions."""
     temperature: float | None = Field(None, ge=0, le=2)
+    """0 takes the likeliest token. Unset: --default-temperature, else the model's, else 1."""
     top_p: float | None = Field(None, ge=0, le=1)
+    """Draw from the likeliest tokens that together have this probability."""
     top_k: int | None = Field(None, ge=-1, le=2**31)
+    """Draw from so many of the likeliest tokens; 0 and -1 are off."""
     min_p: float | None = Field(None, ge=0, le=1)
+    """Drop tokens less likely than this share of the likeliest."""
     presence_penalty: float | None = Field(None, ge=-2, le=2)
+    """Taken off the logit of each token that the answer has."""
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    """Taken off the logit of a token for each time that the answer has it."""
     repetition_penalty: float | None = Field(None, gt=0, le=10)
-    logit_bias: Annotated[dict[int, Bias] | None, BeforeValidator(_biases)] = None
+    """Divides the positive logits of tokens of prompt and answer, and multiplies negative ones."""
+    logit_bias: Annotated[
+        dict[int, Bias] | None,
+        BeforeValidator(_biases, json_schema_input_type=GivenBiases | None),
+    ] = None
+    """Added to the logits of tokens, by id."""
     seed: int | None = Field(None, ge=MIN_SEED, le=MAX_SEED)
-    stop: Annotated[list[Stop], BeforeValidator(_stops), Field(max_length=MAX_STOPS)] = []
+    """The same seed gives the same tokens, whatever else runs. Choice i draws with seed + i."""
+    stop: Annotated[
+        list[Stop],
+        Field(max_length=MAX_STOPS),
+        BeforeValidator(_stops, json_schema_input_type=Stop | Stops | None),
+    ] = []
+    """Texts before which the answer ends."""
     stop_token_ids: list[int] | None = Field(None, max_length=1024)
+    """Tokens before which the answer ends."""
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    """Number of choices."""
     min_tokens: int | None = Field(None, ge=0)
+    """Nothing ends the answer before it has so many tokens."""
     ignore_eos: bool | None = None
+    """Go on after the model's end tokens."""
     typical_p: float | None = Field(None, gt=0, le=1)
+    """Locally typical sampling; 1 is off."""
     xtc_probability: float | None = Field(None, ge=0, le=1)
+    """How often XTC drops the likeliest tokens; 0 is off."""
     xtc_threshold: float | None = Field(None, ge=0, le=0.5)
+    """XTC drops all tokens above this probability but the least likely of them. Default 0.1."""
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """Tell the log probability of each token of the prompt, and so many of the likeliest; not in a
+    stream."""
     timings: bool | None = None
+    """Tell seconds and paces in `usage.timings`."""
     metadata: dict[str, str] | None = Field(None, max_length=16)
+    """Comes back as it was sent."""
     stream: bool | None = None
+    """Answer with server-sent events."""
     stream_options: StreamOptions | None = None
+    """Only together with `stream`."""
+    return_progress: bool | None = None
+    """Tell in a stream how much of the prompt is computed, in `prompt_progress` of chunks that come
+    before the answer."""
     user: str | None = None
+    """Written to the log at debug level."""
     priority: int | None = Field(None, ge=MIN_PRIORITY, le=MAX_PRIORITY)
+    """Higher numbers go first among the requests of one API key."""
 
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise refuse("stream_options: only together with `stream: true`")
+        if self.return_progress and not self.stream:
+            raise refuse("return_progress: only together with `stream: true`")
         return self
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_are_no_stream(self) -> Self:
+        if self.prompt_logprobs is not None and self.stream:
+            raise refuse("prompt_logprobs: not together with `stream: true`")
+        return self
+
+    @model_validator(mode="after")
+    def _no_tokens_need_a_reason(self) -> Self:
+        if self.max_tokens == 0 and self.prompt_logprobs is None and not self.is_echoed:
+            raise refuse(
+                "max_tokens: 0 is possible together with `prompt_logprobs` only, and with "
+                "`echo: true` of completions"
+            )
+        return self
+
+    @property
+    def is_echoed(self) -> bool:
+        return False
 
     @property
     def num_choices(self) -> int:
@@ -187,13 +302,47 @@ class Sampling(Body):
         return bool(self.timings) or (options is not None and options.include_usage)
 
 
+class TextPart(Body):
+    """One part of a message's content."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["text"]
+    """Other types than text are refused."""
+    text: str
+    """The text; parts are joined by line breaks."""
+
+
 class ChatMessage(Body):
+    not_done = fields.MESSAGE
+    rules: ClassVar = {
+        "anyOf": [
+            {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+            {
+                "required": ["tool_calls"],
+                "properties": {
+                    "role": {"const": "assistant"},
+                    "tool_calls": {"type": "array", "minItems": 1},
+                },
+            },
+        ]
+    }
+
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_text_of_parts)] = None
+    """Who says it; a template sees `developer` as `system`."""
+    content: Annotated[
+        str | None,
+        BeforeValidator(_text_of_parts, json_schema_input_type=str | list[str | TextPart] | None),
+    ] = None
+    """What is said; null only beside `tool_calls`."""
     name: str | None = None
+    """Name of the speaker, or of the tool that was called, where the template reads it."""
     tool_calls: list[ToolCall] | None = None
+    """What an assistant called."""
     tool_call_id: str | None = None
+    """The call that a `tool` message answers."""
     reasoning_content: str | None = None
+    """What an assistant thought, where the template reads it."""
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
@@ -205,15 +354,33 @@ class ChatMessage(Body):
 
 
 class ChatRequest(Sampling):
+    not_done = fields.CHAT
+
     messages: list[ChatMessage] = Field(min_length=1)
+    """The conversation."""
     max_completion_tokens: Count | None = None
+    """The same as max_tokens, and goes before it."""
     chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the model's chat template, such as `enable_thinking`."""
     reasoning_effort: Effort | None = None
+    """How much to think, a hint: a model that has no measure for it answers as always, and the
+    header `x-warning` says so."""
+    thinking_budget: int | None = Field(None, ge=-1)
+    """Most tokens of reasoning; then its end is forced and the answer begins. -1 is off."""
+    thinking_token_budget: int | None = Field(None, ge=-1)
+    """The same, by vLLM's name."""
+    thinking_budget_tokens: int | None = Field(None, ge=-1)
+    """The same, by llama.cpp's name."""
     tools: list[Tool] | None = Field(None, max_length=512)
+    """Functions that the model may call."""
     tool_choice: str | dict[str, Any] | None = None
+    """`auto` (the default) or `none`."""
     parallel_tool_calls: bool | None = None
+    """false ends the answer after one call."""
     logprobs: bool | None = None
+    """Tell the log probability of each token of the answer."""
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """So many of the likeliest tokens at each place; only together with `logprobs`."""
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> Self:
@@ -221,25 +388,42 @@ class ChatRequest(Sampling):
             raise refuse("top_logprobs: only together with `logprobs: true`")
         return self
 
+    @model_validator(mode="after")
+    def _has_one_budget(self) -> Self:
+        if len(self._thinking_budgets) > 1:
+            raise refuse("thinking_budget: given more than once, with different values")
+        return self
+
+    @property
+    def _thinking_budgets(self) -> set[int]:
+        names = (self.thinking_budget, self.thinking_token_budget, self.thinking_budget_tokens)
+        return {budget for budget in names if budget is not None}
+
+    @property
+    def max_thinking_tokens(self) -> int | None:
+        """None where the reasoning is not bounded."""
+        return next((budget for budget in self._thinking_budgets if budget >= 0), None)
+
     @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(Sampling):
-    prompt: Annotated[
-        list[str | list[int]], BeforeValidator(_prompts), Field(min_length=1, max_length=1024)
-    ]
-    max_tokens: int | None = Field(None, ge=0)
-    echo: bool | None = None
-    suffix: str | None = None
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    not_done = fields.COMPLETION
 
-    @model_validator(mode="after")
-    def _no_tokens_need_an_echo(self) -> Self:
-        if self.max_tokens == 0 and not self.echo:
-            raise refuse("max_tokens: 0 is possible together with `echo: true` only")
-        return self
+    prompt: Annotated[Prompts, BeforeValidator(_prompts, json_schema_input_type=GivenPrompts)]
+    """A text, a list of texts, token ids, or a list of lists of token ids."""
+    echo: bool | None = None
+    """Begin the text with the prompt, and the logprobs with the prompt's."""
+    suffix: str | None = None
+    """Text after the place to fill, for models that have tokens for it."""
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    """Tell log probabilities, and so many of the likeliest tokens at each place."""
+
+    @property
+    def is_echoed(self) -> bool:
+        return bool(self.echo)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -247,18 +431,24 @@ class CompletionRequest(Sampling):
 
 
 def parse_chat(body: Mapping[str, Any]) -> ChatRequest:
-    given = fields.supported(body, ChatRequest.model_fields, fields.CHAT)
-    given = known_messages(_without_empty(given))
+    given = known_messages(_without_empty(known_fields(ChatRequest, body)))
     return validate(ChatRequest, _known_stream_options(given))
+
+
+def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
+    return validate(CompletionRequest, _known_stream_options(known_fields(CompletionRequest, body)))
+
+
+def known_fields(kind: type[Body], given: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The fields that are done. Raises InvalidRequestError naming any other."""
+    return fields.supported(given, kind.model_fields, kind.not_done, path)
 
 
 def known_messages(given: dict[str, Any]) -> dict[str, Any]:
     messages = given.get("messages")
     if isinstance(messages, list):
         given["messages"] = [
-            fields.supported(m, ChatMessage.model_fields, fields.MESSAGE, f"messages[{i}].")
-            if isinstance(m, dict)
-            else m
+            known_fields(ChatMessage, m, f"messages[{i}].") if isinstance(m, dict) else m
             for i, m in enumerate(messages)
         ]
     return given
@@ -269,17 +459,10 @@ def _without_empty(given: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != "tools" or value != []}
 
 
-def parse_completion(body: Mapping[str, Any]) -> CompletionRequest:
-    given = fields.supported(body, CompletionRequest.model_fields, fields.COMPLETION)
-    return validate(CompletionRequest, _known_stream_options(given))
-
-
 def _known_stream_options(given: dict[str, Any]) -> dict[str, Any]:
     options = given.get("stream_options")
     if isinstance(options, dict):
-        given["stream_options"] = fields.supported(
-            options, StreamOptions.model_fields, fields.STREAM_OPTIONS, "stream_options."
-        )
+        given["stream_options"] = known_fields(StreamOptions, options, "stream_options.")
     return given
 
 

@@ -8,15 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
 from mlx_lm_server.parsing.message import MessageDelta
-from mlx_lm_server.server.generate_request import Answer, AnswerReason, Delta, Usage
-from mlx_lm_server.server.openai.logprobs import CompletionLogprobs, TokenBytes, chat_logprobs
+from mlx_lm_server.server.generate_request import (
+    Answer,
+    AnswerReason,
+    Delta,
+    PromptProgress,
+    Usage,
+)
+from mlx_lm_server.server.openai.logprobs import (
+    CompletionLogprobs,
+    TokenBytes,
+    chat_logprobs,
+    prompt_logprobs,
+)
 
 encode = msgspec.json.encode
+NOTHING_MORE: Mapping[str, Any] = MappingProxyType({})
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
@@ -88,6 +101,17 @@ class Chunks:
     def finish(self, index: int, reason: AnswerReason) -> bytes:
         choice = b'{"index":%d,' % index + self.LAST + b',"finish_reason":' + encode(reason) + b"}"
         return self._head + choice + self._tail
+
+    def progress(self, index: int, progress: PromptProgress) -> bytes:
+        """A chunk with empty choices, in llama.cpp's words."""
+        told = {
+            "index": index,
+            "total": progress.num_prompt,
+            "cache": progress.num_cached,
+            "processed": progress.num_computed,
+            "time_ms": round(progress.elapsed_s * 1000),
+        }
+        return self._head + b'],"prompt_progress":' + encode(told) + b"}\n\n"
 
     def usage(self, usage: Usage) -> bytes:
         """The chunk with empty choices; nothing unless it was asked for."""
@@ -166,7 +190,8 @@ def chat_response(
         }
         for index, answer in enumerate(answers)
     ]
-    return _response(head, "chat.completion", choices, usage)
+    more = _prompt_logprobs(answers[0], tokenizer)
+    return _response(head, "chat.completion", choices, usage, more)
 
 
 def _message(answer: Answer) -> dict[str, Any]:
@@ -198,11 +223,26 @@ def completion_response(
             "text": answer.text,
             "logprobs": CompletionLogprobs(tokenizer).of(answer.tokens) if answer.tokens else None,
             "finish_reason": answer.finish_reason,
+            **_prompt_logprobs(answer, tokenizer),
         }
         for index, answer in enumerate(answers)
     ]
     return _response(head, "text_completion", choices, usage)
 
 
-def _response(head: Head, kind: str, choices: Sequence[Any], usage: Usage) -> bytes:
-    return encode({**head.fields(kind), "choices": choices, "usage": usage_object(usage)})
+def _prompt_logprobs(answer: Answer, tokenizer: TokenBytes) -> dict[str, Any]:
+    """As vLLM has them: of a chat beside the choices, of completions in each of them."""
+    if answer.prompt_tokens is None:
+        return {}
+    return {"prompt_logprobs": prompt_logprobs(answer.prompt_tokens, tokenizer)}
+
+
+def _response(
+    head: Head,
+    kind: str,
+    choices: Sequence[Any],
+    usage: Usage,
+    more: Mapping[str, Any] = NOTHING_MORE,
+) -> bytes:
+    found = {**head.fields(kind), "choices": choices, "usage": usage_object(usage)}
+    return encode({**found, **more})

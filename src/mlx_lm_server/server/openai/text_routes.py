@@ -7,15 +7,17 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
 
-from mlx_lm_server.server.json_body import parse_object
-from mlx_lm_server.server.middleware import read_body
-from mlx_lm_server.server.openai import text_schema
+from mlx_lm_server.server.endpoint import ANY_REQUEST, Endpoint
+from mlx_lm_server.server.openai import answer_schema, text_schema
 from mlx_lm_server.server.openai.adapter import check_ids
-from mlx_lm_server.server.openai.chat_prompt import ChatPrompt, chat_prompt
+from mlx_lm_server.server.openai.chat_prompt import chat_prompt
+from mlx_lm_server.server.request_body import parsed_body
 from mlx_lm_server.server.served_model import ServedModel
 from mlx_lm_server.server.services import Services
+
+GROUP = "Text"
+ERRORS = (*ANY_REQUEST, 404, 503)
 
 
 class TextRoutes:
@@ -24,22 +26,46 @@ class TextRoutes:
     def __init__(self, services: Services) -> None:
         self._services = services
 
-    def routes(self) -> list[BaseRoute]:
+    def endpoints(self) -> list[Endpoint]:
         return [
-            Route("/tokenize", self.tokenize, methods=["POST"]),
-            Route("/detokenize", self.detokenize, methods=["POST"]),
-            Route("/apply-template", self.apply_template, methods=["POST"]),
+            Endpoint(
+                "POST",
+                "/tokenize",
+                self.tokenize,
+                "Token ids of a text or a conversation",
+                GROUP,
+                text_schema.TokenizeRequest,
+                answer_schema.TokenizeAnswer,
+                errors=ERRORS,
+            ),
+            Endpoint(
+                "POST",
+                "/detokenize",
+                self.detokenize,
+                "The text of token ids",
+                GROUP,
+                text_schema.DetokenizeRequest,
+                answer_schema.DetokenizeAnswer,
+                errors=ERRORS,
+            ),
+            Endpoint(
+                "POST",
+                "/apply-template",
+                self.apply_template,
+                "A conversation as the model gets it",
+                GROUP,
+                text_schema.ApplyTemplateRequest,
+                answer_schema.ApplyTemplateAnswer,
+                errors=ERRORS,
+            ),
         ]
 
     async def tokenize(self, http: Request) -> Response:
-        request = text_schema.parse_tokenize(await _body(http))
+        request = await parsed_body(http, text_schema.parse_tokenize)
         model = self._model(request.model)
+        text = request.text
         if request.messages is not None:
-            text = await _prompt_of(request, model).render(
-                model, add_generation_prompt=request.add_generation_prompt
-            )
-        else:
-            text = request.text
+            text = await _rendered(request, model, http)
         ids = await model.tokenizer.encode(text, add_special_tokens=request.adds_special_tokens)
         found: dict[str, Any] = {
             "count": len(ids),
@@ -47,23 +73,20 @@ class TextRoutes:
             "tokens": ids,
         }
         if request.return_token_strs:
-            found["token_strs"] = [model.tokenizer.token_of(i) for i in ids]
+            found["token_strs"] = await model.tokenizer.tokens_of(ids)
         return _json(found)
 
     async def detokenize(self, http: Request) -> Response:
-        request = text_schema.parse_detokenize(await _body(http))
+        request = await parsed_body(http, text_schema.parse_detokenize)
         model = self._model(request.model)
         check_ids(request.tokens, model, "tokens")
-        text = model.tokenizer.decode(request.tokens)
+        text = await model.tokenizer.decode(request.tokens)
         return _json({"prompt": text, "content": text})
 
     async def apply_template(self, http: Request) -> Response:
-        request = text_schema.parse_apply_template(await _body(http))
+        request = await parsed_body(http, text_schema.parse_apply_template)
         model = self._model(request.model)
-        text = await _prompt_of(request, model).render(
-            model, add_generation_prompt=request.add_generation_prompt
-        )
-        return _json({"prompt": text})
+        return _json({"prompt": await _rendered(request, model, http)})
 
     def _model(self, name: str | None) -> ServedModel:
         model = self._services.model()
@@ -71,18 +94,16 @@ class TextRoutes:
         return model
 
 
-def _prompt_of(request: text_schema.Rendering, model: ServedModel) -> ChatPrompt:
-    return chat_prompt(
+async def _rendered(request: text_schema.Rendering, model: ServedModel, http: Request) -> str:
+    prompt = chat_prompt(
         model,
         request.messages or (),
         request.chat_template_kwargs,
         effort=request.reasoning_effort,
         tools=request.tools,
     )
-
-
-async def _body(http: Request) -> dict[str, Any]:
-    return parse_object(await read_body(http.receive))
+    http.scope["state"]["warnings"] = prompt.warnings
+    return await prompt.render(model, add_generation_prompt=request.add_generation_prompt)
 
 
 def _json(found: dict[str, Any]) -> Response:

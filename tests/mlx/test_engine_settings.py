@@ -1,0 +1,139 @@
+"""What the server orders of an engine (`LoadModel`) has its effect there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mlx_lm_server.config import BatchingConfig, Config, CpuConfig, KVConfig, ModelConfig
+from mlx_lm_server.core.plan import StepPlan
+from mlx_lm_server.errors import ModelTooLargeError, UnsupportedModelError
+from mlx_lm_server.protocol import Abort, AddRequest, LoadModel
+from mlx_lm_server.server.boot import load_message
+from tests.mlx.driver import GREEDY, EngineDriver, random_prompts
+from tests.mlx.tiny_models import VOCAB_SIZE, write_model
+from tests.observations import observes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model("qwen3", tmp_path_factory.mktemp("tiny"))
+
+
+def engine(folder: Path, **sections: object) -> EngineDriver:
+    """With the settings of a Config, by the way that they take."""
+    order = load_message(Config(**sections), folder)  # type: ignore[arg-type]
+    fields = {f: getattr(order, f) for f in LoadModel.__struct_fields__ if f != "model_path"}
+    return EngineDriver(folder, **fields)
+
+
+def plans_of(driver: EngineDriver, lengths: list[int]) -> list[StepPlan]:
+    """What the scheduler plans for prompts of these lengths."""
+    found: list[StepPlan] = []
+    scheduler = driver.core._scheduler
+    plan = scheduler.schedule
+
+    def watched(now_s: float) -> StepPlan | None:
+        found.extend([one] if (one := plan(now_s)) is not None else [])
+        return one
+
+    scheduler.schedule = watched  # type: ignore[method-assign]
+    driver.run(random_prompts(1, lengths, VOCAB_SIZE), GREEDY)
+    return found
+
+
+def most(plans: list[StepPlan], count: Callable[[StepPlan], int]) -> int:
+    return max(map(count, plans))
+
+
+@observes(
+    "BatchingConfig.max_batch_size",
+    "BatchingConfig.max_num_batched_tokens",
+    "BatchingConfig.prefill_batch_size",
+    "BatchingConfig.prefill_step_size",
+)
+def test_a_step_is_as_large_as_it_may_be(folder: Path) -> None:
+    lengths = [40] * 12
+    plans = plans_of(engine(folder, batching=BatchingConfig(max_batch_size=5)), lengths)
+    assert most(plans, lambda plan: len(plan.sampling_rows)) == 5
+    batching = BatchingConfig(max_num_batched_tokens=64)
+    plans = plans_of(engine(folder, batching=batching), lengths)
+    assert most(plans, lambda plan: plan.num_prefill_tokens + len(plan.decodes)) == 64
+    plans = plans_of(engine(folder, batching=BatchingConfig(prefill_batch_size=2)), lengths)
+    assert most(plans, lambda plan: len(plan.prefills)) == 2
+    plans = plans_of(engine(folder, batching=BatchingConfig(prefill_step_size=16)), lengths)
+    assert most(plans, lambda plan: max((len(c.token_ids) for c in plan.prefills), default=0)) == 16
+
+
+@observes("BatchingConfig.itl_goal_ms")
+def test_the_goal_is_what_the_scheduler_plans_for(folder: Path) -> None:
+    driver = engine(folder, batching=BatchingConfig(itl_goal_ms=70))
+    assert driver.core._scheduler._limits.step_goal_s(0.001, is_short=False) == 0.07
+
+
+@observes("KVConfig.max_kv_size", "KVConfig.memory_limit_gb")
+def test_memory_is_bounded(folder: Path) -> None:
+    free = engine(folder).ready
+    assert engine(folder, kv=KVConfig(max_kv_size=2000)).ready.kv_limit_tokens == 2000
+    bounded = engine(folder, kv=KVConfig(memory_limit_gb=0.1)).ready
+    assert bounded.memory_limit_bytes == 100_000_000
+    assert bounded.kv_limit_bytes < min(free.kv_limit_bytes, 100_000_000)
+    with pytest.raises(ModelTooLargeError):
+        engine(folder, kv=KVConfig(memory_limit_gb=0.0001))
+
+
+@observes("CpuConfig.cpu_weights")
+def test_weights_are_held_as_asked(tmp_path: Path) -> None:
+    folder = write_model("qwen3", tmp_path, bits=4)
+    assert engine(folder, cpu=CpuConfig(cpu_weights="float32")).ready.weights == "float32"
+    assert "4" in engine(folder, cpu=CpuConfig(cpu_weights="native")).ready.weights
+
+
+@observes("CpuConfig.cpu_threads")
+def test_the_blas_has_as_many_threads_as_asked() -> None:
+    """A process of its own, since the number goes to the BLAS before mlx is there, as in
+    engine_main."""
+    order = load_message(Config(cpu=CpuConfig(cpu_threads=3)), Path("x"))
+    program = (
+        "import ctypes; from mlx_lm_server.runner import blas; "
+        f"loaded = blas.preload({order.num_threads}); "
+        "print(ctypes.CDLL(str(loaded.path)).openblas_get_num_threads() if loaded.path else 3)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["3"], done.stderr
+
+
+@observes("ModelConfig.trust_remote_code")
+def test_a_models_own_code_runs_only_if_trusted(folder: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**config, "model_file": "own.py"}))
+    (own / "own.py").write_text("from mlx_lm.models.qwen3 import *\n")
+    with pytest.raises(UnsupportedModelError, match="trust_remote_code"):
+        engine(own)
+    trusting = engine(own, model=ModelConfig(trust_remote_code=True))
+    prompts = random_prompts(1, [20], VOCAB_SIZE)
+    assert trusting.run(prompts) == engine(folder).run(prompts)
+
+
+def test_progress_is_told_to_those_who_ask(folder: Path) -> None:
+    driver = engine(folder, batching=BatchingConfig(prefill_step_size=16))
+    prompts = random_prompts(5, [40, 40, 7], VOCAB_SIZE)
+    told: dict[str, list[int]] = {name: [] for name in "abc"}
+    for name, prompt in zip(told, prompts, strict=True):
+        request = AddRequest(name, prompt, GREEDY, wants_progress=name != "b")
+        assert driver.core.handle([request]) == []
+    driver.core.handle([Abort("c")])
+    while driver.core.has_work:
+        for output in driver.core.step():
+            if output.num_computed_tokens:
+                assert output.token_ids == []
+                told[output.req_id].append(output.num_computed_tokens)
+    assert told == {"a": [16, 32, 40], "b": [], "c": []}
