@@ -309,7 +309,7 @@ class Scheduler:
         plan = PrefillPlan(self._limits, self._cost_model, decode, self._ramp_tokens)
         chunks = plan.share_out(prefilling)
         had = sum(num_tokens for _, num_tokens in chunks) if decoding else 0
-        self._ramp_tokens = max(self._limits.first_chunk_tokens, had + had // 4)
+        self._ramp_tokens = max(self._limits.first_chunk_tokens, had + had // 2)
         return chunks
 
     def _prefill_share(self, decode: StepFeatures) -> float:
