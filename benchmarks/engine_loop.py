@@ -1,6 +1,6 @@
 """The engine without HTTP: against bare loops and mlx-lm, with own sampling, with one long row.
 
-    python -m benchmarks.engine_loop [speed sampling long-row …] [--quick]
+    python -m benchmarks.engine_loop [speed sampling long-row long-prompt …] [--quick]
 
 Each contender is a process of its own with the same BLAS; rounds are interleaved and ratios are
 medians over the rounds. Writes results/engine-PART.json.
@@ -16,6 +16,7 @@ import msgspec
 
 from benchmarks.claims import Claim
 from benchmarks.contenders.load import Load, Measured
+from benchmarks.long_prompt import long_prompt
 from benchmarks.models import ensure_models
 from benchmarks.parts import Effort, Findings, console, run_parts
 from benchmarks.workers import Worker, workers
@@ -162,7 +163,12 @@ def long_row(effort: Effort) -> Findings:
     return claims, {"rounds": rounds, "uneven": uneven, "even": even}
 
 
-PARTS = {"speed": speed, "sampling": sampling, "long-row": long_row}
+PARTS = {
+    "speed": speed,
+    "sampling": sampling,
+    "long-row": long_row,
+    "long-prompt": long_prompt,
+}
 
 
 if __name__ == "__main__":
