@@ -1,6 +1,6 @@
 """The engine without HTTP: against bare loops and mlx-lm, with own sampling, with one long row.
 
-    python -m benchmarks.engine_loop [speed sampling long-row …] [--quick]
+    python -m benchmarks.engine_loop [speed sampling long-row long-prompt …] [--quick]
 
 Each contender is a process of its own with the same BLAS; rounds are interleaved and ratios are
 medians over the rounds. Writes results/engine-PART.json.
@@ -16,6 +16,7 @@ import msgspec
 
 from benchmarks.claims import Claim
 from benchmarks.contenders.load import Load, Measured
+from benchmarks.long_prompt import long_prompt
 from benchmarks.models import ensure_models
 from benchmarks.parts import Effort, Findings, console, run_parts
 from benchmarks.workers import Worker, workers
@@ -97,9 +98,11 @@ def _speed_claims(rounds: Rounds, phase: str, rows: int) -> list[Claim]:
 
 
 def sampling(effort: Effort) -> Findings:
-    """What own temperature, top_p and seed of each row cost against greedy, V = 8192."""
+    """What own temperature, top_p and seed of each row cost against greedy, V = 8192: CPU time of a
+    step with one thread."""
     claims, found = [], {}
-    with workers("engine", "batch_generate", model=str(ensure_models()["float32"])) as pool:
+    model = str(ensure_models()["float32"])
+    with workers("engine", "batch_generate", model=model, threads=1) as pool:
         for rows in (8, 32):
             greedy = Load((16,) * rows, 24 if effort.is_quick else 96, 0)
             own = msgspec.structs.replace(greedy, own_sampling=True)
@@ -110,8 +113,9 @@ def sampling(effort: Effort) -> Findings:
             }
             rounds = interleave(pool, loads, effort.rounds)
             show(f"{rows} rows", rounds, "decode")
+            show_steps(f"{rows} rows", rounds)
             for name in pool:
-                more = median(_step_ratio(one, f"{name} own", f"{name} greedy") for one in rounds)
+                more = median(_cpu_ratio(one, f"{name} own", f"{name} greedy") for one in rounds)
                 bound = 1.15 if name == "engine" else None
                 claims.append(
                     Claim(
@@ -120,6 +124,17 @@ def sampling(effort: Effort) -> Findings:
                 )
             found[f"rows-{rows}"] = rounds
     return claims, found
+
+
+def show_steps(label: str, rounds: Rounds) -> None:
+    for name in rounds[0]:
+        steps_ms = sorted(one[name].step_cpu_p50_s * 1e3 for one in rounds)
+        spread = f"{steps_ms[0]:7.2f} … {steps_ms[-1]:7.2f}"
+        console.print(f"  CPU      {label:10} {name:22} {median(steps_ms):8.2f} ms/step {spread}")
+
+
+def _cpu_ratio(one: dict[str, Measured], over: str, under: str) -> float:
+    return one[over].step_cpu_p50_s / one[under].step_cpu_p50_s
 
 
 def _step_ratio(one: dict[str, Measured], over: str, under: str) -> float:
@@ -148,7 +163,12 @@ def long_row(effort: Effort) -> Findings:
     return claims, {"rounds": rounds, "uneven": uneven, "even": even}
 
 
-PARTS = {"speed": speed, "sampling": sampling, "long-row": long_row}
+PARTS = {
+    "speed": speed,
+    "sampling": sampling,
+    "long-row": long_row,
+    "long-prompt": long_prompt,
+}
 
 
 if __name__ == "__main__":

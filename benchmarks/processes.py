@@ -16,6 +16,8 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks import reaper
+
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 20.0
 LOG_TAIL_CHARS = 3000
@@ -83,7 +85,7 @@ def running(launch: Launch) -> Iterator[Server]:
     arguments = [argument.replace("{port}", str(port)) for argument in launch.arguments]
     with tempfile.NamedTemporaryFile(suffix=".log") as log:
         began_at = time.perf_counter()
-        child = subprocess.Popen([sys.executable, *arguments], stdout=log, stderr=log)
+        child = reaper.start([sys.executable, *arguments], stdout=log, stderr=log)
         process = psutil.Process(child.pid)
         try:
             url = f"http://127.0.0.1:{port}"

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from time import process_time
 
+from benchmarks import reaper
 from benchmarks.claims import Claim
 from benchmarks.parts import Effort, Findings, console, run_parts
 
@@ -39,8 +40,11 @@ def products(effort: Effort) -> Findings:
 
 def _run(name: str, repeats: int) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.products", "--child", name, str(repeats)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    child = reaper.start(command, stdout=subprocess.PIPE)
+    answer, _ = child.communicate()
+    if child.returncode:
+        raise RuntimeError(f"{name} ended with {child.returncode}")
+    found: dict[str, float] = json.loads(answer.splitlines()[-1])
     return found
 
 

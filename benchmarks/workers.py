@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import msgspec
 import psutil
 
+from benchmarks import reaper
 from benchmarks.contenders.load import Load, Measured
 from benchmarks.processes import pin
 from mlx_lm_server.server.engine_process import ENGINE_ENVIRONMENT
@@ -29,7 +30,7 @@ class Worker:
             command += ["--threads", str(threads)]
         self.name = name
         environment = ENGINE_ENVIRONMENT | os.environ if name in OURS else None
-        self._child = subprocess.Popen(
+        self._child = reaper.start(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
         self._line()

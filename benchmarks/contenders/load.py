@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from random import Random
 from statistics import median
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Protocol
 
 import msgspec
@@ -54,7 +54,8 @@ class Load(msgspec.Struct, frozen=True):
 
 class Measured(msgspec.Struct, frozen=True):
     """`decode_…` is over the time in which all rows decode: from the last row's first token to the
-    first row's last. Bytes: see `Contender`."""
+    first row's last. `step_cpu_p50_s` is the CPU time of a step, all threads of the process: what
+    to compare on a busy machine. Bytes: see `Contender`."""
 
     total_s: float
     total_tokens: int
@@ -62,6 +63,7 @@ class Measured(msgspec.Struct, frozen=True):
     decode_s: float
     decode_tokens: int
     step_p50_s: float
+    step_cpu_p50_s: float
     peak_bytes: int
     live_kv_bytes: int
 
@@ -103,24 +105,23 @@ def measure(contender: Contender, load: Load, memory: Memory) -> Measured:
     """Run one load and time it. The peak is of the time in which all rows decode, without what
     was held before the load."""
     counts = [0] * len(load.prompt_tokens)
-    steps: list[tuple[float, int]] = []  # of the time in which all rows decode
+    steps: list[tuple[float, float, int]] = []  # of the time in which all rows decode
     total_tokens, decode_tokens, held_bytes = 0, 0, memory.get_active_memory()
     begun = perf_counter()
     for rows in contender.generate(load):
-        now = perf_counter()
+        now, cpu = perf_counter(), process_time()
         is_full = min(counts) > 0 and max(counts) < load.output_tokens
         for row in rows:
             counts[row] += 1
         total_tokens += len(rows)
         if is_full:
-            steps.append((now, len(rows)))
+            steps.append((now, cpu, len(rows)))
         elif min(counts) > 0 and not steps:
             memory.reset_peak_memory()
-            steps.append((now, 0))
+            steps.append((now, cpu, 0))
     total_s = perf_counter() - begun
-    times = [time for time, _ in steps]
-    decode_tokens = sum(num for _, num in steps)
-    gaps = [after - before for before, after in pairwise(times)]
+    times = [time for time, _, _ in steps]
+    decode_tokens = sum(num for _, _, num in steps)
     live_tokens = sum(load.prompt_tokens) + total_tokens
     return Measured(
         total_s=total_s,
@@ -128,7 +129,12 @@ def measure(contender: Contender, load: Load, memory: Memory) -> Measured:
         prompt_tokens=sum(load.prompt_tokens),
         decode_s=times[-1] - times[0] if times else 0.0,
         decode_tokens=decode_tokens,
-        step_p50_s=median(gaps) if gaps else 0.0,
+        step_p50_s=_median_gap(times),
+        step_cpu_p50_s=_median_gap([cpu for _, cpu, _ in steps]),
         peak_bytes=memory.get_peak_memory() - held_bytes,
         live_kv_bytes=live_tokens * contender.kv_bytes_per_token,
     )
+
+
+def _median_gap(times: list[float]) -> float:
+    return median(after - before for before, after in pairwise(times)) if times[1:] else 0.0

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lm_server.runner import blas
+from mlx_lm_server.runner import native
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate")
 
@@ -64,7 +64,7 @@ except RuntimeError as error:
 
 
 has_small_gemm = pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which("cc") or not {"avx2", "fma"} <= blas._cpu_flags(),
+    sys.platform != "linux" or not shutil.which("cc") or not {"avx2", "fma"} <= native.cpu_flags(),
     reason="needs a C compiler and a CPU with AVX2",
 )
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -13,11 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_lm_server.protocol import SamplingParams
+from mlx_lm_server.runner import native_draw
+from mlx_lm_server.runner.native_draw import NativeDraw
+from mlx_lm_server.runner.race import Vocabulary
 from mlx_lm_server.runner.sampler import RowSampling, Sampler, start_row
 
 PROBABILITIES = np.array([0.4, 0.25, 0.15, 0.1, 0.05, 0.03, 0.02])
 LOGITS = mx.array(np.log(PROBABILITIES).astype(np.float32))
 NUM_DRAWS = 8000
+NATIVE = native_draw.load()
+SAMPLERS = [None] if NATIVE is None else [None, NATIVE]
 
 
 def params(seed: int = 0, **fields: object) -> SamplingParams:
@@ -31,7 +38,11 @@ def row(
 
 
 def draw(logits: mx.array, rows: Sequence[RowSampling]) -> list[int]:
-    tokens: list[int] = Sampler(logits.shape[-1]).sample(logits, rows).tolist()  # type: ignore[assignment]
+    """With arrays, and in C where it can be compiled: the same tokens."""
+    vocab, again = logits.shape[-1], [replace(row) for row in rows]
+    tokens: list[int] = Sampler(vocab).sample(logits, rows).tolist()  # type: ignore[assignment]
+    if NATIVE is not None:
+        assert Sampler(vocab, NATIVE).sample(logits, again).tolist() == tokens
     return tokens
 
 
@@ -131,10 +142,13 @@ def test_a_row_draws_the_same_token_whatever_shares_the_batch(
     assert draw(logits, rows)[place] == draw(logits[place : place + 1], [mine()])[0]
 
 
-def test_the_index_of_the_token_changes_the_draw_and_a_restart_does_not() -> None:
+@pytest.mark.parametrize("native", SAMPLERS)
+def test_the_index_of_the_token_changes_the_draw_and_a_restart_does_not(
+    native: NativeDraw | None,
+) -> None:
     vocab = 1000
     logits = mx.zeros((1, vocab))
-    sampler = Sampler(vocab)
+    sampler = Sampler(vocab, native)
     going_on = row(vocab, prompt=(1, 2), seed=5)
     tokens = [sampler.sample(logits, [going_on]).item() for _ in range(6)]
     assert len(set(tokens)) > 3
@@ -154,8 +168,9 @@ def test_penalties_are_those_of_openai_and_ctrl() -> None:
     assert draw(logits, [row(4, prompt=(0, 2), temperature=0.0, repetition_penalty=1.5)]) == [3]
 
 
-def test_penalties_follow_the_tokens_that_are_drawn() -> None:
-    sampler = Sampler(3)
+@pytest.mark.parametrize("native", SAMPLERS)
+def test_penalties_follow_the_tokens_that_are_drawn(native: NativeDraw | None) -> None:
+    sampler = Sampler(3, native)
     punished = row(3, temperature=0.0, frequency_penalty=1.0)
     logits = mx.array([[1.5, 1.0, 0.0]])
     assert [sampler.sample(logits, [punished]).item() for _ in range(4)] == [0, 1, 0, 1]
@@ -171,3 +186,47 @@ def test_greedy_and_drawing_rows_share_a_batch() -> None:
     logits = mx.broadcast_to(LOGITS[None], (3, 7))
     rows = [row(7, temperature=0.0), row(7, seed=1, logit_bias={6: 50.0}), row(7, temperature=0.0)]
     assert draw(logits, rows) == [0, 6, 0]
+
+
+def test_a_large_vocabulary_is_drawn_from_alike_with_arrays_and_in_c() -> None:
+    """`draw` compares the two; widths around the lanes of the C code and the stacks of arrays."""
+    rng = random.Random(7)
+    for vocab in (63, 64, 65, 500, 1531, 8192, 32001):
+        mx.random.seed(vocab)
+        logits = mx.random.normal((12, vocab)) * rng.uniform(0.5, 4)
+        rows = [
+            row(
+                vocab,
+                seed=rng.getrandbits(64),
+                temperature=rng.choice((0.0, 0.4, 1.0, 1.5)),
+                top_p=rng.choice((0.0, 0.1, 0.7, 0.95, 1.0)),
+                top_k=rng.choice((0, 0, 1, 40)),
+                min_p=rng.choice((0.0, 0.02)),
+            )
+            for _ in range(12)
+        ]
+        assert all(0 <= token < vocab for token in draw(logits, rows))
+
+
+@pytest.mark.skipif(NATIVE is None, reason="nothing can be compiled here")
+def test_logits_that_are_no_numbers_draw_some_token_and_do_not_hang() -> None:
+    for value in (mx.nan, mx.inf, -mx.inf):
+        logits = mx.full((3, 100), value)
+        rows = [
+            row(100, top_p=0.5, top_k=3),
+            row(100, temperature=0.0),
+            row(100, top_p=0.0, min_p=0.1),
+        ]
+        tokens = Sampler(100, NATIVE).sample(logits, rows).tolist()
+        assert all(0 <= token < 100 for token in tokens)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 97, 300, 8192])
+def test_stacked_reductions_are_those_over_the_vocabulary(size: int) -> None:
+    values = mx.random.normal((5, size))
+    vocabulary = Vocabulary(size)
+    assert mx.array_equal(vocabulary.largest(values), values.max(axis=-1, keepdims=True))
+    places = mx.argmax(values, axis=-1, keepdims=True)
+    assert mx.array_equal(vocabulary.place_of_largest(values), places)
+    sums = values.sum(axis=-1, keepdims=True)
+    assert mx.allclose(vocabulary.total(values), sums, atol=1e-3)

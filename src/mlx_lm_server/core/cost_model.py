@@ -35,8 +35,10 @@ MIN_STEP_S = 1e-6
 
 
 class StepFeatures(NamedTuple):
-    """What a step's time depends on. `kv_tokens` is what the decoding rows attend to, and
-    `prefill_pairs` the same summed over the prefill tokens."""
+    """What a step's time depends on. `kv_tokens` is the K and V that are read, once for each
+    decoding row and once for each chunk; `prefill_pairs` is what the prefill tokens attend to, one
+    by one. Without the reading, a chunk over a long context costs several milliseconds that do not
+    shrink with it; a model that knows nothing of them takes them for a cost of decoding."""
 
     prefill_tokens: int = 0
     rows: int = 0
@@ -48,7 +50,8 @@ class StepFeatures(NamedTuple):
         return cls(
             prefill_tokens=plan.num_prefill_tokens,
             rows=len(plan.decodes),
-            kv_tokens=sum(decode.position + 1 for decode in plan.decodes),
+            kv_tokens=sum(decode.position + 1 for decode in plan.decodes)
+            + sum(chunk.start + len(chunk.token_ids) for chunk in plan.prefills),
             prefill_pairs=sum(_pairs_of(chunk) for chunk in plan.prefills),
         )
 
@@ -56,6 +59,7 @@ class StepFeatures(NamedTuple):
         """This step and one more prefill chunk."""
         return self._replace(
             prefill_tokens=self.prefill_tokens + num_tokens,
+            kv_tokens=self.kv_tokens + start + num_tokens,
             prefill_pairs=self.prefill_pairs + prefill_pairs(start, num_tokens),
         )
 
@@ -144,11 +148,13 @@ class CostModel:
 
     def max_chunk_tokens(self, slack_s: float, context: int) -> int:
         """The chunk after `context` tokens that adds `slack_s` seconds, to the nearest token: the
-        root of per_pair / 2 · n² + (per_token + per_pair · (context + 1/2)) · n = slack_s."""
+        root of per_pair / 2 · n² + (per_token + per_kv + per_pair · (context + 1/2)) · n
+        = slack_s - per_kv · context."""
+        _, per_token, _, per_kv_token, per_pair = self._costs
+        slack_s -= per_kv_token * context
         if slack_s <= 0:
             return 0
-        _, per_token, _, _, per_pair = self._costs
-        linear = max(per_token + per_pair * (context + 0.5), 1e-12)
+        linear = max(per_token + per_kv_token + per_pair * (context + 0.5), 1e-12)
         root = math.sqrt(linear * linear + 2 * per_pair * slack_s)
         return round(2 * slack_s / (linear + root))
 

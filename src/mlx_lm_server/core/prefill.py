@@ -5,8 +5,8 @@ tokens that allows (Sarathi-Serve, Agrawal et al. 2024, with time in place of a 
 are shared so that a short prompt does not wait behind a long one and a long one always goes on:
 the oldest prompt gets a quarter, the rest goes to the prompts with the least left.
 
-What the model has learnt from large chunks on an idle machine promises too much for small ones, so
-a long prompt beside decoding rows starts small and grows by at most a quarter from step to step
+A token in a small chunk costs a little more than one in the large chunks of an idle machine, so a
+long prompt beside decoding rows starts small and grows by at most half from step to step
 (`ramp_tokens`), while the model learns.
 """
 

@@ -309,7 +309,7 @@ class Scheduler:
             assert request.wait_tokens_left is not None
             request.wait_tokens_left -= sum(num_tokens for _, num_tokens in chunks)
         had = sum(num_tokens for _, num_tokens in chunks) if decoding else 0
-        self._ramp_tokens = max(self._limits.first_chunk_tokens, had + had // 4)
+        self._ramp_tokens = max(self._limits.first_chunk_tokens, had + had // 2)
         return chunks
 
     def _make_plan(

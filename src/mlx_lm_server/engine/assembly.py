@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections.abc import Callable
@@ -36,7 +37,9 @@ SEGMENTS_IN_MEMORY = 128
 SAMPLER_ARRAYS = 8
 
 
-def assemble(order: LoadModel, blas: Blas, progress: Progress) -> tuple[EngineCore, Ready]:
+def assemble(
+    order: LoadModel, blas: Blas, progress: Progress, clock: Callable[[], float] = time.monotonic
+) -> tuple[EngineCore, Ready]:
     """A ready engine and the message that says so. Raises the classes of ModelError."""
     begun_s = time.monotonic()
     if mx.default_device() == mx.Device(mx.cpu):
@@ -74,7 +77,7 @@ def assemble(order: LoadModel, blas: Blas, progress: Progress) -> tuple[EngineCo
     cache = PrefixCache(_cache_settings(order, runner.batching, ledger.kv_limit_bytes), layout)
     scheduler = Scheduler(limits, layout, CostModel(costs), cache)
     mx.reset_peak_memory()
-    core = EngineCore(scheduler, runner, time.monotonic, mx.get_peak_memory)
+    core = EngineCore(scheduler, runner, clock, mx.get_peak_memory)
     ready = Ready(
         model_type=loaded.model_type,
         device=_device_name(),
@@ -91,6 +94,8 @@ def assemble(order: LoadModel, blas: Blas, progress: Progress) -> tuple[EngineCo
         batching=runner.batching,
         batching_reason=runner.reason,
     )
+    gc.collect()
+    gc.freeze()  # a pass over what the libraries have loaded would stop a step for 50 ms
     return core, ready
 
 

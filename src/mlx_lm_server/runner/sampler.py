@@ -1,15 +1,11 @@
 """One vectorised sampler for all rows of a step.
 
-The draw is Gumbel-max (Gumbel 1954; as exponential races: the token with the largest p / E wins,
-E ~ Exp(1)) with E hashed from the row's seed, the index of the token in its sequence and the token
-id. So a row's token depends on its own logits and parameters only, never on what shares the batch.
+The draw is a race (`race.py`; on CPUs `native_draw.py`) with noise hashed from the row's seed, the
+index of the token in its sequence and the token id. So a row's token depends on its own logits and
+parameters only, never on what shares the batch.
 
 Candidates are dropped in this order: logit bias and penalties, temperature, min_p, top_k,
 typical_p, XTC, top_p.
-Top-p needs no sort: the winner of the race over *all* candidates is right if it lies in the
-nucleus, which one sum decides; else nothing less likely than it lies there either, so the race is
-run again among what is more likely. After `_race_rounds` rounds the most likely token is taken,
-which happens with a probability below 1e-6.
 
 Rows that ask for nothing cost nothing: greedy rows take part in one argmax only, and penalties and
 bias touch only the rows that have them.
@@ -19,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 
@@ -26,10 +23,11 @@ from mlx_lm_server.core.thinking import ThinkingClock
 from mlx_lm_server.protocol import SamplingParams
 from mlx_lm_server.runner import fast_math
 from mlx_lm_server.runner.logprobs import PromptScores
+from mlx_lm_server.runner.native_draw import NativeDraw
+from mlx_lm_server.runner.race import Race, Vocabulary, race_rounds
 from mlx_lm_server.runner.truncation import exclude_top_choices, keep_typical
 
 MASK_64 = (1 << 64) - 1
-RACE_MISS_PROBABILITY = 1e-6
 XTC_SALT = 0x58544358544358
 
 
@@ -68,6 +66,17 @@ class RowSampling:
     @property
     def is_greedy(self) -> bool:
         return self.params.temperature == 0.0
+
+    @property
+    def wants_arrays(self) -> bool:
+        """Whether it draws in a way that only the arrays know."""
+        params = self.params
+        return not self.is_greedy and (params.typical_p < 1.0 or params.xtc_probability > 0.0)
+
+    @property
+    def key(self) -> int:
+        """64 bits for the noise of the next token."""
+        return _row_key(self.params.seed, self.next_index)
 
 
 def start_row(
@@ -110,62 +119,107 @@ class _DrawParams:
     uses_min_p: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The draw of one step on its way. `tokens` `[n]` int32 hold what was drawn after `finish`;
+    what reads them must not be submitted before that, but for the arrays given to `submit`."""
+
+    tokens: mx.array
+    _native: NativeDraw | None = None
+    _logits: mx.array | None = None
+    _params: Sequence[SamplingParams] = ()
+    _keys: Sequence[int] = ()
+    _others: tuple[int, ...] = ()  # places of rows that are drawn with arrays
+    _other_tokens: mx.array | None = None
+
+    def submit(self, *readers: mx.array) -> None:
+        """Start what can be started now; `readers` of the tokens too, if possible."""
+        if self._native is None:
+            mx.async_eval(self.tokens, *readers)
+        else:
+            mx.async_eval(self._logits, self._other_tokens)
+
+    def finish(self) -> None:
+        """Wait for the tokens."""
+        if self._native is None or self._logits is None:
+            mx.eval(self.tokens)
+            return
+        mx.eval(self._logits, self._other_tokens)
+        others: Any = [] if self._other_tokens is None else self._other_tokens.tolist()
+        drawn = dict(zip(self._others, others, strict=True))
+        self._native.fill(self.tokens, self._logits, self._params, self._keys, drawn)
+
+
 @dataclass(slots=True)
 class Sampler:
-    """Owned by the model runner, used on the engine's main thread only."""
+    """Owned by the model runner, used on the engine's main thread only. Rows whose parameters
+    `native` knows are drawn by it, where there is one, whatever the others ask for."""
 
     vocab_size: int
+    native: NativeDraw | None = None
     _params: _DrawParams | None = None
-    _race: fast_math.BoundedCompile = field(init=False)
+    _race: Race = field(init=False)
+    _vocabulary: Vocabulary = field(init=False)
     _exp: fast_math.BoundedCompile = field(init=False)
-    _ids: mx.array = field(init=False)
 
     def __post_init__(self) -> None:
-        arithmetic = fast_math.is_slow_cpu()
-        exp, log = fast_math.exp_of(arithmetic), fast_math.log_of(arithmetic)
-        self._exp = fast_math.BoundedCompile(lambda x, top, scale: exp((x - top) * scale))
-        self._race = fast_math.BoundedCompile(
-            lambda weights, keys_a, keys_b, ids: weights / _exponential(keys_a, keys_b, ids, log)
-        )
-        self._ids = mx.arange(self.vocab_size, dtype=mx.uint32)[None]
+        self._vocabulary = Vocabulary(self.vocab_size)
+        self._race = Race(self._vocabulary)
+        self._exp = fast_math.BoundedCompile(fast_math.exp_of(fast_math.is_slow_cpu()))
 
-    def sample(self, logits: mx.array, rows: Sequence[RowSampling]) -> mx.array:
-        """Draw a token for each row: logits `[n, vocab]` → ids `[n]` int32. Advances the rows."""
-        logits = logits.astype(mx.float32)
-        logits = _adjust(logits, rows)
-        tokens = mx.argmax(logits, axis=-1).astype(mx.int32)
-        drawing = [i for i, row in enumerate(rows) if not row.is_greedy]
-        if len(drawing) == len(rows):
-            tokens = self._draw(logits, rows)
-        elif drawing:
-            picked = mx.array(drawing, mx.int32)
-            tokens[picked] = self._draw(logits[picked], [rows[i] for i in drawing])
+    def start(self, logits: mx.array, rows: Sequence[RowSampling]) -> Draw:
+        """Draw a token for each row of logits `[n, vocab]`. Advances the rows."""
+        logits = _adjust(logits.astype(mx.float32), rows)
+        draw = self._start_native(logits, rows) if self.native else Draw(self._all(logits, rows))
         for i, row in enumerate(rows):
             row.next_index += 1
             if row.has_penalties:
-                _count(row, tokens[i : i + 1])
+                _count(row, draw.tokens[i : i + 1])
+        return draw
+
+    def sample(self, logits: mx.array, rows: Sequence[RowSampling]) -> mx.array:
+        """`start` and `finish`: logits `[n, vocab]` → ids `[n]` int32."""
+        draw = self.start(logits, rows)
+        draw.finish()
+        return draw.tokens
+
+    def _start_native(self, logits: mx.array, rows: Sequence[RowSampling]) -> Draw:
+        others = tuple(i for i, row in enumerate(rows) if row.wants_arrays)
+        other_tokens = None
+        if others:
+            other_rows = [rows[i] for i in others]
+            other_tokens = self._draw(logits[mx.array(others, mx.int32)], other_rows)
+        return Draw(
+            tokens=mx.array([0] * len(rows), mx.int32),
+            _native=self.native,
+            _logits=mx.contiguous(logits),
+            _params=[row.params for row in rows],
+            _keys=[row.key for row in rows],
+            _others=others,
+            _other_tokens=other_tokens,
+        )
+
+    def _all(self, logits: mx.array, rows: Sequence[RowSampling]) -> mx.array:
+        drawing = [i for i, row in enumerate(rows) if not row.is_greedy]
+        if len(drawing) == len(rows):
+            return self._draw(logits, rows)
+        tokens = mx.argmax(logits, axis=-1).astype(mx.int32)
+        if drawing:
+            picked = mx.array(drawing, mx.int32)
+            tokens[picked] = self._draw(logits[picked], [rows[i] for i in drawing])
         return tokens
 
     def _draw(self, logits: mx.array, rows: Sequence[RowSampling]) -> mx.array:
         params = self._columns(rows)
-        top = logits.max(axis=-1, keepdims=True)
-        weights = self._exp(logits, top, params.inverse_temperature)
+        top = self._vocabulary.largest(logits)
+        weights = self._exp((logits - top) * params.inverse_temperature)
         if params.uses_min_p:
             weights = mx.where(weights >= params.min_p, weights, 0.0)
         if any(params.top_k):
             weights = _keep_top_k(weights, params.top_k)
-        keys = [_row_key(row.params.seed, row.next_index) for row in rows]
+        keys = [row.key for row in rows]
         weights = _truncate(weights, params.key, keys)
-        race = self._race(
-            weights,
-            mx.array([[k >> 32] for k in keys], mx.uint32),
-            mx.array([[k & 0xFFFFFFFF] for k in keys], mx.uint32),
-            self._ids,
-        )
-        winner = mx.argmax(race, axis=-1, keepdims=True)
-        if any(params.race_rounds):
-            winner = _race_into_nucleus(race, winner, weights, params)
-        return winner[:, 0].astype(mx.int32)
+        return self._race.draw(weights, keys, params.top_p, params.race_rounds)
 
     def _columns(self, rows: Sequence[RowSampling]) -> _DrawParams:
         key = tuple(row.params for row in rows)
@@ -181,52 +235,9 @@ def _draw_params(key: tuple[SamplingParams, ...]) -> _DrawParams:
         min_p=mx.array([[p.min_p] for p in key]),
         top_p=mx.array([[p.top_p] for p in key]),
         top_k=[p.top_k for p in key],
-        race_rounds=[_race_rounds(p.top_p) for p in key],
+        race_rounds=[race_rounds(p.top_p) for p in key],
         uses_min_p=any(p.min_p > 0 for p in key),
     )
-
-
-def _race_rounds(top_p: float) -> int:
-    """Rounds after which the race has missed the nucleus with a probability below 1e-6.
-
-    A round misses with probability 1 - top_p at first; each miss removes, in the mean, half of
-    what lies outside.
-    """
-    if top_p >= 1.0:
-        return 0
-    outside, missed, rounds = 1.0 - top_p, 1.0, 0
-    while missed > RACE_MISS_PROBABILITY and rounds < 40:
-        missed *= outside / (outside + max(top_p, 1e-6))
-        outside /= 2
-        rounds += 1
-    return rounds
-
-
-def _race_into_nucleus(
-    race: mx.array, winner: mx.array, weights: mx.array, params: _DrawParams
-) -> mx.array:
-    """Rerun the race among more likely tokens for as long as the winner is outside the nucleus:
-    a token is inside if the mass of all more likely ones is below top_p."""
-    limit = params.top_p * weights.sum(axis=-1, keepdims=True)
-    likeliest = mx.argmax(weights, axis=-1, keepdims=True)
-    rounds = mx.array([[r] for r in params.race_rounds])
-    is_done = rounds == 0
-    for i in range(max(params.race_rounds)):
-        bar = mx.take_along_axis(weights, winner, axis=-1)
-        mass_above = _keep_above(weights, weights, bar).sum(axis=-1, keepdims=True)
-        is_done = is_done | (mass_above < limit)
-        race = _keep_above(race, weights, bar)
-        again = mx.where(rounds == i + 1, likeliest, mx.argmax(race, axis=-1, keepdims=True))
-        winner = mx.where(is_done, winner, again)
-        is_done = is_done | (rounds == i + 1)
-    return winner
-
-
-def _above(values: mx.array, weights: mx.array, bar: mx.array) -> mx.array:
-    return values * (weights > bar)
-
-
-_keep_above = fast_math.BoundedCompile(_above)
 
 
 def _keep_top_k(weights: mx.array, top_k: Sequence[int]) -> mx.array:
@@ -313,16 +324,3 @@ def _splitmix(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK_64
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK_64
     return x ^ (x >> 31)
-
-
-def _exponential(
-    keys_a: mx.array, keys_b: mx.array, ids: mx.array, log: fast_math.Unary
-) -> mx.array:
-    """Exp(1) noise hashed from a row's two key words and the token id (MurmurHash3's finaliser,
-    Appleby 2011): keys `[n, 1]`, ids `[1, vocab]` → `[n, vocab]`."""
-    h = ids * mx.array(0x9E3779B1, mx.uint32) + keys_a
-    h = (h ^ (h >> 16)) * mx.array(0x85EBCA6B, mx.uint32) + keys_b
-    h = (h ^ (h >> 13)) * mx.array(0xC2B2AE35, mx.uint32)
-    h = h ^ (h >> 16)
-    uniform = ((h >> 8).astype(mx.float32) + 0.5) * 2.0**-24
-    return -log(uniform)

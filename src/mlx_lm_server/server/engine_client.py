@@ -91,8 +91,8 @@ class OutputStream:
         "is_released",
         "last_token_s",
         "num_computed_tokens",
-        "num_reused_tokens",
         "num_prompt_tokens",
+        "num_reused_tokens",
         "queue_s",
         "req_id",
     )

@@ -43,7 +43,9 @@ def test_a_step_has_the_features_of_its_plan():
         decodes=(DecodeRow(0, 0, 0, 99), DecodeRow(1, 0, 1, 49)),
         prefills=(PrefillChunk(2, 0, 2, 10, (1, 2, 3), False),),
     )
-    assert StepFeatures.of(plan) == StepFeatures(3, 2, 150, 11 + 12 + 13)
+    assert StepFeatures.of(plan) == StepFeatures(3, 2, 150 + 13, 11 + 12 + 13)
+    decodes = StepFeatures(rows=2, kv_tokens=150)
+    assert decodes.with_chunk(10, 3) == StepFeatures.of(plan)
     assert prefill_pairs(10, 3) == 11 + 12 + 13
 
 
@@ -142,3 +144,28 @@ def test_throughputs_follow_from_the_costs():
     model = CostModel(StepCosts(0.01, 0.001, 0.001, 0.0, 0.0))
     assert model.prefill_tokens_per_s(90) == pytest.approx(900)
     assert model.decode_tokens_per_s(10, 0) == pytest.approx(500)
+
+
+def test_a_long_run_of_mixed_steps_does_not_make_decoding_look_dearer():
+    """Chunks over a growing context, each as long as the goal allows: what a chunk costs whatever
+    its size, the reading of its context, must not be taken for a cost of decoding."""
+    model = CostModel(StepCosts(0.02, 0.0012, 0.0012, 5e-7, 5e-7))
+
+    def true_s(context: int, num_tokens: int) -> float:
+        read = 1000 + (context + num_tokens if num_tokens else 0)
+        pairs = prefill_pairs(context, num_tokens)
+        step_s = 0.012 + 4 * 0.0009 + num_tokens * 0.0008 + read * 1.5e-6 + pairs * 9e-7
+        return step_s * (1 + rng.gauss(0, 0.03))
+
+    rng = random.Random(5)
+    decode = StepFeatures(rows=4, kv_tokens=1000)
+    for _ in range(60):
+        model.observe(decode, true_s(0, 0))
+    context = 0
+    while context < 8000:
+        goal_s = 2.6 * model.forecast_s(decode)
+        num_tokens = max(4, model.max_prefill_tokens(goal_s, 4, 1000, context))
+        step = decode.with_chunk(context, num_tokens)
+        model.observe(step, true_s(context, num_tokens))
+        context += num_tokens
+    assert model.forecast_s(decode) == pytest.approx(0.0171, rel=0.25)

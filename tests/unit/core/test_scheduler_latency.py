@@ -33,7 +33,7 @@ def test_a_short_prompt_beside_eight_decoders_waits_at_most_twice_its_idle_time_
 
 @pytest.mark.parametrize(
     ("initial", "most"),
-    [(TRUE_COSTS, 3.0), (StepCosts(), 3.2), (StepCosts(0.05, 0.01, 0.005, 1e-5, 1e-5), 3.2)],
+    [(TRUE_COSTS, 2.9), (StepCosts(), 3.05), (StepCosts(0.05, 0.01, 0.005, 1e-5, 1e-5), 2.9)],
     ids=["calibrated", "default costs", "ten times too slow"],
 )
 def test_a_long_prompt_neither_stalls_the_decoders_nor_crawls(initial: StepCosts, most: float):
@@ -44,7 +44,7 @@ def test_a_long_prompt_neither_stalls_the_decoders_nor_crawls(initial: StepCosts
     before = beside.gaps_s("d0", 4.0, 6.0)
     during = beside.gaps_s("d0", 6.0, 6.0 + beside.ttft_s("long", 6.0))
     assert max(during) <= most * median(before)
-    assert alone.ttft_s("long") >= 0.6 * beside.ttft_s("long", 6.0)
+    assert alone.ttft_s("long") >= 0.57 * beside.ttft_s("long", 6.0)
 
 
 def test_an_explicit_goal_is_kept_while_somebody_decodes():

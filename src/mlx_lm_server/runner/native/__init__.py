@@ -1,1 +1,69 @@
-"""C sources that are compiled on the machine they run on, where it has a C compiler."""
+"""C code, compiled for this CPU at the first start and kept in the user's cache folder.
+
+This module must not import mlx: the BLAS is loaded before it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+COMPILE_TIMEOUT_S = 60
+# Without them the compiler keeps branches that stand for errors nobody looks at.
+OPTIONS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
+LINK_OPTIONS = ("-fPIC", "-shared", "-pthread")
+
+
+def load(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL | None:
+    """The library made of `name`.c beside this file; None where it cannot be compiled here."""
+    source = Path(__file__).parent / f"{name}.c"
+    machine = " ".join([platform.machine(), *sorted(cpu_flags()), *OPTIONS])
+    identity = hashlib.sha256(source.read_bytes() + machine.encode()).hexdigest()[:16]
+    target = cache_folder() / f"{name}-{identity}.so"
+    if not target.exists() and not _compile(source, target):
+        return None
+    try:
+        return ctypes.CDLL(str(target), mode)
+    except OSError:
+        return None
+
+
+def cache_folder() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "mlx-lm-server" / "native"
+
+
+def cpu_flags() -> set[str]:
+    """What the processor can do, in the words of Linux; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((line for line in lines if line.startswith("flags")), "").split())
+
+
+def _compile(source: Path, target: Path) -> bool:
+    """Atomic, so that two engines that start at once do not see half a file."""
+    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
+    if compiler is None:
+        return False
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+            built = Path(scratch) / target.name
+            subprocess.run(
+                [compiler, *OPTIONS, *LINK_OPTIONS, "-o", str(built), str(source)],
+                check=True,
+                capture_output=True,
+                timeout=COMPILE_TIMEOUT_S,
+            )
+            built.replace(target)
+    except (OSError, subprocess.SubprocessError):
+        return False
+    return True

@@ -1,0 +1,84 @@
+"""The draw of a whole batch in C, for CPUs: `native/draw.c` on the buffers of evaluated arrays.
+
+`race.py` says the same with arrays, for GPUs and machines without a compiler. There a row of 8192
+costs thirty passes over memory, here it stays in the cache (docs/adr/0004).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+
+import mlx.core as mx
+
+from mlx_lm_server.protocol import SamplingParams
+from mlx_lm_server.runner import native
+
+
+class _RowParams(ctypes.Structure):
+    """`draw_params` of draw.c."""
+
+    _fields_ = (
+        ("inverse_temperature", ctypes.c_float),
+        ("min_p", ctypes.c_float),
+        ("top_p", ctypes.c_float),
+        ("top_k", ctypes.c_int32),
+        ("key_a", ctypes.c_uint32),
+        ("key_b", ctypes.c_uint32),
+    )
+
+
+class NativeDraw:
+    """Knows no row; owned by the sampler."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._draw_rows = library.draw_rows
+        self._draw_rows.restype = None
+        self._scratch = (ctypes.c_float * 0)()
+
+    def fill(
+        self,
+        tokens: mx.array,
+        logits: mx.array,
+        params: Sequence[SamplingParams],
+        keys: Sequence[int],
+        drawn: Mapping[int, int],
+    ) -> None:
+        """Write each row's token into `tokens` `[n]` int32; `drawn` has those, by place, that are
+        known already. Both arrays are evaluated, `logits` `[n, vocab]` float32 and contiguous, and
+        nobody has submitted work that reads `tokens`."""
+        num_rows, vocab_size = logits.shape
+        if len(self._scratch) < 2 * vocab_size:
+            self._scratch = (ctypes.c_float * (2 * vocab_size))()
+        rows = (_RowParams * num_rows)(*map(_row_params, params, keys))
+        found = (ctypes.c_int32 * num_rows).from_buffer(memoryview(tokens))  # type: ignore[arg-type]
+        self._draw_rows(num_rows, vocab_size, _address(logits), rows, self._scratch, found)
+        for place, token in drawn.items():
+            found[place] = token
+
+
+def load() -> NativeDraw | None:
+    """None where arrays lie on a GPU or nothing can be compiled."""
+    if mx.default_device() != mx.Device(mx.cpu):
+        return None
+    library = native.load("draw")
+    return None if library is None else NativeDraw(library)
+
+
+def _row_params(params: SamplingParams, key: int) -> _RowParams:
+    temperature = params.temperature
+    return _RowParams(
+        1.0 / temperature if temperature else 0.0,
+        params.min_p,
+        params.top_p,
+        params.top_k,
+        key >> 32,
+        key & 0xFFFFFFFF,
+    )
+
+
+def _address(array: mx.array) -> ctypes.c_void_p:
+    """Where the elements of an evaluated array lie."""
+    view = memoryview(array)  # type: ignore[arg-type]
+    assert view.c_contiguous
+    return ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(view)))
