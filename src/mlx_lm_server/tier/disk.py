@@ -26,6 +26,8 @@ from mlx_lm_server.tier.shelf import Shelf
 from mlx_lm_server.tier.sweep import Sweep
 from mlx_lm_server.tier.writer import RecordWriter
 
+SWEEP_AGAIN_S = 300.0
+
 
 class DiskTier:
     """Jobs in, events out through `emit`. It raises nothing of the disk's."""
@@ -43,7 +45,7 @@ class DiskTier:
         self._writer = RecordWriter(self._shelf, wait)
         self._reader = RecordReader(self._shelf)
         self._sweep: Sweep | None = None
-        self._swept_generation = 0
+        self._next_sweep_s = 0.0
         self._next_turn_s = 0.0
 
     @property
@@ -115,9 +117,13 @@ class DiskTier:
         self._shelf.keep_within_limits()
 
     def tidy(self) -> bool:
-        """A bounded step of the sweep that follows each opening; whether there is more to do."""
-        if self._swept_generation != self._shelf.generation:
-            self._swept_generation = self._shelf.generation
+        """A bounded step of a sweep, of which there is one after the opening and others where
+        index and files were found to disagree; whether there is more to do."""
+        now_s = self._shelf.clock.monotonic_s()
+        is_due = self._shelf.is_in_doubt and self._sweep is None and now_s >= self._next_sweep_s
+        if self._shelf.is_new or is_due:
+            self._next_sweep_s = now_s + SWEEP_AGAIN_S
+            self._shelf.is_new = self._shelf.is_in_doubt = False
             self._sweep = Sweep(self._shelf)
         if self._sweep is not None and not self._sweep.step():
             self._sweep = None

@@ -204,7 +204,7 @@ class Index:
         """
         self._connect(is_durable=is_durable)
         mine = self._entries
-        with self._sqlite() as db:
+        with self._sqlite_or_close() as db:
             db.execute("UPDATE records SET last_use = ?1 WHERE last_use > ?1", (tick,))
             at = self._namespace_id(db, self._namespace)
             rows = db.execute(
@@ -224,35 +224,39 @@ class Index:
                 self.add(self._namespace, entry)
 
     def commit(self) -> dict[bytes, int]:
-        """Write what changed, read what other servers added. The sizes of their records.
+        """Write what changed, read what other servers added. The sizes of the records that they
+        added to the own namespace.
 
         Raises IndexUnavailableError (what changed waits for the next commit), IndexCorruptError.
         """
         with self._sqlite() as db:
             others = self._committed(db) if self._is_dirty else self._news(db)
-            self._take_in(others)
+            mine = self._take_in(others)
             self._measure(db)
-        return {entry.name: entry.size for _, entry in others}
+        return {entry.name: entry.size for entry in mine}
 
     @property
     def has_been_replaced(self) -> bool:
         """Whether the file was deleted, or another server made a new one in its place."""
-        if self._db is None:
-            return False
-        try:
-            return self._files.facts(self._path).inode != self._inode
-        except OSError:
-            return True
+        return self._db is not None and self._is_another_file
 
     def discard_file(self) -> None:
         """Close and delete a file that is no index any more, unless another server already did."""
-        is_replaced = self.has_been_replaced
+        is_replaced = self._is_another_file
         self.close()
         if is_replaced:
             return
         for suffix in ("", "-wal", "-shm"):
             with suppress(OSError):
                 self._files.unlink(self._path.with_name(self._path.name + suffix))
+
+    @property
+    def _is_another_file(self) -> bool:
+        """Than the one that was opened last."""
+        try:
+            return self._files.facts(self._path).inode != self._inode
+        except OSError:
+            return True
 
     def close(self) -> None:
         """Without a commit."""
@@ -276,14 +280,11 @@ class Index:
             raise IndexUnavailableError(str(error)) from error
         self._db = db
         try:
-            with self._sqlite():
+            with self._sqlite_or_close():
+                db.execute(f"PRAGMA synchronous = {'NORMAL' if is_durable else 'OFF'}")
                 db.execute(f"PRAGMA page_size = {PAGE_BYTES}")
                 db.execute("PRAGMA journal_mode = WAL")
-                db.execute(f"PRAGMA synchronous = {'NORMAL' if is_durable else 'OFF'}")
                 db.executescript(_SCHEMA)
-        except IndexUnavailableError:
-            self.close()
-            raise
         finally:
             with suppress(OSError):
                 self._inode = self._files.facts(self._path).inode
@@ -298,7 +299,7 @@ class Index:
             self._namespace_id(db, namespace)
         with _transaction(db):
             others = self._news(db)
-            theirs = {entry.name for _, entry in others}
+            theirs = {(namespace, entry.name) for namespace, entry in others}
             db.executemany("DELETE FROM records WHERE id = ?", ((row,) for row in self._removed))
             uses = [self._entries[name] for name in self._used if name in self._entries]
             db.executemany(
@@ -315,10 +316,13 @@ class Index:
         self._removed.clear()
         return others
 
-    def _inserted(self, db: sqlite3.Connection, theirs: set[bytes]) -> Iterator[tuple[Entry, int]]:
+    def _inserted(
+        self, db: sqlite3.Connection, theirs: set[tuple[int, bytes]]
+    ) -> Iterator[tuple[Entry, int]]:
         for namespace, entry in self._added:
             is_mine = namespace == self._namespace
-            if entry.name in theirs or (is_mine and self._entries.get(entry.name) is not entry):
+            is_theirs = (self._namespace_ids[namespace], entry.name) in theirs
+            if is_theirs or (is_mine and self._entries.get(entry.name) is not entry):
                 continue  # another server was first, or it is forgotten already
             row = db.execute(
                 f"INSERT INTO records (namespace, {_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
@@ -343,12 +347,13 @@ class Index:
         )
         return [(row[0], Entry(*row[1:])) for row in rows]
 
-    def _take_in(self, others: list[tuple[int, Entry]]) -> None:
-        mine = self._namespace_ids.get(self._namespace)
-        for namespace, entry in others:
-            self._last_row = max(self._last_row, entry.row)
-            if namespace == mine:
-                self._entries[entry.name] = entry
+    def _take_in(self, others: list[tuple[int, Entry]]) -> list[Entry]:
+        """Into memory what is of the own namespace."""
+        own = self._namespace_ids[self._namespace]
+        mine = [entry for namespace, entry in others if namespace == own]
+        self._entries.update((entry.name, entry) for entry in mine)
+        self._last_row = max([self._last_row, *(entry.row for _, entry in others)])
+        return mine
 
     def _measure(self, db: sqlite3.Connection) -> None:
         """Add the sizes up anew where another connection has changed the file."""
@@ -381,6 +386,16 @@ class Index:
             code = getattr(error, "sqlite_errorcode", 0) & 0xFF
             kind = IndexCorruptError if code in _CORRUPT else IndexUnavailableError
             raise kind(str(error)) from error
+
+    @contextmanager
+    def _sqlite_or_close(self) -> Iterator[sqlite3.Connection]:
+        """As `_sqlite`, and what failed halfway does not stay open."""
+        try:
+            with self._sqlite() as db:
+                yield db
+        except (IndexUnavailableError, IndexCorruptError):
+            self.close()
+            raise
 
 
 @contextmanager

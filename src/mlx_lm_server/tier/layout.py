@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 NAMESPACE_DIGITS = 32
+SHARDS = "0123456789abcdef"
 SUFFIX = ".safetensors"
 _NAMESPACE = re.compile(r"[0-9a-f]{32}")
-_SHARD = re.compile(r"[0-9a-f]{2}")
 _RECORD = re.compile(r"([0-9a-f]{64})\.safetensors")
 
 
@@ -64,15 +64,11 @@ class CacheLayout:
 
 
 def shard_of(name: bytes) -> str:
-    return name[:1].hex()
+    return name[:1].hex()[0]
 
 
 def is_namespace(file_name: str) -> bool:
     return _NAMESPACE.fullmatch(file_name) is not None
-
-
-def is_shard(file_name: str) -> bool:
-    return _SHARD.fullmatch(file_name) is not None
 
 
 def record_name(file_name: str) -> bytes | None:

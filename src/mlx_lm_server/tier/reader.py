@@ -13,6 +13,8 @@ from mlx_lm_server.tier.jobs import LoadJob
 from mlx_lm_server.tier.records import Record, Wanted
 from mlx_lm_server.tier.shelf import Shelf
 
+OUT_OF_HANDLES = (errno.EMFILE, errno.ENFILE)  # says nothing about the file
+
 log = logging.getLogger(__name__)
 
 
@@ -44,6 +46,7 @@ class RecordReader:
             return self._verified(entry)
         except FileNotFoundError:
             shelf.counters.vanished += 1
+            shelf.is_in_doubt = True
         except CorruptRecordError as error:
             shelf.counters.corrupt += 1
             log.warning("the disk tier drops %s: %s", name.hex(), error)
@@ -51,8 +54,9 @@ class RecordReader:
         except OSError as error:
             shelf.counters.load_errors += 1
             log.warning("the disk tier could not read %s: %s", name.hex(), error)
-            if error.errno == errno.EIO:
-                shelf.remove_quietly(shelf.path(name))
+            if error.errno in OUT_OF_HANDLES:
+                return None
+            shelf.remove_quietly(shelf.path(name))
         shelf.forget(name)
         return None
 

@@ -25,7 +25,7 @@ from mlx_lm_server.tier.index import (
     Victim,
 )
 from mlx_lm_server.tier.jobs import Emit, Found, Gone
-from mlx_lm_server.tier.layout import CacheLayout, Namespace
+from mlx_lm_server.tier.layout import SHARDS, CacheLayout, Namespace
 from mlx_lm_server.tier.quota import Quota
 from mlx_lm_server.tier.settings import TierSettings
 
@@ -62,7 +62,8 @@ class Shelf:
         )
         self.quota = Quota(self.layout.root, files, settings.max_size_bytes, settings.free_share)
         self._open_again_at_s = 0.0
-        self.generation = 0  # of the index file; a new one wants a sweep
+        self.is_new = False  # whether the index was opened since the last sweep
+        self.is_in_doubt = False  # whether index and files were found to disagree
 
     # The index ---------------------------------------------------------------------------------
 
@@ -77,7 +78,7 @@ class Shelf:
             self.counters.index_errors += 1
             log.warning("the index of the disk tier cannot be opened: %s", error)
             return False
-        self.generation += 1
+        self.is_new = True
         self.quota.measure(self.index.used_bytes)
         self.emit(Found(self.index.sizes))
         return True
@@ -136,6 +137,8 @@ class Shelf:
     def make_folders(self) -> None:
         """Those of the namespace, and the file that says whose it is. Raises OSError."""
         self.files.make_folder(self.layout.temporary_folder(self.namespace))
+        for shard in SHARDS:
+            self.files.make_folder(self.layout.shard(self.namespace, shard))
         meta = self.layout.meta(self.namespace)
         with suppress(OSError):
             self.files.facts(meta)
@@ -157,6 +160,7 @@ class Shelf:
         except FileNotFoundError:
             return True
         except OSError:
+            self.is_in_doubt = True
             return False
         return True
 

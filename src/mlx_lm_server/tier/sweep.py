@@ -16,7 +16,7 @@ from mlx_lm_server.tier.codec import CorruptRecordError
 from mlx_lm_server.tier.files import read_file
 from mlx_lm_server.tier.index import Entry, Known
 from mlx_lm_server.tier.jobs import Found
-from mlx_lm_server.tier.layout import is_namespace, is_shard, record_name, shard_of
+from mlx_lm_server.tier.layout import SHARDS, is_namespace, record_name, shard_of
 from mlx_lm_server.tier.shelf import Shelf
 
 DIFFERENCES_PER_STEP = 32
@@ -54,8 +54,7 @@ class Sweep:
         for each in self._shelf.ask(lambda: self._shelf.index.known_in(namespace), none):
             known[shard_of(each.name)][each.name] = each
         yield True
-        shards = filter(is_shard, self._listed(self._shelf.layout.root / namespace))
-        for shard in sorted({*shards, *known}):
+        for shard in SHARDS:
             folder = self._shelf.layout.shard(namespace, shard)
             listed = map(record_name, self._listed(folder))
             there = {name for name in listed if name is not None and shard_of(name) == shard}

@@ -115,7 +115,7 @@ class RecordWriter:
             except OSError as error:
                 if isinstance(error, FileNotFoundError) and may_make_folders:
                     may_make_folders = False
-                    self._make_folders(job)
+                    shelf.make_folders()
                 elif error.errno in DISK_FULL and self._count_full() and may_make_room:
                     may_make_room = False
                     shelf.quota.measure(shelf.index.used_bytes)
@@ -143,10 +143,6 @@ class RecordWriter:
             self._shelf.remove_quietly(temporary)
             self._shelf.remove_quietly(target)
         return not job.is_cancelled
-
-    def _make_folders(self, job: SaveJob) -> None:
-        self._shelf.make_folders()
-        self._files.make_folder(self._shelf.path(job.record.name).parent)
 
     def _note_written(self, record: Record, encoded: EncodedRecord) -> None:
         shelf, tick = self._shelf, self._shelf.ticks.now()
