@@ -16,8 +16,8 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlx_lm_server.tier.entries import Entries, Entry
 from mlx_lm_server.tier.files import Files
-from mlx_lm_server.tier.records import Kind
 
 BUSY_TIMEOUT_S = 0.25
 PAGE_BYTES = 1024  # a commit of a few rows writes a few of these
@@ -49,27 +49,6 @@ class IndexCorruptError(Exception):
     """The file is no index any more."""
 
 
-@dataclass(slots=True)
-class Entry:
-    """A record's row. `row` is its id, 0 until it is committed."""
-
-    name: bytes
-    parent: bytes
-    kind: Kind
-    num_tokens: int
-    size: int
-    checksum: bytes
-    last_use: int
-    row: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    row: int
-    name: bytes
-    size: int
-
-
 @dataclass(frozen=True, slots=True)
 class Victim:
     row: int
@@ -94,7 +73,7 @@ class Index:
         self._data_version = 0
         self._last_row = 0
         self._namespace_ids: dict[str, int] = {}
-        self._entries: dict[bytes, Entry] = {}
+        self._entries = Entries()
         self._added: list[tuple[str, Entry]] = []
         self._used: set[bytes] = set()
         self._removed: set[int] = set()
@@ -108,21 +87,23 @@ class Index:
 
     @property
     def sizes(self) -> dict[bytes, int]:
-        return {name: entry.size for name, entry in self._entries.items()}
+        return self._entries.sizes()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def known_in(self, namespace: str) -> list[Known]:
-        """What should be in a namespace's folder; from memory for the own namespace."""
-        if namespace == self._namespace:
-            return [Known(entry.row, entry.name, entry.size) for entry in self._entries.values()]
+    def names(self) -> list[bytes]:
+        """Of the own namespace."""
+        return self._entries.names()
+
+    def rows_of(self, namespace: str) -> list[tuple[bytes, int, int]]:
+        """Name, row and size of what should be in another namespace's folder."""
         with self._sqlite() as db:
             found = db.execute(
-                "SELECT id, name, size FROM records WHERE namespace = ?",
+                "SELECT name, id, size FROM records WHERE namespace = ?",
                 (self._namespace_id(db, namespace),),
             )
-            return [Known(*row) for row in found if row[0] not in self._removed]
+            return [row for row in found if row[1] not in self._removed]
 
     def oldest(self, at_most: int, before: int | None = None) -> list[Victim]:
         """Least recently used first, of one age the deepest first: a chain's tail goes before its
@@ -147,13 +128,13 @@ class Index:
         if namespace == self._namespace:
             if entry.name in self._entries:
                 return
-            self._entries[entry.name] = entry
+            self._entries.put(entry)
         self._added.append((namespace, entry))
         self.used_bytes += entry.size
 
     def forget(self, name: bytes) -> None:
         """Drop an entry of the own namespace."""
-        entry = self._entries.pop(name, None)
+        entry = self._entries.pop(name)
         if entry is None:
             return
         self.used_bytes -= entry.size
@@ -210,7 +191,7 @@ class Index:
             rows = db.execute(
                 f"SELECT {_COLUMNS}, id FROM records WHERE namespace = ? ORDER BY id", (at,)
             )
-            self._entries = {row[0]: Entry(*row) for row in rows}
+            self._entries = Entries(rows)
             self._last_row = self._highest_row(db)
             self._data_version = 0
             self._measure(db)
@@ -218,8 +199,8 @@ class Index:
         self._used.clear()
         self._added = [(ns, entry) for ns, entry in self._added if ns != self._namespace]
         self.used_bytes += sum(entry.size for _, entry in self._added)
-        for name, entry in mine.items():
-            if name not in self._entries:
+        for name in mine.names():
+            if name not in self._entries and (entry := mine.get(name)) is not None:
                 entry.row = 0
                 self.add(self._namespace, entry)
 
@@ -301,7 +282,7 @@ class Index:
             others = self._news(db)
             theirs = {(namespace, entry.name) for namespace, entry in others}
             db.executemany("DELETE FROM records WHERE id = ?", ((row,) for row in self._removed))
-            uses = [self._entries[name] for name in self._used if name in self._entries]
+            uses = [entry for name in self._used if (entry := self._entries.get(name))]
             db.executemany(
                 "UPDATE records SET last_use = ?1 WHERE id = ?2 AND last_use < ?1",
                 ((entry.last_use, entry.row) for entry in uses if entry.row),
@@ -351,7 +332,8 @@ class Index:
         """Into memory what is of the own namespace."""
         own = self._namespace_ids[self._namespace]
         mine = [entry for namespace, entry in others if namespace == own]
-        self._entries.update((entry.name, entry) for entry in mine)
+        for entry in mine:
+            self._entries.put(entry)
         self._last_row = max([self._last_row, *(entry.row for _, entry in others)])
         return mine
 

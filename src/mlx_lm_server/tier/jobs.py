@@ -80,9 +80,9 @@ class Read:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Records that are on disk, with their files' sizes."""
+    """Records that are on disk, with their files' sizes. The dict is the receiver's from now on."""
 
-    sizes: Mapping[bytes, int]
+    sizes: dict[bytes, int]
 
 
 @dataclass(frozen=True, slots=True)

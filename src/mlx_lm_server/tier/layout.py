@@ -60,11 +60,15 @@ class CacheLayout:
         return self.root / namespace / shard
 
     def record(self, namespace: str, name: bytes) -> Path:
-        return self.shard(namespace, shard_of(name)) / f"{name.hex()}{SUFFIX}"
+        return self.shard(namespace, shard_of(name)) / file_name_of(name)
 
 
 def shard_of(name: bytes) -> str:
     return name[:1].hex()[0]
+
+
+def file_name_of(name: bytes) -> str:
+    return f"{name.hex()}{SUFFIX}"
 
 
 def is_namespace(file_name: str) -> bool:

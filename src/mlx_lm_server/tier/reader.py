@@ -7,8 +7,8 @@ import logging
 
 from mlx_lm_server.tier import codec
 from mlx_lm_server.tier.codec import CorruptRecordError
+from mlx_lm_server.tier.entries import Entry
 from mlx_lm_server.tier.files import read_file
-from mlx_lm_server.tier.index import Entry
 from mlx_lm_server.tier.jobs import LoadJob
 from mlx_lm_server.tier.records import Record, Wanted
 from mlx_lm_server.tier.shelf import Shelf

@@ -15,10 +15,10 @@ import msgspec
 
 from mlx_lm_server.tier.clock import TICK_S, Clock, Ticks
 from mlx_lm_server.tier.counters import Counters
+from mlx_lm_server.tier.entries import Entry
 from mlx_lm_server.tier.files import Files, write_file
 from mlx_lm_server.tier.index import (
     BUSY_TIMEOUT_S,
-    Entry,
     Index,
     IndexCorruptError,
     IndexUnavailableError,

@@ -266,7 +266,11 @@ class SsdStore:
                     self._end_read(event)
                 case Found():
                     self._has_opened = True
-                    self._sizes.update(event.sizes)
+                    if len(event.sizes) > len(self._sizes):
+                        self._sizes, fewer = event.sizes, self._sizes
+                        self._sizes |= fewer
+                    else:
+                        self._sizes |= event.sizes
                 case Gone():
                     for name in event.names:
                         self._sizes.pop(name, None)

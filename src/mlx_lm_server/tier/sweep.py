@@ -7,21 +7,23 @@ that no living server can be writing it.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from mlx_lm_server.tier import codec
 from mlx_lm_server.tier.codec import CorruptRecordError
+from mlx_lm_server.tier.entries import Entry
 from mlx_lm_server.tier.files import read_file
-from mlx_lm_server.tier.index import Entry, Known
 from mlx_lm_server.tier.jobs import Found
-from mlx_lm_server.tier.layout import SHARDS, is_namespace, record_name, shard_of
+from mlx_lm_server.tier.layout import SHARDS, file_name_of, is_namespace, record_name, shard_of
 from mlx_lm_server.tier.shelf import Shelf
 
 DIFFERENCES_PER_STEP = 32
+ROWS_PER_STEP = 1024
 TEMPORARY_MAX_AGE_S = 900.0
 HEAD_BYTES = 4096
+
+_Row = tuple[bytes, int, int]  # name, id, size; the last two are for other namespaces only
 
 
 class Sweep:
@@ -49,23 +51,28 @@ class Sweep:
         return [own, *sorted(set(there) - {own})]
 
     def _compare(self, namespace: str) -> Iterator[bool]:
-        known: dict[str, dict[bytes, Known]] = defaultdict(dict)
-        none: list[Known] = []
-        for each in self._shelf.ask(lambda: self._shelf.index.known_in(namespace), none):
-            known[shard_of(each.name)][each.name] = each
-        yield True
+        known: dict[str, dict[str, _Row]] = {shard: {} for shard in SHARDS}
+        for i, row in enumerate(self._rows_of(namespace), start=1):
+            known[shard_of(row[0])][file_name_of(row[0])] = row
+            if i % ROWS_PER_STEP == 0:
+                yield True
         for shard in SHARDS:
-            folder = self._shelf.layout.shard(namespace, shard)
-            listed = map(record_name, self._listed(folder))
-            there = {name for name in listed if name is not None and shard_of(name) == shard}
+            rows = known.pop(shard)
+            there = set(self._listed(self._shelf.layout.shard(namespace, shard)))
             yield True
-            for i, name in enumerate(sorted(there ^ known[shard].keys()), start=1):
-                if name in there:
+            for i, file_name in enumerate(sorted(there ^ rows.keys()), start=1):
+                if file_name not in there:
+                    self._drop_row(namespace, *rows[file_name])
+                elif (name := record_name(file_name)) is not None and shard_of(name) == shard:
                     self._adopt(namespace, name)
-                else:
-                    self._drop_row(namespace, known[shard][name])
                 if i % DIFFERENCES_PER_STEP == 0:
                     yield True
+
+    def _rows_of(self, namespace: str) -> Iterable[_Row]:
+        if namespace == self._shelf.namespace:
+            return ((name, 0, 0) for name in self._shelf.index.names())
+        none: list[_Row] = []
+        return self._shelf.ask(lambda: self._shelf.index.rows_of(namespace), none)
 
     def _listed(self, folder: Path) -> list[str]:
         """Nothing where the folder cannot be listed: rows are dropped only after a look at each."""
@@ -74,14 +81,14 @@ class Sweep:
         except OSError:
             return []
 
-    def _drop_row(self, namespace: str, known: Known) -> None:
+    def _drop_row(self, namespace: str, name: bytes, row: int, size: int) -> None:
         try:
-            self._files.facts(self._shelf.layout.record(namespace, known.name))
+            self._files.facts(self._shelf.layout.record(namespace, name))
         except FileNotFoundError:
             if namespace == self._shelf.namespace:
-                self._shelf.forget(known.name)
+                self._shelf.forget(name)
             else:
-                self._shelf.index.forget_row(known.row, known.size)
+                self._shelf.index.forget_row(row, size)
         except OSError:
             return
 

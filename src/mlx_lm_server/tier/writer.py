@@ -14,8 +14,8 @@ from pathlib import Path
 
 from mlx_lm_server.tier import codec
 from mlx_lm_server.tier.codec import EncodedRecord
+from mlx_lm_server.tier.entries import Entry
 from mlx_lm_server.tier.files import write_file
-from mlx_lm_server.tier.index import Entry
 from mlx_lm_server.tier.jobs import Paused, Saved, SaveJob, SaveOutcome
 from mlx_lm_server.tier.records import Record
 from mlx_lm_server.tier.shelf import Shelf

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mlx_lm_server.tier.entries import Entry
 from mlx_lm_server.tier.files import OsFiles
-from mlx_lm_server.tier.index import Entry, Index, IndexCorruptError, IndexUnavailableError
+from mlx_lm_server.tier.index import Index, IndexCorruptError, IndexUnavailableError
 
 OURS, OTHERS = "a" * 32, "b" * 32
 NOW = 1000
