@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import engine_loop, fields, layouts, products, serving, soak
+from benchmarks import engine_loop, fields, layouts, products, serving, soak, tier
 from benchmarks.parts import console, run_parts
 
 SCRIPTS = {
@@ -17,6 +17,7 @@ SCRIPTS = {
     "blas": products,
     "serving": serving,
     "soak": soak,
+    "tier": tier,
 }
 
 

@@ -1,5 +1,6 @@
 import sys
 from pathlib import Path
 
-# The simulators live beside the unit tests of the core.
-sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / "core"))
+# The simulators live beside the unit tests of what they simulate.
+for part in ("core", "tier"):
+    sys.path.insert(0, str(Path(__file__).parents[1] / "unit" / part))

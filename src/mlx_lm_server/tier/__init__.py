@@ -1,0 +1,32 @@
+"""The disk tier: a cache of token blocks and states that outlives the process.
+
+`SsdStore` is what the engine uses. Every failure of the disk is a shorter prefix, never a wrong
+token and never an error. No mlx here: the engine's thread extracts bytes and gives them away.
+"""
+
+from __future__ import annotations
+
+from mlx_lm_server.tier.counters import Counters
+from mlx_lm_server.tier.layout import Namespace
+from mlx_lm_server.tier.model_digest import model_digest, namespace_digest
+from mlx_lm_server.tier.records import Kind, Prefetched, Record, Tensor, Ticket, Wanted
+from mlx_lm_server.tier.settings import Durability, Policy, TierSettings
+from mlx_lm_server.tier.ssd_store import SsdStore, TierStats
+
+__all__ = [
+    "Counters",
+    "Durability",
+    "Kind",
+    "Namespace",
+    "Policy",
+    "Prefetched",
+    "Record",
+    "SsdStore",
+    "Tensor",
+    "Ticket",
+    "TierSettings",
+    "TierStats",
+    "Wanted",
+    "model_digest",
+    "namespace_digest",
+]

@@ -1,0 +1,46 @@
+"""Time for the disk tier: wall time, which outlives a restart, that never jumps while we run."""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+TICK_S = 60.0
+
+
+class Clock(Protocol):
+    def wall_s(self) -> float:
+        """Seconds since 1970, set or not."""
+
+    def monotonic_s(self) -> float:
+        """Seconds since some point, never backwards."""
+
+
+class SystemClock:
+    def wall_s(self) -> float:
+        return time.time()
+
+    def monotonic_s(self) -> float:
+        return time.monotonic()
+
+
+class Ticks:
+    """Last uses are counted in ticks of a minute: what is used within one tick is equally old, so
+    a chain of blocks keeps one age, and few rows are written for uses.
+
+    The wall clock is read once and the monotonic one added to it: a clock that is set while we
+    run expires nothing.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._started_wall_s = clock.wall_s()
+        self._started_s = clock.monotonic_s()
+
+    def now(self) -> int:
+        passed_s = self._clock.monotonic_s() - self._started_s
+        return self.of(self._started_wall_s + passed_s)
+
+    @staticmethod
+    def of(wall_s: float) -> int:
+        return int(wall_s // TICK_S)

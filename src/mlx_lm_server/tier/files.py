@@ -1,0 +1,158 @@
+"""Every call that the disk tier makes to the file system, and nothing else.
+
+Tests implement `Files` with faults; they enumerate its methods and fail on one without a fault
+case. All methods raise OSError. sqlite reads and writes its own file.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """`inode` tells a file from another that took its place."""
+
+    size: int
+    modified_s: float
+    inode: int
+
+
+class Files(Protocol):
+    def create(self, path: Path) -> int:
+        """Open a new file for writing; FileExistsError where there is one."""
+
+    def open(self, path: Path) -> int:
+        """Open a file for reading."""
+
+    def write(self, fd: int, pieces: Sequence[memoryview]) -> int:
+        """Write some of the pieces' bytes, in order; how many were written."""
+
+    def read(self, fd: int, max_bytes: int) -> bytes:
+        """Some of the next bytes; none at the end."""
+
+    def fsync(self, fd: int) -> None:
+        """Return when the file's bytes are on the medium."""
+
+    def close(self, fd: int) -> None: ...
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Put a file in the place of another, if there is one, in one step."""
+
+    def unlink(self, path: Path) -> None: ...
+
+    def make_folder(self, path: Path) -> None:
+        """Make it and what is above it, where that is missing."""
+
+    def sync_folder(self, path: Path) -> None:
+        """Return when the folder's entries are on the medium."""
+
+    def list_folder(self, path: Path) -> list[str]: ...
+
+    def facts(self, path: Path) -> FileFacts: ...
+
+    def free_bytes(self, path: Path) -> int:
+        """What a user's files may still take on the path's file system."""
+
+
+class OsFiles:
+    """The operating system's own."""
+
+    def create(self, path: Path) -> int:
+        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+
+    def open(self, path: Path) -> int:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def write(self, fd: int, pieces: Sequence[memoryview]) -> int:
+        return os.writev(fd, pieces)
+
+    def read(self, fd: int, max_bytes: int) -> bytes:
+        return os.read(fd, max_bytes)
+
+    def fsync(self, fd: int) -> None:
+        if (full_sync := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
+            fcntl.fcntl(fd, full_sync)  # what macOS calls fsync ends in the drive's own cache
+        else:
+            os.fsync(fd)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        os.unlink(path)
+
+    def make_folder(self, path: Path) -> None:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def sync_folder(self, path: Path) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def list_folder(self, path: Path) -> list[str]:
+        return os.listdir(path)
+
+    def facts(self, path: Path) -> FileFacts:
+        found = os.stat(path)
+        return FileFacts(found.st_size, found.st_mtime, found.st_ino)
+
+    def free_bytes(self, path: Path) -> int:
+        found = os.statvfs(path)
+        return found.f_bavail * found.f_frsize
+
+
+def write_file(files: Files, path: Path, pieces: Sequence[memoryview], *, durably: bool) -> None:
+    """Make a new file of the pieces. What an error leaves of it is the caller's to remove."""
+    fd = files.create(path)
+    try:
+        _write_all(files, fd, pieces)
+        if durably:
+            files.fsync(fd)
+    except BaseException:
+        _close_quietly(files, fd)
+        raise
+    files.close(fd)  # network file systems report a failed write here
+
+
+def read_file(files: Files, path: Path, max_bytes: int) -> bytes:
+    """The file's first `max_bytes` bytes, or all where it has fewer."""
+    fd = files.open(path)
+    try:
+        contents = files.read(fd, max_bytes)
+        while len(contents) < max_bytes:
+            more = files.read(fd, max_bytes - len(contents))
+            if not more:
+                break
+            contents += more
+        return contents
+    finally:
+        _close_quietly(files, fd)
+
+
+def _write_all(files: Files, fd: int, pieces: Sequence[memoryview]) -> None:
+    left = list(pieces)
+    while left:
+        written = files.write(fd, left)
+        if written <= 0:
+            raise OSError("the file system took no byte and gave no reason")
+        while left and written >= left[0].nbytes:
+            written -= left.pop(0).nbytes
+        if written:
+            left[0] = left[0][written:]
+
+
+def _close_quietly(files: Files, fd: int) -> None:
+    with suppress(OSError):
+        files.close(fd)
