@@ -44,7 +44,9 @@ def assemble(order: LoadModel, blas: Blas, progress: Progress) -> tuple[EngineCo
     memory_limit_bytes = loader.memory_limit(order.memory_limit_bytes)
     loaded = loader.load(order, memory_limit_bytes, progress)
     progress("comparing with mlx-lm", 0.85)
-    runner = ModelRunner(loaded, order.max_batch_size, order.block_size)
+    runner = ModelRunner(
+        loaded, order.max_batch_size, order.block_size, order.kv_bits, order.kv_group_size
+    )
     log.log(logging.WARNING if runner.batching == "alone" else logging.INFO, runner.describe())
     progress("measuring", 0.9)
     if order.num_threads is None:
@@ -90,6 +92,8 @@ def assemble(order: LoadModel, blas: Blas, progress: Progress) -> tuple[EngineCo
         kv_limit_tokens=ledger.kv_limit_tokens,
         batching=runner.batching,
         batching_reason=runner.reason,
+        kv_bits=runner.kv_bits,
+        kv_format=runner.kv_format,
     )
     return core, ready
 

@@ -56,6 +56,7 @@ async def boot(
         ready = supervisor.first_ready.result()
         model = _served_model(config, folder, facts, tokenizer, ready)
         services.set_model(model)
+        services.metrics.kv_bits = ready.kv_bits
         gc.collect()
         gc.freeze()  # what stays for ever need not be looked at again
         display.banner(config, model, ready, url)
@@ -77,6 +78,8 @@ def load_message(config: Config, folder: Path) -> LoadModel:
         prefill_batch_size=config.batching.prefill_batch_size,
         itl_goal_s=None if goal_ms is None else goal_ms / 1000,
         max_kv_tokens=config.kv.max_kv_size,
+        kv_bits=config.kv.kv_bits,
+        kv_group_size=config.kv.kv_group_size,
         memory_limit_bytes=None if gb is None else int(gb * 10**9),
     )
 
