@@ -109,6 +109,7 @@ class CpuKernel:
 
     def __init__(self) -> None:
         self._exp_below = fast_math.BoundedCompile(_exp_below)
+        self._products = code_products.choose_products()
 
     def decode(
         self,
@@ -123,7 +124,7 @@ class CpuKernel:
         kv_heads = k.shape[1]
         folded = (q * scale).reshape(n, kv_heads, heads // kv_heads, dim)
         if isinstance(k, PackedKV):
-            scores = code_products.scores(folded, k)
+            scores = self._products.scores(folded, k)
         else:
             scores = folded @ k.swapaxes(-1, -2)
         if view.bias is not None:
@@ -208,7 +209,7 @@ class CpuKernel:
         total = weights.sum(axis=-1, keepdims=True)
         if sinks is not None:
             total = total + mx.exp(sinks - top)
-        sums = code_products.mixture(weights, v) if isinstance(v, PackedKV) else weights @ v
+        sums = self._products.mixture(weights, v) if isinstance(v, PackedKV) else weights @ v
         return sums / total
 
 

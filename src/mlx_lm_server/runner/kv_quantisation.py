@@ -50,12 +50,14 @@ class Quantisation:
 
 @dataclass(frozen=True, slots=True)
 class PackedKV:
-    """K or V as it is stored; what it stands for is `[..., width]`."""
+    """K or V as it is stored; what it stands for is `[..., width]`. `plane`, where there is one,
+    is the whole of which the codes are the first slots and places."""
 
     codes: mx.array
     scales: mx.array
     biases: mx.array
     quantisation: Quantisation
+    plane: mx.array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

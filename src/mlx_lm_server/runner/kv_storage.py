@@ -101,14 +101,17 @@ class LayerShape:
             return keys, values
         return (*self.quantisation.pack(keys), *self.quantisation.pack(values))
 
-    def of_planes(self, planes: Sequence[mx.array]) -> tuple[Stored, Stored]:
-        """K and V, each of its planes."""
+    def of_planes(
+        self, planes: Sequence[mx.array], whole: Sequence[mx.array | None] = (None,) * 6
+    ) -> tuple[Stored, Stored]:
+        """K and V, each of its planes; `whole` are those of the slab of which `planes` are the
+        first slots and places."""
         if self.quantisation is None:
             keys, values = planes
             return keys, values
         return (
-            PackedKV(planes[0], planes[1], planes[2], self.quantisation),
-            PackedKV(planes[3], planes[4], planes[5], self.quantisation),
+            PackedKV(planes[0], planes[1], planes[2], self.quantisation, whole[0]),
+            PackedKV(planes[3], planes[4], planes[5], self.quantisation, whole[3]),
         )
 
     def read_planes(self, planes: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
@@ -250,8 +253,9 @@ class KVStorage:
         self, layer: int, slab_id: int, num_slots: int, length: int
     ) -> tuple[Stored, Stored]:
         """`[num_slots, kv_heads, length, dim]`: the first slots' first places, as they are."""
-        planes = [plane[:num_slots, :, :length] for plane in self._planes(layer, slab_id)]
-        return self.layers[layer].of_planes(planes)
+        whole = self._planes(layer, slab_id)
+        planes = [plane[:num_slots, :, :length] for plane in whole]
+        return self.layers[layer].of_planes(planes, whole)
 
     def read_row(
         self, layer: int, slab_id: int, slot: int, num_tokens: int
