@@ -112,7 +112,8 @@ def _metavar(setting: Setting) -> str:
     if setting.option.metavar:
         return setting.option.metavar
     if setting.choices:
-        return "|".join(setting.choices)
+        auto = ["auto"] if setting.is_optional else []
+        return "|".join([*auto, *map(str, setting.choices)])
     return {"int": "N", "float": "X"}.get(setting.kind, "TEXT")
 
 

@@ -213,6 +213,19 @@ class KVConfig:
         unit="sequences",
         low=0,
     )
+    kv_bits: Literal[16, 8, 4] | None = option(
+        None,
+        "Bits of each number of K and V while they are kept; 16 leaves them as the model made "
+        "them. What a model's heads do not allow is refused.",
+        why="On Metal 8 bits double what fits and read faster; elsewhere exactness comes first.",
+        unset="auto: 8 on Metal, else 16",
+    )
+    kv_group_size: Literal[32, 64, 128] = option(
+        64,
+        "Numbers of K or V that share a scale when they are kept in 8 or 4 bits; with "
+        "`--kv-bits auto` layers that it does not divide take 32, or stay as they are.",
+        why="Smaller groups are closer to the model and take more memory: 32 is better for 4 bits.",
+    )
     max_kv_size: int | None = option(
         None,
         "Cap on KV tokens over all rows and cached blocks.",

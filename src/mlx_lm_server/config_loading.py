@@ -32,7 +32,7 @@ class Setting:
     section: str
     name: str
     kind: str  # str, int, float, bool, list, json, choice
-    choices: tuple[str, ...]
+    choices: tuple[str | int, ...]
     is_optional: bool
     default: Any
     option: Option
@@ -60,13 +60,14 @@ def settings() -> Iterator[Setting]:
             )
 
 
-def _kind_of(hint: Any) -> tuple[str, tuple[str, ...], bool]:
+def _kind_of(hint: Any) -> tuple[str, tuple[str | int, ...], bool]:
     if get_origin(hint) in (Union, types.UnionType):
         inner = next(arg for arg in get_args(hint) if arg is not types.NoneType)
         kind, choices, _ = _kind_of(inner)
         return kind, choices, True
     if get_origin(hint) is Literal:
-        return "choice", get_args(hint), False
+        choices = get_args(hint)
+        return "int" if isinstance(choices[0], int) else "choice", choices, False
     if get_origin(hint) is tuple:
         return "list", (), False
     if get_origin(hint) is Mapping:
@@ -149,13 +150,17 @@ def convert(setting: Setting, raw: Any, label: str) -> Any:
     try:
         value = _CONVERTERS[setting.kind](raw)
     except (ValueError, TypeError) as error:
-        wanted = _WANTED.get(setting.kind) or "one of " + ", ".join(setting.choices)
+        wanted = _one_of(setting) if setting.choices else _WANTED[setting.kind]
         shown = "the value" if setting.option.is_secret else repr(raw)
         raise ConfigError(f"{label}: {shown} is not {wanted}") from error
     if setting.choices and value not in setting.choices:
-        raise ConfigError(f"{label}: {raw!r} is not one of {', '.join(setting.choices)}")
+        raise ConfigError(f"{label}: {raw!r} is not {_one_of(setting)}")
     _check_range(setting.option, value, label)
     return value
+
+
+def _one_of(setting: Setting) -> str:
+    return "one of " + ", ".join(map(str, setting.choices))
 
 
 def _check_range(option: Option, value: Any, label: str) -> None:

@@ -90,6 +90,8 @@ class LoadModel(Message, frozen=True):
     num_blocks: int | None = None
     sequence_cache_size: int = 50
     memory_limit_bytes: int | None = None
+    kv_bits: int | None = None
+    kv_group_size: int = 64
 
 
 class AddRequest(Message, frozen=True):
@@ -132,7 +134,7 @@ class Ready(Message, frozen=True):
 
     `kv_limit_tokens` is the longest row that fits alone; `kv_bytes_per_token` holds as long as no
     window is full. `batching` says how rows share forwards, `batching_reason` why not in a better
-    way.
+    way. `kv_bits` is the fewest of any layer, 16 where none is quantised; `kv_format` says it all.
     """
 
     model_type: str
@@ -149,6 +151,8 @@ class Ready(Message, frozen=True):
     kv_limit_tokens: int = 0
     batching: Batching = "packed"
     batching_reason: str = ""
+    kv_bits: int = 16
+    kv_format: str = ""
 
 
 class LoadFailed(Message, frozen=True):

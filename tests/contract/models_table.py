@@ -20,7 +20,6 @@ from mlx.utils import tree_map
 
 from mlx_lm_server.runner import attention, fast_math, probe
 from mlx_lm_server.runner.cache_kinds import ModelState, UnbatchableState, read_state
-from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.language_model import LanguageModel
 
 from .tiny_configs import families, tiny_config
@@ -74,10 +73,9 @@ def examine(family: str) -> Row:
         state, why = _state_of(model)
     except NOT_LOADABLE as error:
         return Row(family, "not loaded", "", f"{type(error).__name__}: {error}".split("\n")[0])
-    storage = KVStorage(state.kv if state else [])
-    choice = probe.choose_forward(LanguageModel(model), state, why, storage)
+    choice = probe.choose_forward(LanguageModel(model), state, why)
     keeps = ", ".join(state.kinds) if state else "state of its own"
-    return Row(family, choice.forward.batching, keeps, choice.reason)
+    return Row(family, choice.batching, keeps, choice.reason)
 
 
 def _state_of(model: nn.Module) -> tuple[ModelState | None, str]:

@@ -47,7 +47,9 @@ def assemble(
     memory_limit_bytes = loader.memory_limit(order.memory_limit_bytes)
     loaded = loader.load(order, memory_limit_bytes, progress)
     progress("comparing with mlx-lm", 0.85)
-    runner = ModelRunner(loaded, order.max_batch_size, order.block_size)
+    runner = ModelRunner(
+        loaded, order.max_batch_size, order.block_size, order.kv_bits, order.kv_group_size
+    )
     log.log(logging.WARNING if runner.batching == "alone" else logging.INFO, runner.describe())
     progress("measuring", 0.9)
     if order.num_threads is None:
@@ -93,6 +95,8 @@ def assemble(
         kv_limit_tokens=ledger.kv_limit_tokens,
         batching=runner.batching,
         batching_reason=runner.reason,
+        kv_bits=runner.kv_bits,
+        kv_format=runner.kv_format,
     )
     gc.collect()
     gc.freeze()  # a pass over what the libraries have loaded would stop a step for 50 ms

@@ -231,4 +231,4 @@ def _sampling_positions(plan: StepPlan) -> list[int]:
     return positions
 
 
-Candidate = Callable[[], Forward]
+Candidate = Callable[[KVStorage], Forward]

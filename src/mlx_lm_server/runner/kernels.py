@@ -6,12 +6,17 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_lm_server.runner import fast_math
+from mlx_lm_server.runner import code_products, fast_math
+from mlx_lm_server.runner.kv_quantisation import PackedKV, is_metal
+from mlx_lm_server.runner.kv_storage import Stored, read
 
 # Queries that share one pass over the keys on a CPU, and how many bytes of scores are worked on at
 # once, so that they stay in its second-level cache.
 CPU_QUERY_BLOCK = 128
 CPU_SCORES_BYTES = 2 * 1024 * 1024
+# Keys that a row does not see weigh exp(-60), not less: times a scale it must not become a
+# denormal number, which x86 multiplies a hundred times as slowly.
+LOWEST_EXPONENT = -60.0
 
 
 class View(Protocol):
@@ -27,13 +32,14 @@ class View(Protocol):
 
 class AttentionKernel(Protocol):
     """The two shapes of attention. Q is `[…, heads, …]`, K and V `[…, kv_heads, …]`; `sinks`
-    `[heads]` are logits of keys without a value, which take part in the softmax only."""
+    `[heads]` are logits of keys without a value, which take part in the softmax only. Single
+    tokens attend to K and V as they are stored, chunks to what has been read."""
 
     def decode(
         self,
         q: mx.array,
-        k: mx.array,
-        v: mx.array,
+        k: Stored,
+        v: Stored,
         scale: float,
         view: View,
         sinks: mx.array | None = None,
@@ -56,19 +62,22 @@ class AttentionKernel(Protocol):
 
 
 class FusedKernel:
-    """MLX's own fused attention: Metal, CUDA, and CPUs with a fast exp."""
+    """MLX's own fused attention: Metal, CUDA, and CPUs with a fast exp. On Metal quantised K and V
+    are multiplied as they are; elsewhere `mx.quantized_matmul` takes longer than reading them."""
 
     def decode(
         self,
         q: mx.array,
-        k: mx.array,
-        v: mx.array,
+        k: Stored,
+        v: Stored,
         scale: float,
         view: View,
         sinks: mx.array | None = None,
     ) -> mx.array:
+        if isinstance(k, PackedKV) and isinstance(v, PackedKV) and is_metal():
+            return decode_packed(q, k, v, scale, view, sinks)
         return mx.fast.scaled_dot_product_attention(
-            q, k, v, scale=scale, mask=view.visible, sinks=sinks
+            q, read(k), read(v), scale=scale, mask=view.visible, sinks=sinks
         )
 
     def chunk(
@@ -99,13 +108,14 @@ class CpuKernel:
     """
 
     def __init__(self) -> None:
-        self._exp_below = fast_math.BoundedCompile(lambda x, top: fast_math.arithmetic_exp(x - top))
+        self._exp_below = fast_math.BoundedCompile(_exp_below)
+        self._products = code_products.choose_products()
 
     def decode(
         self,
         q: mx.array,
-        k: mx.array,
-        v: mx.array,
+        k: Stored,
+        v: Stored,
         scale: float,
         view: View,
         sinks: mx.array | None = None,
@@ -113,12 +123,16 @@ class CpuKernel:
         n, heads, _, dim = q.shape
         kv_heads = k.shape[1]
         folded = (q * scale).reshape(n, kv_heads, heads // kv_heads, dim)
-        scores = folded @ k.swapaxes(-1, -2)
+        if isinstance(k, PackedKV):
+            scores = self._products.scores(folded, k)
+        else:
+            scores = folded @ k.swapaxes(-1, -2)
         if view.bias is not None:
             scores = scores + view.bias
         if sinks is not None:
             sinks = sinks.reshape(kv_heads, heads // kv_heads, 1)
-        return self._weigh(scores, v, sinks).reshape(n, heads, 1, v.shape[-1])
+        out = self._weigh(scores, v, sinks)
+        return out.reshape(n, heads, 1, out.shape[-1])
 
     def chunk(
         self,
@@ -186,7 +200,7 @@ class CpuKernel:
             sinks = mx.repeat(sinks, block, axis=1)
         return self._weigh(scores, v, sinks).reshape(n, share, block, v.shape[-1])
 
-    def _weigh(self, scores: mx.array, v: mx.array, sinks: mx.array | None) -> mx.array:
+    def _weigh(self, scores: mx.array, v: Stored, sinks: mx.array | None) -> mx.array:
         """softmax(scores) @ v, for scores `[…, m, s]`, v `[…, s, dim]`, sinks `[…, m, 1]`."""
         top = scores.max(axis=-1, keepdims=True)
         if sinks is not None:
@@ -195,7 +209,44 @@ class CpuKernel:
         total = weights.sum(axis=-1, keepdims=True)
         if sinks is not None:
             total = total + mx.exp(sinks - top)
-        return (weights @ v) / total
+        sums = self._products.mixture(weights, v) if isinstance(v, PackedKV) else weights @ v
+        return sums / total
+
+
+def _exp_below(x: mx.array, top: mx.array) -> mx.array:
+    return fast_math.arithmetic_exp(mx.maximum(x - top, LOWEST_EXPONENT))
+
+
+def decode_packed(
+    q: mx.array, k: PackedKV, v: PackedKV, scale: float, view: View, sinks: mx.array | None
+) -> mx.array:
+    """`AttentionKernel.decode` with `mx.quantized_matmul`."""
+    n, heads, _, dim = q.shape
+    kv_heads = k.shape[1]
+    folded = (q * scale).reshape(n, kv_heads, heads // kv_heads, dim)
+    scores = _quantised_product(folded, k, transpose=True)
+    if view.visible is not None:
+        scores = mx.where(view.visible, scores, -mx.inf)
+    if sinks is None:
+        weights = mx.softmax(scores, axis=-1, precise=True)
+    else:
+        sinks = mx.broadcast_to(sinks.reshape(kv_heads, -1, 1), (*scores.shape[:-1], 1))
+        both = mx.concatenate([sinks.astype(scores.dtype), scores], axis=-1)
+        weights = mx.softmax(both, axis=-1, precise=True)[..., 1:]
+    out = _quantised_product(weights, v, transpose=False)
+    return out.reshape(n, heads, 1, out.shape[-1])
+
+
+def _quantised_product(x: mx.array, packed: PackedKV, transpose: bool) -> mx.array:
+    return mx.quantized_matmul(
+        x,
+        packed.codes,
+        packed.scales,
+        packed.biases,
+        transpose=transpose,
+        group_size=packed.quantisation.group_size,
+        bits=packed.quantisation.bits,
+    )
 
 
 def _sees(start: int, length: int, first: int, end: int, window: int | None) -> mx.array:

@@ -1,10 +1,10 @@
 """Where K and V of all running rows live: slabs, as the core's plan lays them out.
 
-A layer's tokens lie in *planes*, arrays that hold one part of every token: plane 0 the keys,
-plane 1 the values. Whatever is done to rows and slabs is done to each plane alike.
+A layer's tokens lie in *planes*, arrays that hold one part of every token. Whatever is done to
+rows and slabs is done to each plane alike.
 
-    slab 3, layer 0   plane 0  keys    [num_slots, kv_heads, places, key_dim]
-                      plane 1  values  [num_slots, kv_heads, places, value_dim]
+    plain      keys · values
+    quantised  codes, scales, biases of the keys · codes, scales, biases of the values
 
 A layer with a window keeps a *ring*: token `p` lies in place `p % ring`, and its arrays are no
 longer than the ring, whatever the slab's capacity.
@@ -33,7 +33,11 @@ from mlx_lm_server.core.plan import (
     MoveRow,
     ResizeSlab,
 )
+from mlx_lm_server.runner.kv_quantisation import PackedKV, Quantisation
 from mlx_lm_server.runner.stages import Stages
+
+# K or V of some tokens, `[…, dim]`, as they are or in few bits.
+Stored = mx.array | PackedKV
 
 # Places of a ring beyond its window, so that as many of the last tokens can be taken back.
 RING_SPARE = 8
@@ -66,13 +70,54 @@ class LayerShape:
     value_dim: int
     window: int | None = None
     dtype: mx.Dtype = mx.float32
+    quantisation: Quantisation | None = None
+
+    @property
+    def kv_bits(self) -> int:
+        return 16 if self.quantisation is None else self.quantisation.bits
+
+    @property
+    def format(self) -> str:
+        """In words, what K and V are kept in."""
+        if self.quantisation is None:
+            return str(self.dtype).removeprefix("mlx.core.")
+        return self.quantisation.name
 
     @property
     def planes(self) -> tuple[PlaneShape, ...]:
+        return (*self._planes_of(self.key_dim), *self._planes_of(self.value_dim))
+
+    def _planes_of(self, dim: int) -> tuple[PlaneShape, ...]:
+        if self.quantisation is None:
+            return (PlaneShape(self.kv_heads, dim, self.dtype),)
+        num_groups = dim // self.quantisation.group_size
+        groups = PlaneShape(self.kv_heads, num_groups, self.dtype)
+        codes = PlaneShape(self.kv_heads, dim * self.quantisation.bits // 32, mx.uint32)
+        return codes, groups, groups
+
+    def to_planes(self, keys: mx.array, values: mx.array) -> tuple[mx.array, ...]:
+        """K and V `[…, dim]` as they are stored."""
+        if self.quantisation is None:
+            return keys, values
+        return (*self.quantisation.pack(keys), *self.quantisation.pack(values))
+
+    def of_planes(
+        self, planes: Sequence[mx.array], whole: Sequence[mx.array | None] = (None,) * 6
+    ) -> tuple[Stored, Stored]:
+        """K and V, each of its planes; `whole` are those of the slab of which `planes` are the
+        first slots and places."""
+        if self.quantisation is None:
+            keys, values = planes
+            return keys, values
         return (
-            PlaneShape(self.kv_heads, self.key_dim, self.dtype),
-            PlaneShape(self.kv_heads, self.value_dim, self.dtype),
+            PackedKV(planes[0], planes[1], planes[2], self.quantisation, whole[0]),
+            PackedKV(planes[3], planes[4], planes[5], self.quantisation, whole[3]),
         )
+
+    def read_planes(self, planes: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+        """K and V `[…, dim]` as the planes give them back."""
+        keys, values = self.of_planes(planes)
+        return read(keys), read(values)
 
     @property
     def bytes_per_token(self) -> int:
@@ -84,6 +129,10 @@ class LayerShape:
 
     def num_places(self, capacity: int) -> int:
         return capacity if self.ring is None else min(capacity, self.ring)
+
+
+def read(stored: Stored) -> mx.array:
+    return stored.read() if isinstance(stored, PackedKV) else stored
 
 
 @dataclass(slots=True)
@@ -187,7 +236,8 @@ class KVStorage:
         values: mx.array,
     ) -> None:
         """One token of each of n slots: keys and values `[n, kv_heads, dim]`."""
-        for plane, new in zip(self._planes(layer, slab_id), (keys, values), strict=True):
+        new_planes = self.layers[layer].to_planes(keys, values)
+        for plane, new in zip(self._planes(layer, slab_id), new_planes, strict=True):
             plane[slots, :, places] = new
 
     def write_chunk(
@@ -195,28 +245,30 @@ class KVStorage:
     ) -> None:
         """Tokens of one row, `[kv_heads, L, dim]`, of a layer without a window."""
         places = slice(start, start + keys.shape[1])
-        for plane, new in zip(self._planes(layer, slab_id), (keys, values), strict=True):
+        new_planes = self.layers[layer].to_planes(keys, values)
+        for plane, new in zip(self._planes(layer, slab_id), new_planes, strict=True):
             plane[slot, :, places] = new
 
     def read_slots(
         self, layer: int, slab_id: int, num_slots: int, length: int
-    ) -> tuple[mx.array, mx.array]:
-        """`[num_slots, kv_heads, length, dim]`: the first slots' first places."""
-        k, v = (plane[:num_slots, :, :length] for plane in self._planes(layer, slab_id))
-        return k, v
+    ) -> tuple[Stored, Stored]:
+        """`[num_slots, kv_heads, length, dim]`: the first slots' first places, as they are."""
+        whole = self._planes(layer, slab_id)
+        planes = [plane[:num_slots, :, :length] for plane in whole]
+        return self.layers[layer].of_planes(planes, whole)
 
     def read_row(
         self, layer: int, slab_id: int, slot: int, num_tokens: int
     ) -> tuple[mx.array, mx.array]:
         """`[kv_heads, num_tokens, dim]` of a layer without a window."""
-        k, v = (plane[slot, :, :num_tokens] for plane in self._planes(layer, slab_id))
-        return k, v
+        planes = [plane[slot, :, :num_tokens] for plane in self._planes(layer, slab_id)]
+        return self.layers[layer].read_planes(planes)
 
     def extend_ring(
         self, layer: int, slab_id: int, slot: int, start: int, keys: mx.array, values: mx.array
     ) -> tuple[mx.array, mx.array]:
-        """Write tokens of one row to its ring, and give them with those before that they see:
-        the last `window - 1`, all `[kv_heads, …, dim]`."""
+        """Write tokens of one row to its ring, and give them, as they read back, with those before
+        that they see: the last `window - 1`, all `[kv_heads, …, dim]`."""
         planes, shape = self._planes(layer, slab_id), self.layers[layer]
         assert shape.window is not None
         assert shape.ring is not None
@@ -226,7 +278,7 @@ class KVStorage:
         end = start + keys.shape[1]
         places = _places(range(end - kept, end), shape.ring)
         seen = []
-        for plane, new in zip(planes, (keys, values), strict=True):
+        for plane, new in zip(planes, shape.to_planes(keys, values), strict=True):
             whole = new
             if num_before:
                 whole = mx.concatenate([plane[slot][:, before], new], axis=1)
@@ -234,7 +286,7 @@ class KVStorage:
             plane[slot, :, places] = last
             seen.append(whole)
         self._written_unread.add((slab_id, layer))
-        return seen[0], seen[1]
+        return shape.read_planes(seen)
 
     def take_unread(self) -> list[mx.array]:
         """Arrays that the forward wrote and does not read, so that they are computed with it."""

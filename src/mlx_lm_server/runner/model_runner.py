@@ -28,7 +28,7 @@ from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.plan import JoinedRow, RowLogprobs, StepPlan
 from mlx_lm_server.core.thinking import ThinkingClock
 from mlx_lm_server.protocol import Batching
-from mlx_lm_server.runner import native_draw, probe
+from mlx_lm_server.runner import kv_quantisation, native_draw, probe
 from mlx_lm_server.runner.block_store import BlockStore
 from mlx_lm_server.runner.forwards import SplitForward
 from mlx_lm_server.runner.kv_storage import KVStorage
@@ -59,21 +59,28 @@ class ModelRunner:
     """One model, the memory of its rows and their sampling state."""
 
     def __init__(
-        self, loaded: LoadedModel, max_batch_size: int, block_size: int = DEFAULT_BLOCK_SIZE
+        self,
+        loaded: LoadedModel,
+        max_batch_size: int,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+        kv_bits: int | None = 16,
+        kv_group_size: int = 64,
     ) -> None:
-        """Finds out how the model can be run; see `probe`."""
+        """Finds out how the model can be run; see `probe`. Raises UnsupportedModelError where its
+        K and V cannot be kept in `kv_bits`; None chooses."""
         self._loaded = loaded
         state = loaded.state
-        self._storage = KVStorage(state.kv if state else [])
-        choice = probe.choose_forward(loaded.lm, state, loaded.why_no_state, self._storage)
-        self._forward_of = choice.forward
+        choice = probe.choose_forward(loaded.lm, state, loaded.why_no_state)
+        is_alone = choice.batching == "alone"
+        layers = [] if is_alone or state is None else state.kv
+        self._storage = KVStorage(kv_quantisation.quantised(layers, kv_bits, kv_group_size))
+        self._forward_of = choice.over(self._storage)
         self.reason = choice.reason
         per_row = sum(part.nbytes for part in state.recurrent) if state else 0
         self.geometry = replace(self._storage.geometry, bytes_per_row=per_row)
         if self.batching == "alone":
-            self._storage = KVStorage([])  # mlx-lm's caches hold everything
             self.geometry = probe.geometry_of_rows_alone(loaded.lm)
-        states = choice.forward.states if isinstance(choice.forward, SplitForward) else None
+        states = self._forward_of.states if isinstance(self._forward_of, SplitForward) else None
         self._blocks = BlockStore(self._storage, states, block_size)
         self._sampler = Sampler(loaded.vocab_size, native_draw.load())
         self._sampling: dict[int, RowSampling] = {}
@@ -85,6 +92,17 @@ class ModelRunner:
     @property
     def batching(self) -> Batching:
         return self._forward_of.batching
+
+    @property
+    def kv_bits(self) -> int:
+        """The fewest of any layer; 16 where none is quantised."""
+        return min((layer.kv_bits for layer in self._storage.layers), default=16)
+
+    @property
+    def kv_format(self) -> str:
+        """In words, what K and V are kept in."""
+        names = dict.fromkeys(layer.format for layer in self._storage.layers)
+        return " and ".join(names) or str(self._loaded.kv_dtype).removeprefix("mlx.core.")
 
     def describe(self) -> str:
         """How the model is run, for the log."""

@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.plan import CreateSlab, DecodeRow, DropSlab, PrefillChunk, StepPlan
+from mlx_lm_server.protocol import Batching
 from mlx_lm_server.runner.attention import UnknownMask
 from mlx_lm_server.runner.cache_kinds import ModelState
 from mlx_lm_server.runner.forwards import (
@@ -53,9 +54,10 @@ SEAM_ERRORS = (
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The way that was chosen, and why not the ones before it."""
+    """The way that was chosen, made for any storage by `over`, and why not the ones before it."""
 
-    forward: Forward
+    batching: Batching
+    over: Candidate
     refused: dict[str, str]
 
     @property
@@ -66,38 +68,37 @@ class Choice:
         return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in ways.items())
 
 
-def choose_forward(
-    lm: LanguageModel, state: ModelState | None, why_no_state: str, storage: KVStorage
-) -> Choice:
-    """The first of the ways, the best first, that gives mlx-lm's logits."""
+def choose_forward(lm: LanguageModel, state: ModelState | None, why_no_state: str) -> Choice:
+    """The first of the ways, the best first, that gives mlx-lm's logits where K and V are kept as
+    the model makes them."""
     refused = {}
+    storage = KVStorage(state.kv if state else [])
     if state is None:
         refused["batched"] = why_no_state
     elif state.recurrent:
         refused["packed"] = "recurrent state takes a row's tokens in order"
-    for name, candidate in _candidates(lm, state, storage):
-        forward = candidate()
+    for name, candidate in _candidates(lm, state):
+        forward = candidate(storage)
         reason = _disagreement(forward, AloneForward(lm), storage)
         if reason is None:
-            return Choice(forward, refused)
+            return Choice(forward.batching, candidate, refused)
         refused[name] = reason
-    return Choice(AloneForward(lm), refused)
+    return Choice("alone", lambda _: AloneForward(lm), refused)
 
 
-def _candidates(
-    lm: LanguageModel, state: ModelState | None, storage: KVStorage
-) -> list[tuple[str, Candidate]]:
+def _candidates(lm: LanguageModel, state: ModelState | None) -> list[tuple[str, Candidate]]:
     if state is None:
         return []
     dtype = state.kv[0].dtype if state.kv else mx.float32
     kernel = choose_kernel(dtype)
     ways: list[tuple[str, Candidate]] = []
     if not state.recurrent:
-        ways.append(("packed", lambda: PackedForward(lm, state, storage, kernel)))
-    ways.append(("split", lambda: SplitForward(lm, state, storage, kernel)))
+        ways.append(("packed", lambda storage: PackedForward(lm, state, storage, kernel)))
+    ways.append(("split", lambda storage: SplitForward(lm, state, storage, kernel)))
     if state.kv:
-        ways.append(("fetched", lambda: SplitForward(lm, state, storage, None)))
-        ways.append(("fetched, by KV head", lambda: SplitForward(lm, state, storage, None, 5)))
+        ways.append(("fetched", lambda storage: SplitForward(lm, state, storage, None)))
+        by_head = "fetched, by KV head"
+        ways.append((by_head, lambda storage: SplitForward(lm, state, storage, None, 5)))
     return ways
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lm_server.core.plan import PrefillChunk
-from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.kv_storage import KVStorage, read
 from mlx_lm_server.runner.step_layout import DecodeGroup, StepLayout
 
 
@@ -116,7 +116,7 @@ class DecodeRowsCache(_FetchedCache):
         held = self._storage.read_slots(
             self._layer, group.slab_id, group.num_slots, self._group_length(group)
         )
-        return [_pad(_of_tokens(array, group), self._length, axis=2) for array in held]
+        return [_pad(_of_tokens(read(array), group), self._length, axis=2) for array in held]
 
 
 class ChunkCache(_FetchedCache):

@@ -40,9 +40,7 @@ class RowStates:
     def take(self, rows: Sequence[int]) -> list[Any]:
         """mlx-lm's caches filled with the state of these rows, in their order."""
         caches = self.fresh()
-        if not caches:
-            return caches
-        is_as_kept = list(rows) == self._rows
+        is_as_kept = not self._parts or list(rows) == self._rows
         places = None if is_as_kept else self._places(rows)
         for cache, arrays in zip(caches, self._arrays, strict=True):
             cache.cache = [a if a is None or places is None else a[places] for a in arrays]

@@ -72,6 +72,8 @@ class StartDisplay:
 def _facts(config: Config, model: ServedModel, ready: Ready, url: str) -> Table:
     table = Table.grid(padding=(0, 2))
     kv_tokens = f"{model.bounds.kv_tokens:,} tokens, {_size(ready.kv_limit_bytes)}"
+    if ready.kv_format:
+        kv_tokens += f", {ready.kv_format}"
     rows = {
         "model": ", ".join(model.names.shown),
         "device": f"{ready.device}, BLAS {ready.blas}",

@@ -57,6 +57,7 @@ async def boot(
         ready = supervisor.first_ready.result()
         model = _served_model(config, folder, facts, tokenizer, ready)
         services.set_model(model)
+        services.metrics.kv_bits = ready.kv_bits
         gc.collect()
         gc.freeze()  # what stays for ever need not be looked at again
         display.banner(config, model, ready, url)
@@ -82,6 +83,8 @@ def load_message(config: Config, folder: Path) -> LoadModel:
         block_size=config.kv.block_size,
         num_blocks=config.kv.num_blocks,
         sequence_cache_size=config.kv.sequence_cache_size,
+        kv_bits=config.kv.kv_bits,
+        kv_group_size=config.kv.kv_group_size,
         memory_limit_bytes=None if gb is None else int(gb * 10**9),
     )
 

@@ -156,6 +156,7 @@ class HealthRoutes:
                 ready = supervisor.ready
                 facts |= {"device": ready.device, "blas": ready.blas}
                 facts |= {"batching": ready.batching, "batching_reason": ready.batching_reason}
+                facts |= {"kv_bits": ready.kv_bits, "kv_format": ready.kv_format}
         return facts
 
 

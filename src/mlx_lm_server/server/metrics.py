@@ -82,6 +82,7 @@ class Metrics(Collector):
         self.prefix_cache_hits = 0
         self.engine_restarts = 0
         self.num_preemptions = 0
+        self.kv_bits = 16
         self.finished: Counter[str] = Counter()
         self.http_responses: Counter[int] = Counter()
         self.is_shut_down_clean = False
@@ -176,6 +177,7 @@ class Metrics(Collector):
             ("num_requests_running", "Rows in the batch.", running),
             ("num_requests_waiting", "Requests waiting for a row.", waiting),
             ("kv_cache_usage_perc", "Share of the KV memory in use, 0 to 1.", usage),
+            ("kv_cache_bits", "Bits K and V are kept in; 16: not quantised.", self.kv_bits),
         ):
             family = GaugeMetricFamily(PREFIX + name, help, labels=["model_name"])
             family.add_metric([self.model_name], value)

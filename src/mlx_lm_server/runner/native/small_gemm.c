@@ -8,6 +8,11 @@
  *   C[m, n] = sum_k A[m, k] * B[n, k]     "nt": x @ W.T, and queries @ keys.T
  *   C[m, n] = sum_k A[m, k] * B[k, n]     "nn": weights @ values, for narrow values
  *
+ * B may also be quantised K and V: whole numbers of 8 or 4 bits, which become floats in registers, so
+ * that a quarter or an eighth of the bytes is read. The interface of a BLAS has no word for that. The
+ * caller says it by `alpha`, one of two numbers that no product has, and gives m, n, k and ldb in
+ * numbers; the result is not scaled (code_products.py).
+ *
  * nt keeps a tile of TILE_ROWS x TILE_COLS sums in registers, each a vector along k, and walks B in
  * blocks that stay in the second-level cache while all tiles of rows pass over them. Blocks of B
  * are shared out to threads that spin for a moment and then sleep.
@@ -17,7 +22,9 @@
 #include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
+#include <math.h>
 #include <stdatomic.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
@@ -34,6 +41,9 @@ typedef __m512 vec;
 #define vec_store(p, v) _mm512_storeu_ps(p, v)
 #define vec_fill(x) _mm512_set1_ps(x)
 #define vec_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define vec_of_bytes(x) _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x))
+#define load_bytes(p) _mm_loadu_si128((const __m128i *)(p))
+#define load_half_bytes(p) _mm_loadl_epi64((const __m128i *)(p))
 static inline __m128 fold(vec v) {
   __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v),
                               _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
@@ -49,6 +59,9 @@ typedef __m256 vec;
 #define vec_store(p, v) _mm256_storeu_ps(p, v)
 #define vec_fill(x) _mm256_set1_ps(x)
 #define vec_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define vec_of_bytes(x) _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x))
+#define load_bytes(p) _mm_loadl_epi64((const __m128i *)(p))
+#define load_half_bytes(p) _mm_loadu_si32(p)
 static inline __m128 fold(vec v) {
   return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
 }
@@ -61,6 +74,11 @@ static inline __m128 fold(vec v) {
 /* The sums live in registers only if the loops over them vanish. */
 #define UNROLL _Pragma("GCC unroll 8")
 
+/* What B consists of, and how the caller says so. */
+enum { FLOATS, BYTES, NIBBLES };
+#define BYTES_ALPHA 0x1p-108f
+#define NIBBLES_ALPHA 0x1p-104f
+
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
 enum { MAX_ROWS = 64, MAX_NN_ROWS = 16, MAX_NN_COLS = 256, NN_VECS = 4, NN_ROWS = 4 };
 enum { MIN_ALIGNED_ROWS = 8, MIN_ALIGNED_COLS = 128 };
@@ -72,6 +90,24 @@ typedef void (*sgemm)(int, int, int, int, int, int, float, const float *, int, c
                       float, float *, int);
 
 static sgemm full_sgemm;
+
+/* ---- numbers of B */
+
+INLINE const void *at(int format, const void *b, long index) {
+  if (format == FLOATS) return (const float *)b + index;
+  return (const uint8_t *)b + (format == BYTES ? index : index / 2);
+}
+
+INLINE vec load_b(int format, const void *b, long index) {
+  const void *p = at(format, b, index);
+  if (format == FLOATS) return vec_load(p);
+  if (format == BYTES) return vec_of_bytes(load_bytes(p));
+  /* The low half of a byte comes first: spread bytes to 16 bits, and the halves to bytes. */
+  __m128i spread = _mm_cvtepu8_epi16(load_half_bytes(p));
+  __m128i low = _mm_and_si128(spread, _mm_set1_epi16(0x000f));
+  __m128i high = _mm_and_si128(_mm_slli_epi16(spread, 4), _mm_set1_epi16(0x0f00));
+  return vec_of_bytes(_mm_or_si128(low, high));
+}
 
 /* ---- x @ W.T */
 
@@ -95,8 +131,8 @@ INLINE void store_sums(const vec *sums, int cols, float *c) {
 }
 
 /* `ahead` is fetched into the cache meanwhile: as many columns as the tile has. */
-INLINE void nt_tile(int rows, int cols, long depth, const float *a, long lda, const float *b,
-                    long ldb, const float *ahead, float *c, long ldc) {
+INLINE void nt_tile(int format, int rows, int cols, long depth, const float *a, long lda,
+                    const void *b, long ldb, const void *ahead, float *c, long ldc) {
   vec sums[TILE_ROWS][TILE_COLS];
   UNROLL
   for (int m = 0; m < rows; m++)
@@ -106,8 +142,8 @@ INLINE void nt_tile(int rows, int cols, long depth, const float *a, long lda, co
     vec columns[TILE_COLS];
     UNROLL
     for (int n = 0; n < cols; n++) {
-      columns[n] = vec_load(b + n * ldb + k);
-      _mm_prefetch((const char *)(ahead + n * ldb + k), _MM_HINT_T0);
+      columns[n] = load_b(format, b, n * ldb + k);
+      _mm_prefetch((const char *)at(format, ahead, n * ldb + k), _MM_HINT_T0);
     }
     UNROLL
     for (int m = 0; m < rows; m++) {
@@ -124,10 +160,10 @@ INLINE void nt_tile(int rows, int cols, long depth, const float *a, long lda, co
 #define TILE_OF(rows)                                                                        \
   case rows:                                                                                 \
     if (cols == TILE_COLS)                                                                   \
-      nt_tile(rows, TILE_COLS, depth, a, lda, b, ldb, ahead, c, ldc);                        \
+      nt_tile(FLOATS, rows, TILE_COLS, depth, a, lda, b, ldb, ahead, c, ldc);                \
     else                                                                                     \
       for (int n = 0; n < cols; n++)                                                         \
-        nt_tile(rows, 1, depth, a, lda, b + n * ldb, ldb, ahead, c + n, ldc);                \
+        nt_tile(FLOATS, rows, 1, depth, a, lda, b + n * ldb, ldb, ahead, c + n, ldc);        \
     break;
 
 static void nt_any_tile(int rows, int cols, long depth, const float *a, long lda, const float *b,
@@ -185,8 +221,8 @@ static void nt_blocks(product *p) {
 
 /* ---- weights @ values */
 
-INLINE void nn_tile(int rows, int vecs, long depth, const float *a, long lda, const float *b,
-                    long ldb, float *c, long ldc) {
+INLINE void nn_tile(int format, int rows, int vecs, long depth, const float *a, long lda,
+                    const void *b, long ldb, float *c, long ldc) {
   vec sums[NN_ROWS][NN_VECS];
   UNROLL
   for (int m = 0; m < rows; m++)
@@ -195,7 +231,7 @@ INLINE void nn_tile(int rows, int vecs, long depth, const float *a, long lda, co
   for (long k = 0; k < depth; k++) {
     vec columns[NN_VECS];
     UNROLL
-    for (int v = 0; v < vecs; v++) columns[v] = vec_load(b + k * ldb + v * WIDTH);
+    for (int v = 0; v < vecs; v++) columns[v] = load_b(format, b, k * ldb + v * WIDTH);
     UNROLL
     for (int m = 0; m < rows; m++) {
       vec weight = vec_fill(a[m * lda + k]);
@@ -209,20 +245,60 @@ INLINE void nn_tile(int rows, int vecs, long depth, const float *a, long lda, co
     for (int v = 0; v < vecs; v++) vec_store(c + m * ldc + v * WIDTH, sums[m][v]);
 }
 
-static void nn_product(int rows, int cols, long depth, const float *a, long lda, const float *b,
-                       long ldb, float *c, long ldc) {
+INLINE void nn_product(int format, int rows, int cols, long depth, const float *a, long lda,
+                       const void *b, long ldb, float *c, long ldc) {
   for (int m = 0; m < rows; m += NN_ROWS)
     for (int n = 0; n < cols;) {
       int vecs = MIN(NN_VECS, (cols - n) / WIDTH);
-      const float *a_tile = a + m * lda, *b_tile = b + n;
+      const float *a_tile = a + m * lda;
+      const void *b_tile = at(format, b, n);
       float *c_tile = c + m * ldc + n;
       int left = MIN(NN_ROWS, rows - m);
-      if (vecs == NN_VECS && left == 4) nn_tile(4, 4, depth, a_tile, lda, b_tile, ldb, c_tile, ldc);
-      else if (vecs == NN_VECS && left == 2) nn_tile(2, 4, depth, a_tile, lda, b_tile, ldb, c_tile, ldc);
-      else if (vecs == NN_VECS && left == 1) nn_tile(1, 4, depth, a_tile, lda, b_tile, ldb, c_tile, ldc);
-      else nn_tile(left, vecs, depth, a_tile, lda, b_tile, ldb, c_tile, ldc);
+#define NN_TILE(left, vecs) \
+  nn_tile(format, left, vecs, depth, a_tile, lda, b_tile, ldb, c_tile, ldc)
+      if (vecs == NN_VECS && left == 4) NN_TILE(4, 4);
+      else if (vecs == NN_VECS && left == 2) NN_TILE(2, 4);
+      else if (vecs == NN_VECS && left == 1) NN_TILE(1, 4);
+      else NN_TILE(left, vecs);
       n += vecs * WIDTH;
     }
+}
+
+/* ---- products with codes: of one head each, so they are too small to be shared out */
+
+INLINE void nt_codes(int format, int rows, int cols, long depth, const float *a, long lda,
+                     const void *b, long ldb, float *c, long ldc) {
+  for (int m = 0; m < rows; m += 4)
+    for (int n = 0; n < cols;) {
+      int width = cols - n < TILE_COLS ? 1 : TILE_COLS, left = MIN(4, rows - m);
+      const float *a_tile = a + m * lda;
+      const void *b_tile = at(format, b, n * ldb);
+      const void *ahead = n + 2 * TILE_COLS <= cols ? at(format, b_tile, TILE_COLS * ldb) : b_tile;
+      float *c_tile = c + m * ldc + n;
+#define NT_TILE(left, width) \
+  nt_tile(format, left, width, depth, a_tile, lda, b_tile, ldb, ahead, c_tile, ldc)
+      if (width == TILE_COLS && left == 4) NT_TILE(4, TILE_COLS);
+      else if (width == TILE_COLS && left == 2) NT_TILE(2, TILE_COLS);
+      else if (width == TILE_COLS && left == 1) NT_TILE(1, TILE_COLS);
+      else if (width == TILE_COLS) NT_TILE(3, TILE_COLS);
+      else NT_TILE(left, 1);
+      n += width;
+    }
+}
+
+/* False where the matrices do not lie as the tiles need them. */
+static int codes_product(int format, int is_plain, int trans_b, int m, int n, int k, const float *a,
+                         int lda, const void *b, int ldb, float *c, int ldc) {
+  if (is_plain && trans_b == TRANS && k % WIDTH == 0) {
+    if (format == BYTES) nt_codes(BYTES, m, n, k, a, lda, b, ldb, c, ldc);
+    else nt_codes(NIBBLES, m, n, k, a, lda, b, ldb, c, ldc);
+  } else if (is_plain && trans_b == NO_TRANS && n % WIDTH == 0) {
+    if (format == BYTES) nn_product(BYTES, m, n, k, a, lda, b, ldb, c, ldc);
+    else nn_product(NIBBLES, m, n, k, a, lda, b, ldb, c, ldc);
+  } else {
+    return 0;
+  }
+  return 1;
 }
 
 /* ---- threads
@@ -313,6 +389,14 @@ static void align_rows(product *p) {
 
 void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha,
                  const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc) {
+  if (alpha == BYTES_ALPHA || alpha == NIBBLES_ALPHA) {
+    int is_aligned = order == ROW_MAJOR && trans_a == NO_TRANS && k > 0;
+    int format = alpha == BYTES_ALPHA ? BYTES : NIBBLES;
+    if (!codes_product(format, is_aligned, trans_b, m, n, k, a, lda, b, ldb, c, ldc))
+      for (long i = 0; i < m; i++)
+        for (long j = 0; j < n; j++) c[i * ldc + j] = NAN;
+    return;
+  }
   int is_plain = order == ROW_MAJOR && trans_a == NO_TRANS && alpha == 1.0f && beta == 0.0f && k > 0;
   if (is_plain && trans_b == TRANS && m <= MAX_ROWS && k % WIDTH == 0) {
     product p = {m, n, k, a, b, lda, ldb, c, ldc, block_columns(n, k), 0};
@@ -320,7 +404,7 @@ void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float
     if ((double)m * n * k < MIN_SHARED_WORK) nt_blocks(&p);
     else nt_shared(&p);
   } else if (is_plain && trans_b == NO_TRANS && m <= MAX_NN_ROWS && n <= MAX_NN_COLS && n % WIDTH == 0) {
-    nn_product(m, n, k, a, lda, b, ldb, c, ldc);
+    nn_product(FLOATS, m, n, k, a, lda, b, ldb, c, ldc);
   } else {
     full_sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
   }
