@@ -191,7 +191,8 @@ class PrefixCache:
             num_blocks = len(self._index.walk(request, 0, len(prompt)))
             child, in_child = self._index.nearest_child(request, num_blocks, len(prompt))
             nearest = max(num_cached, num_blocks * self._size + in_child)
-            if child is not None and nearest == num_blocks * self._size + in_child:
+            is_nearest = nearest == num_blocks * self._size + in_child
+            if child is not None and is_nearest and nearest < len(prompt):
                 other_ids = self._index.ids_from(child, in_child, SHOWN_IDS)
         return CacheReport(
             num_prompt_tokens=len(prompt),

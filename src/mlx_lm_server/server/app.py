@@ -8,6 +8,7 @@ from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlx_lm_server.server.api_keys import ApiKeys
+from mlx_lm_server.server.cache_routes import CacheRoutes
 from mlx_lm_server.server.connection import ConnectionLimits
 from mlx_lm_server.server.document import DocumentRoutes
 from mlx_lm_server.server.health import HealthRoutes
@@ -36,7 +37,8 @@ class Routes:
     answer errors before the Border sees them."""
 
     def __init__(self, services: Services) -> None:
-        parts = (OpenAIRoutes(services), TextRoutes(services), HealthRoutes(services))
+        kinds = (OpenAIRoutes, TextRoutes, CacheRoutes, HealthRoutes)
+        parts = [routes(services) for routes in kinds]
         endpoints = [endpoint for part in parts for endpoint in part.endpoints()]
         endpoints += DocumentRoutes(endpoints).endpoints()
         routes = [endpoint.route() for endpoint in endpoints]

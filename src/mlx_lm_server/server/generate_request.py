@@ -8,6 +8,7 @@ from typing import Literal
 from mlx_lm_server.parsing.message import MessageDelta
 from mlx_lm_server.parsing.message_parser import AnswerFormat
 from mlx_lm_server.protocol import FinishReason, SamplingParams, TokenLogprobs
+from mlx_lm_server.server.cache_explanation import CacheExplanation
 
 AnswerReason = FinishReason | Literal["tool_calls"]
 
@@ -136,3 +137,4 @@ class Usage:
     cached_tokens: int = 0
     reasoning_tokens: int | None = None
     timings: Timings | None = None
+    cache: list[CacheExplanation] | None = None

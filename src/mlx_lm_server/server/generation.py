@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from mlx_lm_server.errors import ServerError
-from mlx_lm_server.protocol import FinishReason
+from mlx_lm_server.protocol import CacheReport, FinishReason
 from mlx_lm_server.server.answer_reader import AnswerReader
 from mlx_lm_server.server.engine_client import EngineClient, Mailbox, OutputStream
 from mlx_lm_server.server.generate_request import (
@@ -132,6 +132,16 @@ class Generation:
             f"{self.request_id} {'/'.join(self.finish_reasons)}: {usage.prompt_tokens} prompt + "
             f"{usage.completion_tokens} new tokens, first {ttft_s:.3f} s, last {total_s:.3f} s"
         )
+
+    @property
+    def client_key(self) -> str:
+        return self._requests[0].client_key
+
+    @property
+    def cache_reports(self) -> list[CacheReport]:
+        """One for each prompt that was admitted."""
+        pairs = zip(self._streams, self._requests, strict=True)
+        return [s.cache for s, r in pairs if s.cache is not None and not r.is_copy]
 
     def usage(self) -> Usage:
         readers = self._readers

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 
 from mlx_lm_server.config import Config
 from mlx_lm_server.errors import EngineUnavailableError
+from mlx_lm_server.protocol import CacheReport
 from mlx_lm_server.server.admission import Admission
+from mlx_lm_server.server.cache_explanation import CacheExplanation, CacheReports, explain
 from mlx_lm_server.server.engine_client import EngineClient
 from mlx_lm_server.server.generate_request import GenerateRequest
 from mlx_lm_server.server.generation import Generation
@@ -33,6 +35,7 @@ class Services:
         self.names = ModelNames.of(config)
         self.created_s = int(time.time())
         self.open_generations: set[Generation] = set()
+        self.cache_reports = CacheReports()
         self._model: ServedModel | None = None
 
     @property
@@ -75,7 +78,16 @@ class Services:
         self.open_generations.add(generation)
         return generation
 
+    def explain(self, reports: Sequence[CacheReport]) -> list[CacheExplanation]:
+        """What the prefix cache did. With several keys, cached text may be anybody's."""
+        decode = self.model().tokenizer.decode_few
+        shows_text = self.config.server.api_key_file is None
+        return [explain(report, decode, shows_text=shows_text) for report in reports]
+
     def _forget(self, generation: Generation) -> None:
         self.open_generations.discard(generation)
+        self.cache_reports.remember(
+            generation.request_id, generation.client_key, generation.cache_reports
+        )
         if log.isEnabledFor(logging.INFO):
             log.info(generation.summary())

@@ -7,7 +7,7 @@ its rows are given back, streamed or not.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Protocol
 
@@ -89,12 +89,12 @@ class EventStream:
         writer: ChunkWriter,
         *,
         keep_alive_s: float = 0.0,
-        with_timings: bool = False,
+        usage: Callable[[], Usage],
     ) -> None:
         self._generation = generation
         self._writer = writer
         self._keep_alive_s = keep_alive_s
-        self._with_timings = with_timings
+        self._usage = usage
         self._has_begun: set[int] = set()
         self._is_open = False
 
@@ -123,10 +123,7 @@ class EventStream:
             body = self._encode(deltas)
             await send({"type": "http.response.body", "body": body, "more_body": True})
             deltas = await generation.next()
-        usage = generation.usage()
-        if self._with_timings:
-            usage.timings = generation.timings()
-        return self._encode(deltas) + self._writer.usage(usage)
+        return self._encode(deltas) + self._writer.usage(self._usage())
 
     async def _open(self, send: Send) -> None:
         if not self._is_open:

@@ -138,6 +138,10 @@ class Tokenizer:
         # A leading space belongs to the token, but a decoder drops it at the start of a text.
         return token.replace("\u2581", " ").encode()
 
+    def decode_few(self, ids: Sequence[int]) -> str:
+        """The text of some ids, for people."""
+        return self._decode([i for i in ids if i < self.vocab_size])
+
     async def decode(self, ids: Sequence[int]) -> str:
         """The text of ids as they are, special tokens included."""
         known = [i for i in ids if i < self.vocab_size]

@@ -147,6 +147,7 @@ def _generate_request(
         stop_strings=tuple(request.stop),
         priority=request.priority or 0,
         client_key=client_key,
+        cache_salt=request.cache_salt or "",
         is_prompt_only=is_prompt_only,
         prompt_logprobs=request.prompt_logprobs,
         wants_progress=bool(request.return_progress),

@@ -55,6 +55,34 @@ class TimingsPart(Part):
     """Pace of the answer."""
 
 
+class CacheExplanationPart(Part):
+    prompt_tokens: int
+    """Length of the prompt."""
+    cached_tokens: int
+    """Tokens that were not computed anew."""
+    from_running_requests: int
+    """How many of them came from requests in flight."""
+    nearest_tokens: int
+    """Up to where the prompt was equal to the nearest cached text."""
+    prompt_text: str | None
+    """How the prompt goes on there; null where nothing is near, or keys keep clients apart."""
+    nearest_text: str | None
+    """How the cached text goes on there."""
+    why: str
+    """What kept the rest from being found; empty where nothing did."""
+    recompute_s: float
+    """Forecast of the seconds that computing the rest takes on an idle machine."""
+
+
+class CacheExplanationAnswer(Part):
+    id: str
+    """Of the answer."""
+    object: Literal["cache.explanation"]
+    """Kind of answer."""
+    prompts: list[CacheExplanationPart]
+    """One for each prompt of the request."""
+
+
 class UsagePart(Part):
     prompt_tokens: int
     """Tokens of the prompts; several choices count it once."""
@@ -68,6 +96,8 @@ class UsagePart(Part):
     """Where the model's reasoning is told apart."""
     timings: TimingsPart | None = None
     """Where `timings` asked for it."""
+    cache: list[CacheExplanationPart] | None = None
+    """Where `explain_cache` asked for it."""
 
 
 class TopLogprob(Part):

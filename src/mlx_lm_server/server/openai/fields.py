@@ -31,7 +31,6 @@ COMMON: Neutral = {
     "guided_grammar": (),
     "structured_outputs": (),
     "response_format": ({"type": "text"},),
-    "cache_salt": (),
     "request_id": (),
     "return_token_ids": (False,),
     "store": (False,),

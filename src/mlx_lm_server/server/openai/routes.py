@@ -15,7 +15,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from mlx_lm_server.server.endpoint import ANY_GENERATION, ANY_REQUEST, Endpoint
-from mlx_lm_server.server.generate_request import GenerateRequest
+from mlx_lm_server.server.generate_request import GenerateRequest, Usage
+from mlx_lm_server.server.generation import Generation
 from mlx_lm_server.server.openai import adapter, answer_schema, schema
 from mlx_lm_server.server.openai.stream import (
     ChatChunks,
@@ -134,17 +135,23 @@ class OpenAIRoutes:
                 generation,
                 kind(head, tokenizer, include_usage=request.wants_usage),
                 keep_alive_s=services.config.generation.keep_alive_s,
-                with_timings=bool(request.timings),
+                usage=lambda: self._usage(generation, request),
             )
         answers = await collect(generation, http.receive, num_sequences)
-        usage = generation.usage()
-        if request.timings:
-            usage.timings = generation.timings()
+        usage = self._usage(generation, request)
         build = chat_response if is_chat else completion_response
         num_scored = sum(len(a.tokens) + len(a.prompt_tokens or ()) for a in answers)
         if num_scored <= MAX_INLINE_TOKENS:
             return json_response(build(head, answers, usage, tokenizer))
         return json_response(await asyncio.to_thread(build, head, answers, usage, tokenizer))
+
+    def _usage(self, generation: Generation, request: schema.Sampling) -> Usage:
+        usage = generation.usage()
+        if request.timings:
+            usage.timings = generation.timings()
+        if request.explain_cache:
+            usage.cache = self._services.explain(generation.cache_reports)
+        return usage
 
     async def models(self, http: Request) -> Response:
         cards = [self._card(name) for name in self._services.names.shown]

@@ -245,6 +245,10 @@ class Sampling(Body):
     stream."""
     timings: bool | None = None
     """Tell seconds and paces in `usage.timings`."""
+    explain_cache: bool | None = None
+    """Tell in `usage.cache` how much of the prompt was cached, and where it left what is."""
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    """Share cached prefixes only with requests of the same salt."""
     metadata: dict[str, str] | None = Field(None, max_length=16)
     """Comes back as it was sent."""
     stream: bool | None = None
@@ -299,7 +303,8 @@ class Sampling(Body):
     def wants_usage(self) -> bool:
         """As a chunk of its own at the end of a stream."""
         options = self.stream_options
-        return bool(self.timings) or (options is not None and options.include_usage)
+        is_asked = options is not None and options.include_usage
+        return bool(is_asked or self.timings or self.explain_cache)
 
 
 class TextPart(Body):

@@ -43,6 +43,8 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         found["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
     if usage.timings is not None:
         found["timings"] = msgspec.to_builtins(usage.timings)
+    if usage.cache is not None:
+        found["cache"] = usage.cache
     return found
 
 
