@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import engine_loop, fields, layouts, products, serving, soak, tier
+from benchmarks import engine_loop, fields, layouts, prefix, products, serving, soak, tier
 from benchmarks.parts import console, run_parts
 
 SCRIPTS = {
@@ -15,6 +15,7 @@ SCRIPTS = {
     "fields": fields,
     "layouts": layouts,
     "blas": products,
+    "prefix": prefix,
     "serving": serving,
     "soak": soak,
     "tier": tier,

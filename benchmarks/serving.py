@@ -1,6 +1,6 @@
 """Our server and `mlx_lm.server` as real processes under the same load, round by round in turn.
 
-    python -m benchmarks.serving [throughput latency prefix shipped loop start …] [--quick]
+    python -m benchmarks.serving [throughput latency shipped loop start …] [--quick]
 
 Without names all parts run. Each prints its table and claims and writes results/serving-PART.json.
 """
@@ -136,16 +136,6 @@ def latency(effort: Effort) -> Findings:
     return made, details(session)
 
 
-def prefix(effort: Effort) -> Findings:
-    """Shared prefixes and conversations; no claim yet."""
-    model = str(ensure_models()["float32"])
-    with servers(processes.ours(model), processes.peer(model)) as running:
-        session = measure(
-            running, ["shared-prefix", "conversation"], effort.rounds, shape_of(effort)
-        )
-    return [no_errors(session)], details(session)
-
-
 def shipped(effort: Effort) -> Findings:
     """Against `mlx_lm.server` as its wheel ships: one request a client, for it takes long."""
     shape = replace(shape_of(effort), num_requests=1)
@@ -261,7 +251,6 @@ def _serve_some(server: Server) -> None:
 PARTS = {
     "throughput": throughput,
     "latency": latency,
-    "prefix": prefix,
     "shipped": shipped,
     "loop": loop,
     "start": start,

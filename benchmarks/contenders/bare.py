@@ -32,16 +32,16 @@ class BareLoop:
         self._loaded = loader.load(order, loader.memory_limit(None), lambda _s, _f: None)
         state = self._loaded.state
         assert state is not None, self._loaded.why_no_state
-        self._storage = KVStorage(state.kv)
+        self.storage = KVStorage(state.kv)
         kernel = choose_kernel(self._loaded.kv_dtype)
-        self._packed = PackedForward(self._loaded.lm, state, self._storage, kernel)
-        self.kv_bytes_per_token = self._storage.bytes_per_token
+        self._packed = PackedForward(self._loaded.lm, state, self.storage, kernel)
+        self.kv_bytes_per_token = self.storage.bytes_per_token
 
     def generate(self, load: Load) -> Iterator[list[int]]:
         rows = list(range(len(load.prompt_tokens)))
         capacity = capacity_for(max(load.prompt_tokens) + load.output_tokens)
-        self._storage.apply(CreateSlab(SLAB, len(rows), capacity))
-        tokens = mx.concatenate([self._prefill(row, ids) for row, ids in enumerate(load.prompts)])
+        self.storage.apply(CreateSlab(SLAB, len(rows), capacity))
+        tokens = mx.concatenate([self.prefill(row, ids) for row, ids in enumerate(load.prompts)])
         mx.eval(tokens)
         yield rows
         for step in range(load.output_tokens - 1):
@@ -57,10 +57,11 @@ class BareLoop:
         if load.output_tokens > 1:
             tokens.tolist()
             yield rows
-        self._storage.apply(DropSlab(SLAB))
+        self.storage.apply(DropSlab(SLAB))
 
-    def _prefill(self, row: int, ids: list[int]) -> mx.array:
-        chunk = PrefillChunk(row, SLAB, row, 0, tuple(ids), samples=True)
+    def prefill(self, row: int, ids: list[int], start: int = 0) -> mx.array:
+        """The token after these, which come after `start` others."""
+        chunk = PrefillChunk(row, SLAB, row, start, tuple(ids), samples=True)
         return self._forward((), (chunk,), mx.array(ids, mx.int32))[-1:]
 
     def _forward(

@@ -1,0 +1,129 @@
+"""What the prefix cache saves: warm starts, conversations, prefixes in flight, full memory.
+
+python -m benchmarks prefix [warm conversation shared oversubscribed] [--quick]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from random import Random
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import httpx
+
+from benchmarks import processes, reaper
+from benchmarks.claims import Claim
+from benchmarks.models import ensure_models
+from benchmarks.parts import Effort, Findings, console, run_parts
+from benchmarks.serving import details, measure, no_errors, servers, shape_of
+from mlx_lm_server.server.engine_process import ENGINE_ENVIRONMENT
+
+PREFIX_TOKENS, NEW_TOKENS = 2000, 20
+HTTP_ALLOWANCE_S = 0.015
+FIRST_ID, LAST_ID = 300, 8000
+
+
+def child(mode: str, *arguments: int) -> dict[str, Any]:
+    """A mode of `prefix_child`, in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.prefix_child", mode, *map(str, arguments)]
+    with reaper.start(
+        command, stdout=subprocess.PIPE, env=ENGINE_ENVIRONMENT | os.environ
+    ) as process:
+        out, _ = process.communicate()
+    found: dict[str, Any] = json.loads(out.splitlines()[-1])
+    console.print(f"  {mode} {arguments}: {found}")
+    return found
+
+
+def warm(effort: Effort) -> Findings:
+    """TTFT of 20 new tokens after 2000 cached ones, against computing all, and the bare forward."""
+    samples = 3 if effort.is_quick else 12
+    forward_s = child("tail", PREFIX_TOKENS, NEW_TOKENS, samples)["forward_s"]
+    model = str(ensure_models()["float32"])
+    with servers(processes.ours(model)) as [server]:
+        cold_s, warm_s, cached = _ttfts(server.url, samples)
+    bound_s = 1.25 * forward_s + HTTP_ALLOWANCE_S
+    made = [
+        Claim("warm TTFT over (1.25 x bare forward + 15 ms)", warm_s / bound_s, at_most=1.0),
+        Claim("cold TTFT over warm TTFT", cold_s / warm_s, at_least=12.0),
+        Claim("warm TTFT", warm_s * 1e3, unit="ms"),
+        Claim("bare forward of the new tokens", forward_s * 1e3, unit="ms"),
+    ]
+    return made, {"cold_s": cold_s, "warm_s": warm_s, "forward_s": forward_s, "cached": cached}
+
+
+def _ttfts(url: str, samples: int) -> tuple[float, float, list[int]]:
+    rng = Random(11)
+
+    def ids(num_tokens: int) -> list[int]:
+        return [rng.randrange(FIRST_ID, LAST_ID) for _ in range(num_tokens)]
+
+    cold, warm, cached = [], [], []
+    with httpx.Client(base_url=url, timeout=120) as client:
+        for _ in range(max(3, samples // 3)):
+            prefix = ids(PREFIX_TOKENS)
+            cold.append(_ttft(client, prefix + ids(NEW_TOKENS))[0])
+            for _ in range(3):
+                seconds, num_cached = _ttft(client, prefix + ids(NEW_TOKENS))
+                warm.append(seconds)
+                cached.append(num_cached)
+    return median(cold), median(warm), cached
+
+
+def _ttft(client: httpx.Client, prompt: list[int]) -> tuple[float, int]:
+    body = {"prompt": prompt, "max_tokens": 1, "temperature": 0}
+    begun = perf_counter()
+    answer = client.post("/v1/completions", json=body).raise_for_status().json()
+    seconds = perf_counter() - begun
+    return seconds, answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+
+def conversation(effort: Effort) -> Findings:
+    """Five turns and shared prefixes, against `mlx_lm.server`."""
+    model = str(ensure_models()["float32"])
+    with servers(processes.ours(model), processes.peer(model)) as running:
+        session = measure(
+            running, ["shared-prefix", "conversation"], effort.rounds, shape_of(effort)
+        )
+    ttfts = {}
+    for outcome in session.outcomes:
+        if outcome.workload == "conversation":
+            turns = [s for name, s in outcome.summary.extras.items() if name.startswith("turn")]
+            ttfts[outcome.target.name] = median(turns)
+    ours, theirs = ttfts.values()
+    made = [
+        Claim("conversation: median TTFT over mlx_lm.server's", ours / theirs, at_most=1 / 3),
+        no_errors(session),
+    ]
+    return made, details(session)
+
+
+def shared(effort: Effort) -> Findings:
+    """16 requests with the same 1024-token prefix at once: what is computed."""
+    found = child("shared", 1024, 32, 16)
+    name = "tokens computed over (1.05 x prefix + suffixes)"
+    return [Claim(name, found["over_needed"], at_most=1.0)], found
+
+
+def oversubscribed(effort: Effort) -> Findings:
+    """Twice as many requests as fit the memory."""
+    sizes = (4, 64, 300) if effort.is_quick else (8, 128, 384)
+    found = child("oversubscribed", *sizes)
+    ratio = found["twice"] / found["fits"]
+    return [Claim("throughput over that of what fits", ratio, at_least=0.9)], found
+
+
+PARTS = {
+    "warm": warm,
+    "conversation": conversation,
+    "shared": shared,
+    "oversubscribed": oversubscribed,
+}
+
+if __name__ == "__main__":
+    raise SystemExit(run_parts("prefix", PARTS, __doc__))
