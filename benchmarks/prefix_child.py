@@ -16,6 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks.models import ensure_models
+from mlx_lm_server.core.kv_layout import capacity_for
 from mlx_lm_server.protocol import AddRequest, EngineStats, LoadModel, RequestOutput, SamplingParams
 
 FIRST_ID, LAST_ID = 300, 8000
@@ -69,7 +70,6 @@ def tail(prefix_tokens: int, new_tokens: int, rounds: int) -> dict[str, Any]:
     import mlx.core as mx
 
     from benchmarks.contenders.bare import SLAB, BareLoop
-    from mlx_lm_server.core.kv_layout import capacity_for
     from mlx_lm_server.core.plan import CreateSlab, DropSlab
 
     loop = BareLoop(str(ensure_models()["float32"]), None, chosen)
@@ -106,7 +106,7 @@ def shared(prefix_tokens: int, suffix_tokens: int, num_requests: int) -> dict[st
 
 def oversubscribed(num_rows: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
     """Twice as many requests as the memory holds rows, against as many as it holds."""
-    room = num_rows * 2 * (prompt_tokens + output_tokens) // 2
+    room = num_rows * capacity_for(prompt_tokens + output_tokens)
     trial = Trial(max_kv_tokens=room, prefix_cache=True)
     found: dict[str, Any] = {"room_tokens": room}
     for label, num_requests in (("warm-up", 2), ("fits", num_rows), ("twice", 2 * num_rows)):

@@ -200,10 +200,11 @@ class KVConfig:
         unset="what the memory holds",
         low=0,
     )
-    prefix_cache: bool = option(
-        True,
-        "Let requests start from what earlier ones with the same beginning computed.",
-        why="The tokens are the same, and a conversation's next turn starts in milliseconds.",
+    no_prefix_cache: bool = option(
+        False,
+        "Compute every prompt anew, whatever earlier requests computed.",
+        why="With the cache the tokens are the same, and a conversation's next turn starts in "
+        "milliseconds.",
     )
     sequence_cache_size: int = option(
         50,

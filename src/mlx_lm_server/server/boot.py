@@ -79,7 +79,7 @@ def load_message(config: Config, folder: Path) -> LoadModel:
         prefill_batch_size=config.batching.prefill_batch_size,
         itl_goal_s=None if goal_ms is None else goal_ms / 1000,
         max_kv_tokens=config.kv.max_kv_size,
-        prefix_cache=config.kv.prefix_cache,
+        prefix_cache=not config.kv.no_prefix_cache,
         block_size=config.kv.block_size,
         num_blocks=config.kv.num_blocks,
         sequence_cache_size=config.kv.sequence_cache_size,
