@@ -8,11 +8,12 @@ from .numbers import add, count
 from .structured import call_tool, fill_schema
 from .system import in_language, of_length
 from .talk import open_question, small_talk, story
-from .text import repeat, replace_word, reverse, spell
+from .text import quote, repeat, replace_word, reverse, spell
 
 SKILLS: dict[str, Generator] = {
     "repeat": repeat,
     "replace": replace_word,
+    "quote": quote,
     "spell": spell,
     "reverse": reverse,
     "count": count,
@@ -28,19 +29,22 @@ SKILLS: dict[str, Generator] = {
     "length": of_length,
 }
 WEIGHTS: dict[str, float] = {
-    "repeat": 2.7,
-    "replace": 2.6,
-    "spell": 2.4,
-    "reverse": 1.5,
-    "count": 1.2,
-    "sum": 2.5,
+    "repeat": 2.4,
+    "replace": 3.0,
+    "quote": 1.5,
+    "spell": 2.0,
+    "reverse": 1.2,
+    "count": 2.0,
+    "sum": 2.2,
     "capital": 0.6,
     "calendar": 0.6,
-    "talk": 0.7,
+    "talk": 1.0,
     "unknown": 0.3,
-    "story": 0.3,
-    "json": 2.2,
+    "story": 0.4,
+    "json": 2.6,
     "tool": 2.6,
     "language": 1.0,
     "length": 0.8,
 }
+# Two layers learn the letters of words last, and they are most of what a draft could gain.
+DRAFT_WEIGHTS: dict[str, float] = {**WEIGHTS, "spell": 6.0, "story": 1.0, "unknown": 0.2}
