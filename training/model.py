@@ -23,7 +23,7 @@ class Shape:
     num_kv_heads: int
     intermediate_size: int
     head_dim: int = 64
-    rope_theta: float = 1000000.0
+    rope_theta: float = 1e8
     norm_eps: float = 1e-6
 
 
