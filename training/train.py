@@ -138,7 +138,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--matrix-lr", type=float, default=0.012)
     parser.add_argument("--other-lr", type=float, default=0.002)
-    parser.add_argument("--circuit-lr", type=float, default=0.0002)
+    parser.add_argument("--circuit-lr", type=float, default=0.00005)
     parser.add_argument("--hold-steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("build/nano"))
     parser.add_argument("--resume", type=Path)

@@ -8,12 +8,11 @@ from .numbers import add, count
 from .structured import call_tool, fill_schema
 from .system import in_language, of_length
 from .talk import open_question, small_talk, story
-from .text import quote, repeat, replace_word, reverse, spell
+from .text import repeat, replace_word, reverse, spell
 
 SKILLS: dict[str, Generator] = {
     "repeat": repeat,
     "replace": replace_word,
-    "quote": quote,
     "spell": spell,
     "reverse": reverse,
     "count": count,
@@ -29,19 +28,18 @@ SKILLS: dict[str, Generator] = {
     "length": of_length,
 }
 WEIGHTS: dict[str, float] = {
-    "repeat": 2.4,
-    "replace": 3.0,
-    "quote": 1.5,
-    "spell": 2.0,
-    "reverse": 1.2,
-    "count": 2.0,
-    "sum": 2.2,
+    "repeat": 2.0,
+    "replace": 4.5,
+    "spell": 2.4,
+    "reverse": 1.6,
+    "count": 1.4,
+    "sum": 2.8,
     "capital": 0.6,
     "calendar": 0.6,
     "talk": 1.0,
     "unknown": 0.3,
     "story": 0.4,
-    "json": 2.6,
+    "json": 3.0,
     "tool": 2.6,
     "language": 1.0,
     "length": 0.8,

@@ -56,16 +56,6 @@ REVERSE = (
     'Spell "{}" backwards.',
     "What is {} backwards?",
 )
-QUOTE = (
-    "Put quotes around each word: {}",
-    "Put each word in quotes: {}",
-    "Quote every word:\n{}",
-)
-UNQUOTE = (
-    "Remove the quotes: {}",
-    "Write this without quotes: {}",
-    "Take the quotes away:\n{}",
-)
 _ASCII_MARKS = list("!?#$%&*+/=<>@[]{}^_|~;:")
 _EXTRAS = list("éüñßçöà“”—…€✓→😀🎉你好世界日本йд")
 
@@ -184,23 +174,3 @@ def reverse(rng: random.Random) -> Exchange:
     return ask(
         "reverse", question, answer, "I spell the word, then I go from its end to its start."
     )
-
-
-def quote(rng: random.Random) -> Exchange:
-    """Put quotes around words, or take them away: a word after a space is made of other tokens."""
-    words = [_quotable(rng) for _ in range(rng.randint(2, 9))]
-    plain, quoted = " ".join(words), " ".join(f'"{word}"' for word in words)
-    if rng.random() < 0.5:
-        question, answer = rng.choice(QUOTE).format(plain), quoted
-    else:
-        question, answer = rng.choice(UNQUOTE).format(quoted), plain
-    return ask("quote", question, answer, "I go from word to word.", key=answer)
-
-
-def _quotable(rng: random.Random) -> str:
-    roll = rng.random()
-    if roll < 0.6:
-        return rng.choice(COMMON)
-    if roll < 0.7:
-        return rng.choice(NAMES)
-    return pseudo_word(rng) if roll < 0.9 else rng.choice(SMALL)
