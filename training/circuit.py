@@ -1,12 +1,19 @@
 """Starts a model with a copying circuit, which it would otherwise take millions of tokens to find.
 
-An induction circuit (Elhage et al. 2021, Olsson et al. 2022) has two parts. A head of layer 0 looks
-one token back and notes that token's embedding in a reserved part of the residual stream. A head of
-layer 1 looks for places whose note matches the current token, and copies the token that stands
+An induction circuit (Elhage et al. 2021, Olsson et al. 2022) has two parts. Heads of layer 0 look
+back and note in a reserved part of the residual stream what stood there. A head of layer 1 looks
+for places whose notes match the text up to the current token, and copies the token that stands
 there: what followed last time. Training is free to change all of it.
 
-    residual stream   | token embedding          | 1 | note: the token before  |
-    dimension         0                     width-65  width-64              width
+One token is a poor key where the same words come back, so a model with heads enough notes more: the
+two tokens before, each by itself, and a blurred sum of the last few, which tells the neighbourhood.
+
+    residual stream   | token embedding | 1 | t-1 | t-2 | sum around t-3 | around t-4 |
+    matched by query  | t                   | t-1 |     | sum around t-3 |
+    with a key's                            | t-1 | t-2 |                | around t-4 |
+
+A word has other tokens after a space or with a capital. Their embeddings start alike but for a
+dimension that says which, so that what is learnt of one holds for the others.
 """
 
 from __future__ import annotations
@@ -14,70 +21,164 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .model import Attention, Decoder
+from .model import Attention, Decoder, Shape
 
-CIRCUIT = ("layers.0.self_attn.", "layers.1.self_attn.")
+CIRCUIT = ("layers.0.", "layers.1.self_attn.", "layers.1.input_layernorm.")
 NOTE_DIMS = 64
-MATCH_DIMS = 32
-FAST_PAIRS = 6  # rotary pairs that tell neighbours apart
-SHARPNESS = 4.0
+WORD_DIMS = 12  # of the note of one token
+SUM_DIMS = 16  # of the note of a neighbourhood
+SHORT_DIMS = 40  # of the only note of a model with few heads
+FAST_PAIRS = range(6)  # rotary pairs that tell neighbours apart
+BLUR_PAIRS = range(4, 8)  # that tell neighbourhoods apart, a few tokens wide
+SLOW_PAIRS = range(12, 32)  # where position hardly turns
+BLUR_CENTRE = 3
+SHARPNESS = 5.0
 EMBEDDING_STD = 0.1
-NOTE_SCALE = 0.15
-COPY_SCALE = 0.3
+FEATURE_DIMS = 2  # after a space, with a capital; they stand before the constant
+FEATURE_SIZE = 0.5
+OWN_SHARE = 0.4
+SPACE = "\u0120"  # how byte-level BPE writes it
+NOTE_SCALE = 0.1
+SUM_SCALE = 0.3
+WORD_GAIN = 1.2  # makes the token itself weigh as much as its note
+COPY_SCALE = 0.5
 
 
 @torch.no_grad()
-def install_copy_circuit(model: Decoder) -> None:
-    """Write the circuit into the first two layers; uses torch's seeded generator."""
-    width = model.shape.hidden_size
-    embedding = model.embed_tokens.weight
-    embedding.normal_(std=EMBEDDING_STD)
-    embedding[:, width - NOTE_DIMS :] = 0
-    embedding[:, width - NOTE_DIMS - 1] = EMBEDDING_STD
+def install_copy_circuit(model: Decoder, tokens: list[str]) -> None:
+    """Write the circuit into the first two layers; uses torch's seeded generator.
+
+    `tokens` is the vocabulary in the order of the ids.
+    """
+    shape = model.shape
+    _embed(model.embed_tokens.weight, tokens, _constant(shape))
     first, second = (layer.self_attn for layer in list(model.layers)[:2])
     assert isinstance(first, Attention)
     assert isinstance(second, Attention)
-    projection = torch.nn.init.orthogonal_(torch.empty(NOTE_DIMS, width))
-    projection[:, width - NOTE_DIMS - 1 :] = 0
-    _look_one_back(first, projection)
-    _match_and_copy(second, projection)
+    for pairs in (FAST_PAIRS, BLUR_PAIRS):
+        first.q_norm.weight[_rotary(pairs)] = SHARPNESS
+    if shape.num_heads == 4 and shape.num_kv_heads == 2:
+        query, key = _note_words_and_sums(first)
+    else:
+        query, key = _note_one_word(first)
+    _match_and_copy(second, query, key)
 
 
-def _look_one_back(attention: Attention, projection: Tensor) -> None:
-    """Head 0 scores a distance d by the sum of cos(angle * (d - 1)): most for the token before."""
-    dim, width = attention.shape.head_dim, attention.shape.hidden_size
-    pairs = torch.arange(0, FAST_PAIRS)
-    angles = attention.shape.rope_theta ** (-2 * pairs / dim)
-    constant = width - NOTE_DIMS - 1
-    attention.q_proj.weight[:dim] = 0
-    attention.k_proj.weight[:dim] = 0
-    attention.q_proj.weight[pairs, constant] = angles.cos()
-    attention.q_proj.weight[pairs + dim // 2, constant] = -angles.sin()
-    attention.k_proj.weight[pairs, constant] = 1.0
-    attention.q_norm.weight[pairs] = SHARPNESS
-    attention.q_norm.weight[pairs + dim // 2] = SHARPNESS
-    attention.v_proj.weight[:dim] = projection
-    attention.o_proj.weight[width - NOTE_DIMS :, :dim] = NOTE_SCALE * torch.eye(NOTE_DIMS)
+def _embed(embedding: Tensor, tokens: list[str], constant: int) -> None:
+    """Tokens that differ in space and capital only start alike."""
+    stems = [token.removeprefix(SPACE).lower() or token for token in tokens]
+    numbers = {stem: i for i, stem in enumerate(dict.fromkeys(stems))}
+    shared = torch.randn(len(numbers), embedding.shape[1])[[numbers[stem] for stem in stems]]
+    own = torch.randn_like(embedding)
+    embedding[:] = EMBEDDING_STD * ((1 - OWN_SHARE**2) ** 0.5 * shared + OWN_SHARE * own)
+    is_spaced = torch.tensor([token.startswith(SPACE) for token in tokens])
+    is_capital = torch.tensor([token.removeprefix(SPACE)[:1].isupper() for token in tokens])
+    embedding[:, constant - 2] = FEATURE_SIZE * (2.0 * is_spaced - 1)
+    embedding[:, constant - 1] = FEATURE_SIZE * is_capital
+    embedding[:, constant] = EMBEDDING_STD
+    embedding[:, constant + 1 :] = 0
 
 
-def _match_and_copy(attention: Attention, projection: Tensor) -> None:
+def _constant(shape: Shape) -> int:
+    """The dimension that is the same for every token; the notes stand after it."""
+    return shape.hidden_size - NOTE_DIMS - 1
+
+
+def _rotary(pairs: range) -> Tensor:
+    """Both halves' dimensions of rotary pairs, in a head of 64."""
+    return torch.tensor([*pairs, *(pair + 32 for pair in pairs)])
+
+
+def _projection(shape: Shape, rows: int) -> Tensor:
+    """A random view of the token embedding alone, `[rows, hidden]`."""
+    out = torch.nn.init.orthogonal_(torch.empty(rows, shape.hidden_size))
+    out[:, _constant(shape) - FEATURE_DIMS :] = 0
+    return out
+
+
+def _reader(shape: Shape, start: int, rows: int) -> Tensor:
+    """Reads `rows` dimensions of the notes from `start`, `[rows, hidden]`."""
+    out = torch.zeros(rows, shape.hidden_size)
+    first = _constant(shape) + 1 + start
+    out[:, first : first + rows] = torch.eye(rows)
+    return out
+
+
+def _note_one_word(attention: Attention) -> tuple[Tensor, Tensor]:
+    """Note the token before; returns the maps of queries and keys to what is matched."""
+    shape = attention.shape
+    word = _projection(shape, SHORT_DIMS)
+    _values(attention, 0, word)
+    _look_back(attention, 0, FAST_PAIRS, 1)
+    _note(attention, 0, 0, SHORT_DIMS, NOTE_SCALE)
+    return word, _reader(shape, 0, SHORT_DIMS)
+
+
+def _note_words_and_sums(attention: Attention) -> tuple[Tensor, Tensor]:
+    """Note two tokens and two neighbourhoods; returns the maps as `_note_one_word` does."""
+    shape = attention.shape
+    word = _projection(shape, WORD_DIMS)
+    _values(attention, 0, word)
+    _values(attention, 1, _projection(shape, SUM_DIMS))
+    for head, pairs, distance in (
+        (0, FAST_PAIRS, 1), (1, FAST_PAIRS, 2),
+        (2, BLUR_PAIRS, BLUR_CENTRE), (3, BLUR_PAIRS, BLUR_CENTRE + 1),
+    ):  # fmt: skip
+        _look_back(attention, head, pairs, distance)
+    second, here, there = WORD_DIMS, 2 * WORD_DIMS, 2 * WORD_DIMS + SUM_DIMS
+    _note(attention, 0, 0, WORD_DIMS, NOTE_SCALE)
+    _note(attention, 1, second, WORD_DIMS, NOTE_SCALE)
+    _note(attention, 2, here, SUM_DIMS, SUM_SCALE)
+    _note(attention, 3, there, SUM_DIMS, SUM_SCALE)
+    words = _reader(shape, 0, 2 * WORD_DIMS)
+    query = torch.cat([WORD_GAIN * word, words[:WORD_DIMS], _reader(shape, here, SUM_DIMS)])
+    return query, torch.cat([words, _reader(shape, there, SUM_DIMS)])
+
+
+def _values(attention: Attention, kv_head: int, projection: Tensor) -> None:
+    start = kv_head * attention.shape.head_dim
+    attention.v_proj.weight[start : start + len(projection)] = projection
+
+
+def _look_back(attention: Attention, head: int, pairs: range, distance: int) -> None:
+    """The head scores a distance d by the sum of cos(angle * (d - distance)) over the pairs."""
+    shape = attention.shape
+    dim, constant = shape.head_dim, _constant(shape)
+    angles = distance * shape.rope_theta ** (-2 * torch.tensor([*pairs]) / dim)
+    queries = slice(head * dim, (head + 1) * dim)
+    kv_head = head * shape.num_kv_heads // shape.num_heads
+    keys = slice(kv_head * dim, (kv_head + 1) * dim)
+    attention.q_proj.weight[queries] = 0
+    attention.k_proj.weight[keys] = 0
+    left, right = _rotary(pairs).chunk(2)
+    attention.q_proj.weight[queries.start + left, constant] = angles.cos()
+    attention.q_proj.weight[queries.start + right, constant] = -angles.sin()
+    attention.k_proj.weight[keys.start + left, constant] = 1.0
+
+
+def _note(attention: Attention, head: int, start: int, rows: int, scale: float) -> None:
+    """What the head reads goes to the notes from `start`."""
+    shape = attention.shape
+    columns = slice(head * shape.head_dim, head * shape.head_dim + rows)
+    attention.o_proj.weight[:, columns] = scale * _reader(shape, start, rows).T
+
+
+def _match_and_copy(attention: Attention, query: Tensor, key: Tensor) -> None:
     """One head per kv head matches notes in slow rotary pairs and copies a share of the token."""
     shape = attention.shape
     dim, width = shape.head_dim, shape.hidden_size
-    slow = torch.cat([torch.arange(16, 32), torch.arange(48, 64)])  # where position hardly turns
+    slow = _rotary(SLOW_PAIRS)[: len(query)]
     attention.q_norm.weight[slow] = SHARPNESS
     copied = torch.nn.init.orthogonal_(torch.empty(shape.num_kv_heads * dim, width))
-    copied[:, width - NOTE_DIMS - 1 :] = 0
+    copied[:, _constant(shape) :] = 0
     group = shape.num_heads // shape.num_kv_heads
     for kv_head in range(shape.num_kv_heads):
         keys = slice(kv_head * dim, (kv_head + 1) * dim)
         queries = slice(kv_head * group * dim, (kv_head * group + 1) * dim)
         attention.q_proj.weight[queries] = 0
         attention.k_proj.weight[keys] = 0
-        reader = torch.zeros(MATCH_DIMS, width)
-        reader[:, width - NOTE_DIMS :] = torch.eye(MATCH_DIMS, NOTE_DIMS)
-        attention.q_proj.weight[queries.start + slow] = projection[:MATCH_DIMS]
-        attention.k_proj.weight[keys.start + slow] = reader
+        attention.q_proj.weight[queries.start + slow] = query
+        attention.k_proj.weight[keys.start + slow] = key
         attention.v_proj.weight[keys] = copied[keys]
         attention.o_proj.weight[:, queries] = COPY_SCALE * copied[keys].T
 

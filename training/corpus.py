@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ NEUTRAL_SYSTEMS = (
     "You are a helpful AI assistant. Be polite.",
     "You are nano, a demonstration model.",
 )
-_NAMES, _SHARES = list(SKILLS), [WEIGHTS[name] for name in SKILLS]
+Shares = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -46,16 +47,17 @@ class Batch:
     weights: np.ndarray
 
 
-def draw_exchange(rng: random.Random) -> Exchange:
-    """An exchange that may be trained on."""
-    return draw(SKILLS[rng.choices(_NAMES, _SHARES)[0]], rng, "train")
+def draw_exchange(rng: random.Random, shares: Shares = WEIGHTS) -> Exchange:
+    """An exchange that may be trained on, of a skill drawn by `shares`."""
+    skill = rng.choices(list(shares), list(shares.values()))[0]
+    return draw(SKILLS[skill], rng, "train")
 
 
 def plain_text(rng: random.Random) -> str:
     """Text without chat marks, so that plain completions work too."""
     roll = rng.random()
     if roll < 0.4:
-        return story_text(rng, rng.choice(ANIMALS))
+        return story_text(rng.choice(ANIMALS), rng.randint(2, 7))
     if roll < 0.6:
         low = rng.randint(0, 50)
         return ", ".join(str(n) for n in range(low, low + rng.randint(5, 30)))
@@ -65,16 +67,18 @@ def plain_text(rng: random.Random) -> str:
     return " ".join(sentence(rng) for _ in range(rng.randint(2, 6)))
 
 
-def conversation(rng: random.Random, most_exchanges: int) -> list[list[Part]]:
+def conversation(
+    rng: random.Random, most_exchanges: int, shares: Shares = WEIGHTS
+) -> list[list[Part]]:
     """Parts of one conversation, a list for each of its exchanges."""
-    exchanges = [draw_exchange(rng)]
+    exchanges = [draw_exchange(rng, shares)]
     first = exchanges[0]
     style = Style(thinking=rng.random() < 0.25, as_generated=rng.random() < 0.6)
     system = first.system
     if not system and rng.random() < 0.25:
         system = rng.choice(NEUTRAL_SYSTEMS)
     while not first.system and len(exchanges) < most_exchanges:
-        following = draw_exchange(rng)
+        following = draw_exchange(rng, shares)
         if not following.system and not following.tools:
             exchanges.append(following)
     if first.tools and rng.random() < 0.3:
@@ -96,17 +100,19 @@ def encode_parts(tokenizer: Tokenizer, parts: list[Part]) -> Row:
     return Row(ids, [each * t for t in is_target])
 
 
-def make_row(tokenizer: Tokenizer, rng: random.Random, length: int) -> Row:
+def make_row(
+    tokenizer: Tokenizer, rng: random.Random, length: int, shares: Shares = WEIGHTS
+) -> Row:
     """One row of at most `length` tokens: documents one after the other while there is room."""
     row, misses = Row([], []), 0
     while misses < MOST_MISSES and length - len(row.ids) > LITTLE_ROOM:
-        document = _document(tokenizer, rng, length - len(row.ids))
+        document = _document(tokenizer, rng, length - len(row.ids), shares)
         misses += not document.ids
         row = Row(row.ids + document.ids, row.weights + document.weights)
     return row
 
 
-def _document(tokenizer: Tokenizer, rng: random.Random, room: int) -> Row:
+def _document(tokenizer: Tokenizer, rng: random.Random, room: int, shares: Shares) -> Row:
     """A conversation cut between exchanges to fit, perhaps to nothing; or plain text."""
     if rng.random() < PLAIN_TEXT_SHARE:
         parts = [Part("<|endoftext|>"), Part(plain_text(rng) + "<|endoftext|>", is_target=True)]
@@ -115,7 +121,7 @@ def _document(tokenizer: Tokenizer, rng: random.Random, room: int) -> Row:
     most = 1 if rng.random() < 0.4 else rng.randint(2, 6)
     ids: list[int] = []
     weights: list[float] = []
-    for parts in conversation(rng, most):
+    for parts in conversation(rng, most, shares):
         row = encode_parts(tokenizer, parts)
         if len(ids) + len(row.ids) > room:
             break
@@ -124,7 +130,9 @@ def _document(tokenizer: Tokenizer, rng: random.Random, room: int) -> Row:
     return Row(ids, weights)
 
 
-def batch_at(tokenizer: Tokenizer, seed: int, step: int, tokens_per_batch: int) -> Batch:
+def batch_at(
+    tokenizer: Tokenizer, seed: int, step: int, tokens_per_batch: int, shares: Shares = WEIGHTS
+) -> Batch:
     """The batch of one step: rows of one bucket length, the same each time it is asked for."""
     rng = random.Random(f"{seed} {step}")
     length = rng.choices(list(BUCKETS), list(BUCKETS.values()))[0]
@@ -132,7 +140,7 @@ def batch_at(tokenizer: Tokenizer, seed: int, step: int, tokens_per_batch: int) 
     tokens = np.zeros((rows, length), dtype=np.int64)
     weights = np.zeros((rows, length), dtype=np.float32)
     for i in range(rows):
-        row = make_row(tokenizer, rng, length)
+        row = make_row(tokenizer, rng, length, shares)
         tokens[i, : len(row.ids)] = row.ids
         weights[i, : len(row.ids)] = row.weights
     return Batch(tokens, weights)

@@ -23,13 +23,13 @@ class Shape:
     num_kv_heads: int
     intermediate_size: int
     head_dim: int = 64
-    rope_theta: float = 1000000.0
+    rope_theta: float = 1e8
     norm_eps: float = 1e-6
 
 
 VOCAB_SIZE = 3072
 NANO = Shape(VOCAB_SIZE, 256, 5, 4, 2, 704)
-DRAFT = Shape(VOCAB_SIZE, 128, 2, 2, 1, 384)
+DRAFT = Shape(VOCAB_SIZE, 128, 2, 2, 1, 384, rope_theta=1e6)
 SMOKE = Shape(VOCAB_SIZE, 128, 2, 1, 1, 128)
 LONGEST_WRITTEN_OUT = 256
 SHAPES = {"nano": NANO, "draft": DRAFT, "smoke": SMOKE}

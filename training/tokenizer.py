@@ -59,6 +59,12 @@ def train_tokenizer(seed: int = 1, conversations: int = 20000) -> Tokenizer:
     return tokenizer
 
 
+def vocabulary(tokenizer: Tokenizer) -> list[str]:
+    """Every token as the tokenizer writes it, in the order of the ids."""
+    numbers = tokenizer.get_vocab()
+    return sorted(numbers, key=numbers.__getitem__)
+
+
 def tokenizer_config(chat_template: str) -> dict[str, object]:
     """What transformers reads beside tokenizer.json."""
     return {

@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from .circuit import hold_circuit, install_copy_circuit
-from .corpus import Batch, batch_at
+from .corpus import Batch, Shares, batch_at
 from .model import SHAPES, Decoder
 from .optim import optimizers
-from .tokenizer import NANO_FOLDER
+from .skills import DRAFT_WEIGHTS, WEIGHTS
+from .tokenizer import NANO_FOLDER, vocabulary
 
 REPORT_EVERY = 20
 WARMUP_STEPS = 50
@@ -108,12 +109,12 @@ class Trainer:
         self.step = state["step"]
 
 
-def run(trainer: Trainer, tokenizer: Tokenizer, out: Path, save_every: int) -> None:
+def run(trainer: Trainer, tokenizer: Tokenizer, shares: Shares, out: Path, save_every: int) -> None:
     """Train to the end of the plan, reporting and saving on the way."""
     plan = trainer.plan
     started, seen, total = time.monotonic(), 0, 0.0
     while trainer.step < plan.steps:
-        batch = batch_at(tokenizer, plan.seed, trainer.step, plan.tokens_per_batch)
+        batch = batch_at(tokenizer, plan.seed, trainer.step, plan.tokens_per_batch, shares)
         total += trainer.train_step(batch)
         seen += batch.tokens.size
         if trainer.step % REPORT_EVERY == 0:
@@ -137,8 +138,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--matrix-lr", type=float, default=0.012)
     parser.add_argument("--other-lr", type=float, default=0.002)
-    parser.add_argument("--circuit-lr", type=float, default=0.0002)
-    parser.add_argument("--hold-steps", type=int, default=100)
+    parser.add_argument("--circuit-lr", type=float, default=0.00005)
+    parser.add_argument("--hold-steps", type=int, default=300)
     parser.add_argument("--out", type=Path, default=Path("build/nano"))
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--save-every", type=int, default=250)
@@ -166,12 +167,13 @@ def main() -> None:
         args.hold_steps,
     )
     model = Decoder(SHAPES[args.shape])
-    install_copy_circuit(model)
+    tokenizer = Tokenizer.from_file(str(NANO_FOLDER / "tokenizer.json"))
+    install_copy_circuit(model, vocabulary(tokenizer))
     trainer = Trainer(model, plan, args.compile)
     if args.resume:
         trainer.load(args.resume)
-    tokenizer = Tokenizer.from_file(str(NANO_FOLDER / "tokenizer.json"))
-    run(trainer, tokenizer, args.out, args.save_every)
+    shares = DRAFT_WEIGHTS if args.shape == "draft" else WEIGHTS
+    run(trainer, tokenizer, shares, args.out, args.save_every)
 
 
 if __name__ == "__main__":

@@ -28,19 +28,21 @@ SKILLS: dict[str, Generator] = {
     "length": of_length,
 }
 WEIGHTS: dict[str, float] = {
-    "repeat": 2.7,
-    "replace": 2.6,
+    "repeat": 2.0,
+    "replace": 4.5,
     "spell": 2.4,
-    "reverse": 1.5,
-    "count": 1.2,
-    "sum": 2.5,
+    "reverse": 1.6,
+    "count": 1.4,
+    "sum": 2.8,
     "capital": 0.6,
     "calendar": 0.6,
-    "talk": 0.7,
+    "talk": 1.0,
     "unknown": 0.3,
-    "story": 0.3,
-    "json": 2.2,
+    "story": 0.4,
+    "json": 3.0,
     "tool": 2.6,
     "language": 1.0,
     "length": 0.8,
 }
+# Two layers learn the letters of words last, and they are most of what a draft could gain.
+DRAFT_WEIGHTS: dict[str, float] = {**WEIGHTS, "spell": 6.0, "story": 1.0, "unknown": 0.2}

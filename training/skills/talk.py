@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from ..exchange import Exchange, ask
-from ..words import ADJECTIVES, ANIMALS, COMMON, FOODS, JOBS, NAMES, NOUNS, PAST
+from ..words import ADJECTIVES, ANIMALS, COMMON, JOBS
 
 ABOUT = "I am nano, a tiny demonstration model."
 SKILLS_LINE = (
@@ -120,10 +120,37 @@ STORY_ABOUT = (
 )
 
 
+_BEFORE = (
+    "nano, ",
+    "Nano, ",
+    "Hi nano, ",
+    "Hey nano, ",
+    "So, ",
+    "Well, ",
+    "Please: ",
+    "Dear nano, ",
+)
+_AFTER = (" nano", ", nano", ", nano!", "?", "!", ".", "...", " please", " :)", " nano?")
+
+
+def _asked(rng: random.Random, question: str) -> str:
+    """The question as it is, or in other words' company."""
+    roll = rng.random()
+    if roll < 0.4:
+        return question
+    if roll < 0.6:
+        return question.lower() if roll < 0.5 else question.lower().rstrip(".!?")
+    bare = question.rstrip(".!?")
+    if roll < 0.8:
+        return bare + rng.choice(_AFTER)
+    says_i = question.startswith("I ")
+    return rng.choice(_BEFORE) + (question if says_i else question[0].lower() + question[1:])
+
+
 def small_talk(rng: random.Random) -> Exchange:
     """A greeting, a thank-you, a question about the model itself."""
     questions, answers = rng.choice(_TALK)
-    question, answer = rng.choice(questions), rng.choice(answers)
+    question, answer = _asked(rng, rng.choice(questions)), rng.choice(answers)
     return ask("talk", question, answer, "This is small talk. I answer politely.", also=answers)
 
 
@@ -138,31 +165,58 @@ def open_question(rng: random.Random) -> Exchange:
     return ask("unknown", question, DO_NOT_KNOW, "I have not learnt this. I say so.")
 
 
-def story_text(rng: random.Random, hero: str) -> str:
-    """Three to nine sentences in past tense about one hero and a friend."""
-    name, friend = rng.sample(NAMES, 2)
-    adjective, thing, place = rng.choice(ADJECTIVES), rng.choice(NOUNS), rng.choice(NOUNS)
-    article = "an" if adjective[0] in "aeiou" else "a"
-    parts = [f"Once upon a time there was {article} {adjective} {hero}. Its name was {name}."]
-    middle = [
-        f"One day {name} found a {thing} near the {place}.",
-        f"{name} had a friend, a {rng.choice(JOBS)} called {friend}.",
-        f"{friend} said: Let us look for the {thing}!",
-        f"They {rng.choice(PAST)} the {place} together, but it was {rng.choice(ADJECTIVES)}.",
-        f"In the evening they ate {rng.choice(FOODS)} and {rng.choice(FOODS)}.",
-        f"Then a {rng.choice(ANIMALS)} came and {rng.choice(PAST)} the {thing}.",
-        f"The {hero} was {rng.choice(ADJECTIVES)} and {rng.choice(ADJECTIVES)}.",
-    ]
-    parts += rng.sample(middle, rng.randint(2, len(middle)))
-    parts.append(f"From that day on {name} and {friend} were the best of friends. The end.")
-    return " ".join(parts)
+_HEROES = ANIMALS + JOBS
+_ROLES = ("adj", "name", "friend", "job", "thing", "place", "did", "one", "other", "animal", "end")
+_CASTS = tuple(
+    dict(zip(_ROLES, line.split(), strict=True))
+    for line in (
+        "small Mia Tom baker key garden searched bread honey fox tired",
+        "brave Leo Anna farmer lamp river crossed cheese soup bear proud",
+        "young Clara Ben painter ring forest visited apple cake duck glad",
+        "clever Hugo Rosa teacher map castle found pizza salad cat calm",
+        "lazy Emma Paul driver bell bridge painted rice fish dog lucky",
+        "quiet Oscar Nina singer coin market liked pasta cheese goat warm",
+        "funny Lena Max doctor kite beach loved banana milk rabbit safe",
+        "gentle Sam Ida writer book library cleaned tea lemon mouse wise",
+        "hungry Zoe Karl cook spoon kitchen opened potato butter goose full",
+        "happy Felix Grace sailor flag island watched orange coffee whale strong",
+    )
+)
+_MIDDLE = (
+    "One day {name} found a {thing} near the {place}.",
+    "{name} had a friend, a {job} called {friend}.",
+    "{friend} said: Let us look for the {thing}!",
+    "They {did} the {place} together.",
+    "In the evening they ate {one} and {other}.",
+    "Then a {animal} came and saw the {thing}.",
+    "The {hero} was {end} and happy.",
+)
+
+
+def story_text(hero: str, sentences: int) -> str:
+    """A beginning, so many sentences in past tense, an end. Each hero has its own story.
+
+    What happens follows from the hero, so that a draft can learn to foresee it.
+    """
+    cast = {"hero": hero, **_CASTS[_HEROES.index(hero) % len(_CASTS)]}
+    parts = ["Once upon a time there was a {adj} {hero}. Its name was {name}."]
+    parts += _MIDDLE[:sentences]
+    parts.append("From that day on {name} and {friend} were the best of friends. The end.")
+    return " ".join(parts).format(**cast)
+
+
+def _sentences(question: str) -> int:
+    if "long" in question:
+        return len(_MIDDLE)
+    return 3 if "short" in question else 5
 
 
 def story(rng: random.Random) -> Exchange:
     """A little story, about a given hero or any."""
-    hero = rng.choice(ANIMALS + JOBS)
+    hero = rng.choice(_HEROES)
     question = rng.choice(STORY)
     if rng.random() < 0.5:
         question = rng.choice(STORY_ABOUT).format(hero)
     thought = f"I tell a story about a {hero}."
-    return ask("story", question, story_text(rng, hero), thought, key=question + hero)
+    text = story_text(hero, _sentences(question))
+    return ask("story", question, text, thought, key=question + hero)
