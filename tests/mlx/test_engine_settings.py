@@ -137,3 +137,19 @@ def test_progress_is_told_to_those_who_ask(folder: Path) -> None:
                 assert output.token_ids == []
                 told[output.req_id].append(output.num_computed_tokens)
     assert told == {"a": [16, 32, 40], "b": [], "c": []}
+
+
+def test_progress_tells_what_was_cached(folder: Path) -> None:
+    driver = engine(folder, batching=BatchingConfig(prefill_step_size=16))
+    [prompt] = random_prompts(6, [80], VOCAB_SIZE)
+    driver.run([prompt])
+    driver.core.handle([AddRequest("again", [*prompt, 1], GREEDY, wants_progress=True)])
+    told = []
+    while driver.core.has_work:
+        told += [
+            (output.num_computed_tokens, output.num_reused_tokens)
+            for output in driver.core.step()
+            if output.num_computed_tokens
+        ]
+    assert told[-1][0] == 81
+    assert all(reused >= 64 for _, reused in told)
