@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import engine_loop, fields, layouts, products, serving, soak, tier
+from benchmarks import engine_loop, fields, kv_bits, layouts, products, serving, soak, tier
 from benchmarks.parts import console, run_parts
 
 SCRIPTS = {
@@ -16,6 +16,7 @@ SCRIPTS = {
     "layouts": layouts,
     "blas": products,
     "serving": serving,
+    "kv-bits": kv_bits,
     "soak": soak,
     "tier": tier,
 }
