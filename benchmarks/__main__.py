@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import engine_loop, fields, layouts, prefix, products, serving, soak, tier
+from benchmarks import engine_loop, fields, kv_bits, layouts, prefix, products, serving, soak, tier
 from benchmarks.parts import console, run_parts
 
 SCRIPTS = {
@@ -17,6 +17,7 @@ SCRIPTS = {
     "blas": products,
     "prefix": prefix,
     "serving": serving,
+    "kv-bits": kv_bits,
     "soak": soak,
     "tier": tier,
 }

@@ -138,6 +138,8 @@ class FakeEngine:
             kv_limit_tokens=self.options.kv_tokens,
             memory_limit_bytes=0,
             load_s=self.options.load_s,
+            kv_bits=8,
+            kv_format="8-bit, groups of 64",
         )
 
     def _wait_for_load(self) -> LoadModel:

@@ -14,7 +14,7 @@ from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.model_runner import ModelRunner
 
 from .driver import GREEDY, EngineDriver, random_prompts
-from .tiny_models import VOCAB_SIZE, write_model
+from .tiny_models import VOCAB_SIZE, WIDE_HEADS, write_model
 
 FAMILIES = ("gemma3_text", "deepseek_v3", "qwen3_next", "baichuan_m1", "mamba2")
 
@@ -39,6 +39,25 @@ def test_the_ledger_counts_what_slabs_and_states_hold(family: str, tmp_path: Pat
     engine.finish()
     engine.core.step()
     assert runner.kv_held_bytes == runner.state_held_bytes == engine.core.stats().kv_used_bytes == 0
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("family", sorted(WIDE_HEADS))
+def test_the_ledger_counts_what_quantised_slabs_hold(
+    family: str, bits: int, tmp_path: Path
+) -> None:
+    folder = write_model(family, tmp_path / family, has_wide_heads=True)
+    engine = EngineDriver(folder, max_batch_size=4, kv_bits=bits, kv_group_size=32)
+    runner = runner_of(engine)
+    for i, prompt in enumerate(random_prompts(5, (5, 70, 140), VOCAB_SIZE)):
+        engine.add(f"row-{i}", prompt, replace(GREEDY, max_tokens=60))
+    for _ in range(20):
+        engine.step()
+    held = runner.kv_held_bytes + runner.state_held_bytes
+    assert engine.core.stats().kv_used_bytes == held
+    plain = EngineDriver(folder, max_batch_size=4).ready.kv_bytes_per_token
+    # Of 32 float32 numbers: their bits, and a scale and a bias in float32.
+    assert engine.ready.kv_bytes_per_token == plain * (bits * 32 + 64) // (32 * 32)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from tests.contract.tiny_configs import VOCAB_SIZE, tiny_config
 
-__all__ = ["CONFIGS", "VOCAB_SIZE", "write_adapter", "write_model"]
+__all__ = ["CONFIGS", "VOCAB_SIZE", "WIDE_HEADS", "write_adapter", "write_model"]
 
 _COMMON: dict[str, Any] = {
     "hidden_size": 64,
@@ -73,10 +73,31 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def write_model(family: str, folder: Path, bits: int | None = None, seed: int = 0) -> Path:
+# What gives heads of at least 32 numbers, which is the least that quantised KV takes.
+WIDE_HEADS: dict[str, dict[str, Any]] = {
+    "baichuan_m1": {"hidden_size": 128},
+    "deepseek_v3": {"qk_rope_head_dim": 32},
+    "gemma2": {"head_dim": 32},
+    "gemma3_text": {"head_dim": 32},
+    "gemma4_text": {"head_dim": 32, "global_head_dim": 64},
+    "gpt_oss": {"head_dim": 32},
+    "qwen3": {"head_dim": 64},
+    "qwen3_next": {"head_dim": 32},
+}
+
+
+def write_model(
+    family: str,
+    folder: Path,
+    bits: int | None = None,
+    seed: int = 0,
+    has_wide_heads: bool = False,
+) -> Path:
     """A model folder with config.json and model.safetensors; quantised where `bits` is given."""
     folder.mkdir(parents=True, exist_ok=True)
     config = _COMMON | CONFIGS[family] if family in CONFIGS else tiny_config(family)
+    if has_wide_heads:
+        config |= WIDE_HEADS[family]
     model = _random_model(config, seed)
     if bits is not None:
         nn.quantize(model, group_size=32, bits=bits)

@@ -279,7 +279,8 @@ def test_prompts_are_logged_at_trace(start: Callable[..., Any]) -> None:
 def test_the_banner_says_what_is_served_and_how_to_use_it(server: RunningServer) -> None:
     server.wait_until(lambda: "openai.OpenAI" in server.output())
     banner = server.output()
-    for words in ("tiny, other", "4,096 tokens", f"http://127.0.0.1:{server.port}", "curl"):
+    url = f"http://127.0.0.1:{server.port}"
+    for words in ("tiny, other", "4,096 tokens", "8-bit, groups of 64", url, "curl"):
         assert words in banner
 
 

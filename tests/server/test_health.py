@@ -62,6 +62,8 @@ def test_metrics_count_what_happens(start: Callable[..., Any]) -> None:
     assert metric(server, f"{prefix}num_requests_running") == 0
     assert metric(server, f"{prefix}num_requests_waiting") == 0
     assert metric(server, f"{prefix}kv_cache_usage_perc") == 0
+    assert metric(server, f"{prefix}kv_cache_bits") == 8
+    assert server.client.get("/health").json()["engine"]["kv_bits"] == 8
     assert metric(server, f"{prefix}engine_restarts_total") == 0
     assert metric(server, "active_sequences") == 0
     assert metric(server, "queued_requests") == 0
