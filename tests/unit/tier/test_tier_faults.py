@@ -404,6 +404,7 @@ def test_a_folder_that_cannot_be_made_is_a_tier_without_records(tmp_path: Path) 
     store.poll()
     assert load(store, [make_record(1)]) == []
     assert not store.is_open
+    assert not store.begin_save(10), "nothing is extracted for it"
     (tmp_path / "file").unlink()
     clock.pass_time(60.0)
     store.poll()
