@@ -333,7 +333,7 @@ def test_a_slow_disk_costs_the_engine_no_time(tmp_path: Path) -> None:
             store.save(record)
         store.poll()
         longest_s = max(longest_s, time.monotonic() - before_s)
-    assert time.monotonic() - started_s < 0.5, "20 writes took a second, none of it here"
+    assert time.monotonic() - started_s < 0.9, "20 writes took a second, none of it here"
     store.reset()
     store.close(5.0)
 
