@@ -9,7 +9,7 @@ from __future__ import annotations
 from mlx_lm_server.tier.counters import Counters
 from mlx_lm_server.tier.layout import Namespace
 from mlx_lm_server.tier.model_digest import model_digest, namespace_digest
-from mlx_lm_server.tier.records import Kind, Prefetched, Record, Tensor, Ticket, Wanted
+from mlx_lm_server.tier.records import Kind, Prefetched, Record, Tensor, Ticket, Wanted, state_name
 from mlx_lm_server.tier.settings import Durability, Policy, TierSettings
 from mlx_lm_server.tier.ssd_store import SsdStore, TierStats
 
@@ -29,4 +29,5 @@ __all__ = [
     "Wanted",
     "model_digest",
     "namespace_digest",
+    "state_name",
 ]

@@ -24,8 +24,8 @@ class IoSide(Protocol):
 
     disk: DiskTier
 
-    def has_room(self, nbytes: int) -> bool:
-        """Whether a save of that size is taken now."""
+    def has_room(self, nbytes: int, *, in_backlog: bool = True) -> bool:
+        """Whether a save of that size is taken now; see Mailbox."""
 
     def put(self, job: Job) -> None: ...
 
@@ -106,7 +106,7 @@ class InlineIo:
     num_saves = 0
     save_bytes = 0
 
-    def has_room(self, nbytes: int) -> bool:
+    def has_room(self, nbytes: int, *, in_backlog: bool = True) -> bool:
         return True
 
     def put(self, job: Job) -> None:

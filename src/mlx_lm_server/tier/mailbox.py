@@ -35,9 +35,11 @@ class Mailbox:
 
     # Asked by the engine's thread
 
-    def has_room(self, nbytes: int) -> bool:
+    def has_room(self, nbytes: int, *, in_backlog: bool = True) -> bool:
+        """Whether a save is taken; without `in_backlog` it is one that stays until its turn."""
+        backlog = max(1, self._size // BACKLOG_SHARE) if in_backlog else 0
         with self._changed:
-            is_short = len(self._saves) < self._size + max(1, self._size // BACKLOG_SHARE)
+            is_short = len(self._saves) < self._size + backlog
             # One record alone may be larger than the bound.
             return is_short and self.save_bytes + nbytes <= max(self._max_bytes, nbytes)
 

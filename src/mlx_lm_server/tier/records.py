@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import sha256
 from math import prod
 from typing import Literal
 
@@ -28,6 +29,11 @@ DTYPE_BITS = {
     "F64": 64,
     "C64": 64,
 }
+
+
+def state_name(chain_name: bytes) -> bytes:
+    """What a state is stored as: the block that ends at the same token has the chain's own name."""
+    return sha256(b"state" + chain_name).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +63,9 @@ class Tensor:
 class Record:
     """A block of tokens' K and V, or the state at a token.
 
-    `name` is the block's chain hash, `parent` that of the block before it (zeros at a sequence's
-    start). `token_ids` are the record's own ids, `num_tokens` is the length of the prefix that it
-    ends.
+    `name` is the block's chain hash, or `state_name` of the hash at the state's token. `parent` is
+    the name of the block before it; at a sequence's start one that is never stored. `token_ids` are
+    the record's own ids, `num_tokens` is the length of the prefix that it ends.
     """
 
     name: bytes

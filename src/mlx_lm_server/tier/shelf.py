@@ -24,7 +24,7 @@ from mlx_lm_server.tier.index import (
     IndexUnavailableError,
     Victim,
 )
-from mlx_lm_server.tier.jobs import Emit, Found, Gone
+from mlx_lm_server.tier.jobs import Emit, Found, Gone, Paused
 from mlx_lm_server.tier.layout import SHARDS, CacheLayout, Namespace
 from mlx_lm_server.tier.quota import Quota
 from mlx_lm_server.tier.settings import TierSettings
@@ -77,6 +77,7 @@ class Shelf:
         except IndexUnavailableError as error:
             self.counters.index_errors += 1
             log.warning("the index of the disk tier cannot be opened: %s", error)
+            self.emit(Paused(self._open_again_at_s))
             return False
         self.is_new = True
         self.quota.measure(self.index.used_bytes)

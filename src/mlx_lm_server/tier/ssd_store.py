@@ -122,8 +122,7 @@ class SsdStore:
 
     def room_for(self, nbytes: int) -> bool:
         """Whether a record of so many bytes would be taken now. Asks no disk."""
-        is_paused = self._clock.monotonic_s() < self._paused_until_s
-        return not (self._is_closed or is_paused) and self._io.has_room(nbytes)
+        return self._can_take(nbytes) and self._io.has_room(nbytes)
 
     def begin_save(self, nbytes: int) -> bool:
         """`room_for`, counting the drop where there is none. Ask before extracting the bytes."""
@@ -148,9 +147,10 @@ class SsdStore:
         return True
 
     def wait_for_room(self, nbytes: int, timeout_s: float) -> bool:
-        """For a graceful stop, which saves more than the queue takes. Never in the step loop."""
+        """For a graceful stop, which saves more than the queue takes and whose records are not
+        dropped for being late. Never in the step loop."""
         ends_s = time.monotonic() + timeout_s
-        while not self.room_for(nbytes):
+        while not (self._can_take(nbytes) and self._io.has_room(nbytes, in_backlog=False)):
             if self._is_closed or time.monotonic() >= ends_s:
                 return False
             time.sleep(ROOM_LOOKS_S)
@@ -234,9 +234,17 @@ class SsdStore:
             pending_saves=self._io.num_saves,
             pending_bytes=self._io.save_bytes,
             pending_reads=len(self._reads),
-            is_paused=self._clock.monotonic_s() < self._paused_until_s,
+            is_paused=self._is_paused,
             read_bytes_per_s=self._speed.bytes_per_s,
         )
+
+    def _can_take(self, nbytes: int) -> bool:
+        return not (self._is_closed or self._is_paused) and nbytes <= self._io.disk.limit_bytes
+
+    @property
+    def _is_paused(self) -> bool:
+        """After errors, until the disk is worth another try."""
+        return self._clock.monotonic_s() < self._paused_until_s
 
     # Inside -------------------------------------------------------------------------------------
 

@@ -333,7 +333,7 @@ def test_a_slow_disk_costs_the_engine_no_time(tmp_path: Path) -> None:
             store.save(record)
         store.poll()
         longest_s = max(longest_s, time.monotonic() - before_s)
-    assert time.monotonic() - started_s < 0.5, "20 writes took a second, none of it here"
+    assert time.monotonic() - started_s < 0.9, "20 writes took a second, none of it here"
     store.reset()
     store.close(5.0)
 
@@ -404,6 +404,7 @@ def test_a_folder_that_cannot_be_made_is_a_tier_without_records(tmp_path: Path) 
     store.poll()
     assert load(store, [make_record(1)]) == []
     assert not store.is_open
+    assert not store.begin_save(10), "nothing is extracted for it"
     (tmp_path / "file").unlink()
     clock.pass_time(60.0)
     store.poll()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,13 @@ from tier_fakes import (
     open_store,
     remains_in,
     save_all,
+    settings,
     settled,
     wait_until,
     wanted,
 )
 
-from mlx_lm_server.tier import Namespace, SsdStore, Wanted
+from mlx_lm_server.tier import Namespace, SsdStore, Wanted, state_name
 from mlx_lm_server.tier.clock import TICK_S
 
 WAYS = [
@@ -72,6 +75,15 @@ def test_counters_tell_accepted_from_persisted(tmp_path: Path, way: dict[str, An
     counters = store.stats().counters
     assert (counters.saves, counters.saves_persisted) == (5, 5)
     assert store.stats().as_dict()["saves_persisted"] == 5
+    store.close(5.0)
+
+
+def test_a_state_and_the_block_that_ends_with_it_are_stored_side_by_side(tmp_path: Path) -> None:
+    store = open_store(tmp_path, async_writes=False)
+    block = make_record(1)
+    state = replace(make_record(2, kind="state"), name=state_name(block.name), parent=block.name)
+    save_all(store, [block, state])
+    assert load(store, [state, block]) == [as_bytes(state), as_bytes(block)]
     store.close(5.0)
 
 
@@ -141,8 +153,6 @@ def test_the_forecast_follows_what_reads_took(tmp_path: Path) -> None:
 
 def test_the_engine_is_woken_when_a_read_ends(tmp_path: Path) -> None:
     woken: list[int] = []
-    from tier_fakes import settings
-
     store = SsdStore(settings(tmp_path), NAMESPACE, wake=lambda: woken.append(1))
     wait_until(lambda: bool(woken))
     woken.clear()
@@ -340,7 +350,9 @@ def test_a_closed_store_answers_that_nothing_is_there(tmp_path: Path, way: dict[
 
 
 def test_a_graceful_stop_may_save_more_than_the_queue_takes(tmp_path: Path) -> None:
-    store = open_store(tmp_path, writer_queue_size=2)
+    files = FaultFiles()
+    files.before["write"] = lambda *_args: time.sleep(0.002)
+    store = open_store(tmp_path, files, writer_queue_size=2, backlog_wait_s=0.0)
     chain = make_chain(1, 60)
     for record in chain:
         assert store.wait_for_room(record.nbytes, 5.0)
@@ -434,7 +446,9 @@ def test_evictions_are_bounded_per_save_and_drained_by_later_ones(tmp_path: Path
 def test_a_record_larger_than_the_limit_evicts_nobody(tmp_path: Path) -> None:
     store = open_store(tmp_path, async_writes=False, max_size_bytes=4000)
     save_all(store, [make_record(1)])
-    save_all(store, [make_record(2, nbytes=8000)])
+    assert not store.begin_save(8000)
+    store.save(make_record(2, nbytes=8000))
+    store.poll()
     assert store.has(make_record(1).name)
     assert store.stats().counters.saves_unfit == 1
     store.close(1.0)
