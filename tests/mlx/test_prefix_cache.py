@@ -3,6 +3,7 @@ cold == warm == shared in flight == preempted."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -12,23 +13,21 @@ from .driver import GREEDY, EngineDriver, random_prompts
 from .reference import ReferenceStep, assert_same_tokens
 from .tiny_models import VOCAB_SIZE, write_model
 
-FAMILIES = (
+# One of each kind of state: full KV, windows, sinks, shared KV, latent, fetched KV, recurrent
+# beside full, both in one layer, convolution, recurrent only.
+KINDS = (
     "deepseek_v3",
     "falcon_h1",
     "gemma2",
     "gemma3_text",
     "gemma4_text",
-    "glm4_moe_lite",
     "gpt_oss",
-    "granitemoehybrid",
     "lfm2",
     "llama",
     "mamba2",
-    "minimax",
-    "olmo3",
-    "qwen3_5",
     "qwen3_next",
 )
+FAMILIES = (*KINDS, "glm4_moe_lite", "granitemoehybrid", "minimax", "olmo3", "qwen3_5")
 SCORED = msgspec.structs.replace(GREEDY, logprobs=5)
 # Tokens between checkpoints; more where they are large beside the KV of their tokens.
 STATE_INTERVALS = {"olmo3": 512}
@@ -40,6 +39,20 @@ STATE_INTERVALS = {"olmo3": 512}
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("families")
     return {family: write_model(family, root / family) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def pairs(models: dict[str, Path]) -> Callable[[str], tuple[EngineDriver, Cold]]:
+    """An engine and its reference for each family; tests keep apart by their salts."""
+    made: dict[str, tuple[EngineDriver, Cold]] = {}
+
+    def pair(family: str) -> tuple[EngineDriver, Cold]:
+        if family not in made:
+            engine = EngineDriver(models[family], prefill_step_size=64)
+            made[family] = engine, Cold(models[family])
+        return made[family]
+
+    return pair
 
 
 class Cold:
@@ -62,15 +75,18 @@ class Cold:
 
     def check(self, tokens: list[int], prompt: list[int]) -> None:
         self.num_ties += assert_same_tokens(tokens, self.answer(prompt, len(tokens)))
-        assert self.num_ties <= 1
+        assert self.num_ties <= 2
+
+
+Pairs = Callable[[str], tuple[EngineDriver, Cold]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_conversation_computes_only_what_is_new(family: str, models: dict[str, Path]) -> None:
-    engine, cold = EngineDriver(models[family]), Cold(models[family])
+def test_a_conversation_computes_only_what_is_new(family: str, pairs: Pairs) -> None:
+    engine, cold = pairs(family)
     prompt = [*SYSTEM, *QUESTION]
-    for turn in range(4):
-        engine.add(f"turn-{turn}", prompt)
+    for turn in range(3):
+        engine.add(f"turn-{turn}", prompt, cache_salt="conversation")
         engine.finish()
         answer = engine.tokens[f"turn-{turn}"]
         cold.check(answer, prompt)
@@ -82,86 +98,78 @@ def test_a_conversation_computes_only_what_is_new(family: str, models: dict[str,
         prompt = [*prompt, *answer, *REPLY]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_long_prompt_with_a_short_answer_is_remembered(
-    family: str, models: dict[str, Path]
-) -> None:
-    engine, cold = EngineDriver(models[family], prefill_step_size=190), Cold(models[family])
+@pytest.mark.parametrize("family", KINDS)
+def test_a_long_prompt_with_a_short_answer_is_remembered(family: str, pairs: Pairs) -> None:
+    engine, cold = pairs(family)
     short = msgspec.structs.replace(GREEDY, max_tokens=2)
-    engine.add("first", LONG, short)
+    engine.add("long", LONG, short, cache_salt="long")
     engine.finish()
     for name, prompt, least in (
         ("again", LONG, len(LONG) - 17),
         ("longer", [*LONG, *QUESTION], len(LONG) - 17),
         ("parts", [*LONG[:600], *QUESTION], 600 - STATE_INTERVALS.get(family, 256)),
     ):
-        engine.add(name, prompt)
+        engine.add(name, prompt, cache_salt="long")
         engine.finish()
         assert engine.reports[name].num_cached_tokens >= least, engine.reports[name]
         cold.check(engine.tokens[name], prompt)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_short_prompt_with_a_long_answer_is_remembered(
-    family: str, models: dict[str, Path]
-) -> None:
-    engine, cold = EngineDriver(models[family]), Cold(models[family])
-    engine.add("first", QUESTION, msgspec.structs.replace(GREEDY, max_tokens=300))
+@pytest.mark.parametrize("family", [*KINDS, "olmo3"])
+def test_a_short_prompt_with_a_long_answer_is_remembered(family: str, pairs: Pairs) -> None:
+    engine, cold = pairs(family)
+    long = msgspec.structs.replace(GREEDY, max_tokens=300)
+    engine.add("short", QUESTION, long, cache_salt="short")
     engine.finish()
-    prompt = [*QUESTION, *engine.tokens["first"]]
+    prompt = [*QUESTION, *engine.tokens["short"]]
     for name, text, least in (
         ("whole", [*prompt, *REPLY], len(prompt) - 1),
         ("middle", [*prompt[:290], *REPLY], 290 - STATE_INTERVALS.get(family, 256)),
     ):
-        engine.add(name, text)
+        engine.add(name, text, cache_salt="short")
         engine.finish()
         assert engine.reports[name].num_cached_tokens >= least, engine.reports[name]
         cold.check(engine.tokens[name], text)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_requests_in_flight_share_what_one_of_them_computes(
-    family: str, models: dict[str, Path]
-) -> None:
-    engine, cold = EngineDriver(models[family], prefill_step_size=64), Cold(models[family])
+@pytest.mark.parametrize("family", KINDS)
+def test_requests_in_flight_share_what_one_of_them_computes(family: str, pairs: Pairs) -> None:
+    engine, cold = pairs(family)
+    before = engine.core.stats().prefill_tokens_total
     prompts = [[*LONG[:300], *tail] for tail in random_prompts(5, (9, 30, 1, 17), VOCAB_SIZE)]
     for i, prompt in enumerate(prompts):
-        engine.add(f"r{i}", prompt, message_ends=[300])
-    computed = 0
-    while engine.core.has_work:
-        engine.step()
-    computed = engine.core.stats().prefill_tokens_total
+        engine.add(f"r{i}", prompt, message_ends=[300], cache_salt="flight")
+    engine.finish()
+    computed = engine.core.stats().prefill_tokens_total - before
     assert computed <= 1.05 * 300 + sum(len(p) - 300 for p in prompts) + 16 * len(prompts)
     for i, prompt in enumerate(prompts):
         cold.check(engine.tokens[f"r{i}"], prompt)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next", "deepseek_v3"])
-def test_the_next_takes_over_when_who_computes_is_aborted(
-    family: str, models: dict[str, Path]
-) -> None:
-    engine, cold = EngineDriver(models[family], prefill_step_size=32), Cold(models[family])
+def test_the_next_takes_over_when_who_computes_is_aborted(family: str, pairs: Pairs) -> None:
+    engine, cold = pairs(family)
     prompts = [[*LONG[:300], *tail] for tail in random_prompts(6, (9, 30), VOCAB_SIZE)]
-    engine.add("owner", [*LONG[:300], 1, 2])
+    engine.add("owner", [*LONG[:300], 1, 2], cache_salt="owner")
     for i, prompt in enumerate(prompts):
-        engine.add(f"r{i}", prompt)
-    for _ in range(4):
+        engine.add(f"heir{i}", prompt, cache_salt="owner")
+    for _ in range(3):
         engine.step()
     engine.abort("owner")
     engine.finish()
     for i, prompt in enumerate(prompts):
-        cold.check(engine.tokens[f"r{i}"], prompt)
+        cold.check(engine.tokens[f"heir{i}"], prompt)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
 def test_preempted_requests_go_on_with_the_same_tokens(
-    family: str, models: dict[str, Path]
+    family: str, models: dict[str, Path], pairs: Pairs
 ) -> None:
-    cold = Cold(models[family])
+    unhurried, cold = pairs(family)
     prompts = random_prompts(31, (100, 90, 110), VOCAB_SIZE)
-    params = msgspec.structs.replace(GREEDY, max_tokens=300)
+    params = msgspec.structs.replace(GREEDY, max_tokens=290)
     # Room for three rows as they come, with 256 tokens to spare, but not for one that grows.
-    geometry = EngineDriver(models[family]).core.geometry
+    geometry = unhurried.core.geometry
     room = 3 * (geometry.row_bytes(384) - geometry.bytes_per_row)
     limit = room // geometry.bytes_per_token + 1 if geometry.bytes_per_token else None
     engine = EngineDriver(models[family], max_kv_tokens=limit, max_batch_size=3)
@@ -174,8 +182,8 @@ def test_preempted_requests_go_on_with_the_same_tokens(
         assert engine.core.stats().num_preemptions_total
 
 
-def test_salts_do_not_share(models: dict[str, Path]) -> None:
-    engine = EngineDriver(models["llama"])
+def test_salts_do_not_share(pairs: Pairs) -> None:
+    engine, _ = pairs("llama")
     for name, salt in (("a", ""), ("b", "s"), ("c", "s")):
         engine.add(name, [*SYSTEM, *QUESTION], cache_salt=salt)
         engine.finish()
