@@ -88,6 +88,18 @@ def test_memory_is_bounded(folder: Path) -> None:
         engine(folder, kv=KVConfig(memory_limit_gb=0.0001))
 
 
+@observes("KVConfig.kv_bits", "KVConfig.kv_group_size")
+def test_k_and_v_are_kept_in_as_few_bits_as_asked(tmp_path: Path) -> None:
+    """8-bit codes, and per group a scale and an offset."""
+    folder = write_model("mistral", tmp_path)  # heads of 32
+    whole = engine(folder, kv=KVConfig(kv_bits=16)).ready
+    coded = engine(folder, kv=KVConfig(kv_bits=8, kv_group_size=32)).ready
+    assert (whole.kv_bits, coded.kv_bits) == (16, 8)
+    assert coded.kv_bytes_per_token < whole.kv_bytes_per_token / 2
+    with pytest.raises(UnsupportedModelError, match="64"):
+        engine(folder, kv=KVConfig(kv_bits=8, kv_group_size=64))
+
+
 @observes("CpuConfig.cpu_weights")
 def test_weights_are_held_as_asked(tmp_path: Path) -> None:
     folder = write_model("qwen3", tmp_path, bits=4)

@@ -41,6 +41,7 @@ def document(served: RunningServer) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.timeout(300)
 def test_nothing_that_is_asked_fails_or_hangs(served: RunningServer, tmp_path: Path) -> None:
     """About 2000 requests: no 500, no answer within 10 s missing, no status, type or body that the
     document does not name, and nothing taken that it forbids. What types cannot say (a field that
@@ -48,13 +49,13 @@ def test_nothing_that_is_asked_fails_or_hangs(served: RunningServer, tmp_path: P
     done = subprocess.run(
         [
             *(sys.executable, "-m", "schemathesis.cli", "run", f"{served.url}/openapi.json"),
-            *("--phases=coverage,fuzzing", "--max-examples=30", "--seed=1", "--no-color"),
+            *("--phases=coverage,fuzzing", "--max-examples=20", "--seed=1", "--no-color"),
             *("--exclude-checks=positive_data_acceptance", "--suppress-health-check=all"),
             "--request-timeout=10",
         ],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=270,  # about 12 s where nothing else runs
         cwd=tmp_path,  # it leaves a folder behind
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
