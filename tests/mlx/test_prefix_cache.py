@@ -13,21 +13,22 @@ from .driver import GREEDY, EngineDriver, random_prompts
 from .reference import ReferenceStep, assert_same_tokens
 from .tiny_models import VOCAB_SIZE, write_model
 
-# One of each kind of state: full KV, windows, sinks, shared KV, latent, fetched KV, recurrent
-# beside full, both in one layer, convolution, recurrent only.
-KINDS = (
-    "deepseek_v3",
-    "falcon_h1",
+# One of each kind of state: latent, windows, full KV, recurrent only, recurrent beside full, and both
+# in one layer.
+KINDS = ("deepseek_v3", "falcon_h1", "gemma3_text", "llama", "mamba2", "qwen3_next")
+# More to the same kinds: fetched and shared KV, sinks, convolution, other ratios of windows.
+FAMILIES = (
+    *KINDS,
     "gemma2",
-    "gemma3_text",
     "gemma4_text",
+    "glm4_moe_lite",
     "gpt_oss",
+    "granitemoehybrid",
     "lfm2",
-    "llama",
-    "mamba2",
-    "qwen3_next",
+    "minimax",
+    "olmo3",
+    "qwen3_5",
 )
-FAMILIES = (*KINDS, "glm4_moe_lite", "granitemoehybrid", "minimax", "olmo3", "qwen3_5")
 SCORED = msgspec.structs.replace(GREEDY, logprobs=5)
 # Tokens between checkpoints; more where they are large beside the KV of their tokens.
 STATE_INTERVALS = {"olmo3": 512}
