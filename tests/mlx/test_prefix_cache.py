@@ -13,8 +13,8 @@ from .driver import GREEDY, EngineDriver, random_prompts
 from .reference import ReferenceStep, assert_same_tokens
 from .tiny_models import VOCAB_SIZE, write_model
 
-# One of each kind of state: latent, windows, full KV, recurrent only, recurrent beside full, and both
-# in one layer.
+# One of each kind of state: latent, windows, full KV, recurrent only, recurrent beside full, and
+# both in one layer.
 KINDS = ("deepseek_v3", "falcon_h1", "gemma3_text", "llama", "mamba2", "qwen3_next")
 # More to the same kinds: fetched and shared KV, sinks, convolution, other ratios of windows.
 FAMILIES = (
