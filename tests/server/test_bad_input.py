@@ -229,7 +229,6 @@ TOOL = {"type": "function", "function": {"name": "f"}}
         ("thinking_budget", 5),  # the model does not think
         ("store", True),
         ("audio", {}),
-        ("cache_salt", "x"),
     ],
 )
 def test_what_comes_later_is_refused_by_name(server: RunningServer, name: str, value: Any) -> None:

@@ -112,13 +112,13 @@ def test_a_crash_loop_ends_the_server_loudly(start: Callable[..., RunningServer]
         if server.is_running and server.status("/livez") == 200:
             server.wait_until(lambda: server.status("/readyz") == 200)
             server.chat("x", seed=fakes.DIE)
-    assert server.process.wait(5) == 1
+    assert server.process.wait(30) == 1
     assert "the engine died 3 times" in server.output()
 
 
 def test_an_engine_that_dies_loading_fails_the_start(start: Callable[..., RunningServer]) -> None:
     server = start(wait=False, engine={"die_loading": 1})
-    assert server.process.wait(5) == 1
+    assert server.process.wait(30) == 1
     assert "while it loaded the model (exit code 3)" in server.output()
 
 
@@ -126,7 +126,7 @@ def test_a_model_that_cannot_be_loaded_fails_the_start_with_its_reason(
     start: Callable[..., RunningServer],
 ) -> None:
     server = start(wait=False, engine={"fail_loading": "UnsupportedModelError"})
-    assert server.process.wait(5) == 1
+    assert server.process.wait(30) == 1
     assert "the fake engine was told to fail" in server.output()
     assert "Traceback" not in server.output()
 
@@ -150,7 +150,7 @@ def test_no_orphan_is_left_when_either_is_killed(
     engine = psutil.Process(server.engine_pid)
     if victim == "server":
         server.process.kill()
-        server.process.wait(5)
+        server.process.wait(30)
     else:
         engine.kill()
         server.wait_until(lambda: server.status("/readyz") == 503)
