@@ -42,7 +42,7 @@ class EngineDriver:
         self.core, self.ready = assemble(message, Blas("test"), lambda _stage, _fraction: None)
         self.tokens: dict[str, list[int]] = {}
         self.reasons: dict[str, list[str]] = {}
-        self.scores: dict[str, list[TokenLogprobs]] = {}
+        self.logprobs: dict[str, list[TokenLogprobs]] = {}
         self.reports: dict[str, CacheReport] = {}
 
     def add(
@@ -88,7 +88,7 @@ class EngineDriver:
     def _collect(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
             self.tokens[output.req_id].extend(output.token_ids)
-            self.scores.setdefault(output.req_id, []).extend(output.logprobs or ())
+            self.logprobs.setdefault(output.req_id, []).extend(output.logprobs or ())
             if output.cache is not None:
                 self.reports[output.req_id] = output.cache
             if output.finish_reason is not None:

@@ -21,7 +21,7 @@ from mlx_lm_server.runner.kv_storage import LayerShape
 from .driver import GREEDY, EngineDriver, random_prompts
 from .tiny_models import VOCAB_SIZE, write_model
 
-PROMPTS = random_prompts(11, (1, 17, 40, 90, 3), VOCAB_SIZE)
+PROMPTS = random_prompts(11, (1, 17, 40, 3), VOCAB_SIZE)
 LONG_PROMPTS = random_prompts(12, (190, 23), VOCAB_SIZE)
 SHORT = changed(GREEDY, max_tokens=12)
 # Packed tokens, rings, sinks, shared KV, fetched KV by head and of MLA, state beside KV and in it.

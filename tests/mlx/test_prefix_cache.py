@@ -71,7 +71,7 @@ class Cold:
         tokens = self._engine.tokens[name]
         return [
             ReferenceStep(token, dict(zip(scores.top_ids, scores.top_logprobs, strict=True)))
-            for token, scores in zip(tokens, self._engine.scores[name], strict=True)
+            for token, scores in zip(tokens, self._engine.logprobs[name], strict=True)
         ]
 
     def check(self, tokens: list[int], prompt: list[int]) -> None:
