@@ -45,8 +45,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 class Cold:
     """Answers of an engine without a cache, with the runners-up for ties."""
 
-    def __init__(self, model: Path) -> None:
-        self._engine = EngineDriver(model, prefix_cache=False)
+    def __init__(self, model: Path, **order: object) -> None:
+        self._engine = EngineDriver(model, prefix_cache=False, **order)
         self.num_ties = 0
 
     def answer(self, prompt: list[int], num_tokens: int = GREEDY.max_tokens) -> list[ReferenceStep]:
