@@ -56,7 +56,8 @@ class Restores:
         self._reading: dict[int, _Restore] = {}
         self._restore_of: dict[bytes, _Restore] = {}  # by the names of what is to come
         self._waits_for: dict[Request, _Restore] = {}
-        self.num_restored_tokens = 0
+        self.num_restored_tokens = 0  # in blocks
+        self.num_restored = 0  # blocks and states
 
     def __len__(self) -> int:
         """Requests that wait."""
@@ -141,22 +142,27 @@ class Restores:
     def _put(self, restore: _Restore, labels: Sequence[Label], payloads: Sequence[Payload]) -> bool:
         """Whether all that came has found room."""
         for label, payload in zip(labels, payloads, strict=False):
-            if label.is_state:
-                if not self._index.has_state(label.parent, label.token_ids) and not (
-                    self._store.restore_state(
-                        label.parent, label.token_ids, label.num_tokens, payload
-                    )
-                ):
-                    return False
-                continue
-            block = self._index.block(label.name)
-            if block is None:
-                ids = label.token_ids
-                block = self._index.add(label.name, label.parent, ids, label.num_tokens)
-                if not self._store.restore_block(block, payload):
-                    return False
-                restore.blocks.append(block)
-                self.num_restored_tokens += len(ids)
+            put = self._put_state if label.is_state else self._put_block
+            if not put(restore, label, payload):
+                return False
+        return True
+
+    def _put_state(self, _: _Restore, label: Label, payload: Payload) -> bool:
+        parent, tail = label.parent, label.token_ids
+        if self._index.has_state(parent, tail):
+            return True
+        self.num_restored += 1
+        return self._store.restore_state(parent, tail, label.num_tokens, payload)
+
+    def _put_block(self, restore: _Restore, label: Label, payload: Payload) -> bool:
+        if self._index.block(label.name) is not None:
+            return True
+        block = self._index.add(label.name, label.parent, label.token_ids, label.num_tokens)
+        if not self._store.restore_block(block, payload):
+            return False
+        restore.blocks.append(block)
+        self.num_restored += 1
+        self.num_restored_tokens += len(label.token_ids)
         return True
 
     def _end(self, restore: _Restore) -> None:
