@@ -247,9 +247,9 @@ class KVConfig:
 
 @dataclass(frozen=True)
 class TierConfig:
-    ssd: bool = option(
-        True,
-        "Keep the prefix cache on disk too, so that it outlives the server.",
+    no_ssd: bool = option(
+        False,
+        "Keep nothing on disk; else the prefix cache is there too, and outlives the server.",
         why="After a restart conversations go on where they were.",
     )
     ssd_cache_dir: str = option(
@@ -270,9 +270,9 @@ class TierConfig:
         "that fails.",
         why="A lost block is computed again.",
     )
-    ssd_async_writes: bool = option(
-        True,
-        "Write in a thread beside the model; else between its steps.",
+    no_ssd_async_writes: bool = option(
+        False,
+        "Read and write between the model's steps instead of in a thread beside it.",
         why="A slow disk must not slow an answer.",
     )
     ssd_max_size_gb: float = option(

@@ -35,7 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def engine(folder: Path, **sections: object) -> EngineDriver:
     """With the settings of a Config, by the way that they take."""
-    sections = {"tier": TierConfig(ssd=False), **sections}
+    sections = {"tier": TierConfig(no_ssd=True), **sections}
     order = load_message(Config(**sections), folder)  # type: ignore[arg-type]
     fields = {f: getattr(order, f) for f in LoadModel.__struct_fields__ if f != "model_path"}
     return EngineDriver(folder, **fields)

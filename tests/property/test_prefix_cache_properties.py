@@ -97,7 +97,9 @@ caches = st.builds(
     max_slab_tokens=st.sampled_from([1, 512, 4096]),
     tier=st.one_of(
         st.none(),
-        st.builds(FakeTier, st.integers(0, 9), writes_through=st.booleans(), is_flaky=st.booleans()),
+        st.builds(
+            FakeTier, st.integers(0, 9), writes_through=st.booleans(), is_flaky=st.booleans()
+        ),
     ),
 )
 def test_requests_get_their_tokens_whatever_they_share(
@@ -194,7 +196,8 @@ def check_end(sim: Simulation, tier: FakeTier) -> None:
     tier._is_flaky = False
     for _ in range(10):
         sim.step()
-    assert not (restores._reading or restores._restore_of)
+    assert not restores._reading
+    assert not restores._restore_of
     sim.scheduler.offload_all()
     while sim.scheduler.has_offloads:
         sim.step()

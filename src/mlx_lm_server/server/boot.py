@@ -86,7 +86,7 @@ def load_message(config: Config, folder: Path) -> LoadModel:
         kv_bits=config.kv.kv_bits,
         kv_group_size=config.kv.kv_group_size,
         memory_limit_bytes=None if gb is None else int(gb * 10**9),
-        disk_tier=_disk_tier(config.tier) if config.tier.ssd else None,
+        disk_tier=None if config.tier.no_ssd else _disk_tier(config.tier),
     )
 
 
@@ -95,7 +95,7 @@ def _disk_tier(config: TierConfig) -> DiskTier:
         folder=str(Path(config.ssd_cache_dir).expanduser().absolute()),
         writes_through=config.ssd_policy == "write_through",
         is_persistent=config.ssd_durability == "persistent",
-        async_writes=config.ssd_async_writes,
+        async_writes=not config.no_ssd_async_writes,
         max_size_bytes=int(config.ssd_max_size_gb * 10**9),
         ttl_s=config.ssd_ttl_days * 86400.0,
         writer_queue_size=config.ssd_writer_queue_size,
