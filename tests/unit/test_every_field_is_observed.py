@@ -15,6 +15,7 @@ from tests.observations import LINE
 from mlx_lm_server.config import Config
 from mlx_lm_server.server.openai import schema, text_schema
 
+pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).parents[2]
 # Parts that others share; their fields are those of the others.
 BASES = {"Sampling", "Rendering"}
@@ -48,7 +49,7 @@ def observations() -> list[list[str]]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=270,  # about 5 s where nothing else runs
     )
     assert done.returncode == 0, done.stdout[-2000:]
     lines = (line.split(" ", 3) for line in done.stdout.splitlines())
