@@ -15,6 +15,7 @@ import sys
 from statistics import median
 from typing import Any
 
+from benchmarks import reaper
 from benchmarks.claims import Claim
 from benchmarks.models import ensure_models
 from benchmarks.parts import Effort, Findings, console, run_parts
@@ -81,8 +82,11 @@ def quality(effort: Effort) -> Findings:
 def _child(*given: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "benchmarks.kv_bits_child", *given]
     environment = ENGINE_ENVIRONMENT | os.environ
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    child = reaper.start(command, stdout=subprocess.PIPE, env=environment)
+    printed, _ = child.communicate()
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, command)
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return found
 
 
