@@ -25,8 +25,7 @@ MAX_PART_BYTES, MAX_PART_RECORDS = 8 << 20, 64
 # Checkpoints at any token are looked for in so many blocks before the end of what is stored;
 # further back only at the ends of blocks and messages.
 NUM_SEARCHED_BLOCKS = 64
-# A read that takes longer than this and than computing is given up.
-MIN_WAIT_S = 0.3
+MIN_WAIT_S = 0.1
 
 # How long the tokens from the first to the second number take to compute.
 ComputeS = Callable[[int, int], float]
