@@ -6,8 +6,7 @@ them leaves. The pool takes what rows leave free and gives it back when rows nee
 
 One plan is made like this:
 
-    begin()                 checkpoints that came due with the last plan; what goes to the tier
-    restores.take()         what came back from the tier
+    begin()                 checkpoints that came due with the last plan
     keep(request)           rows that leave
     find, take              rows that go on from a hit
     make_room()             memory for rows
@@ -33,8 +32,6 @@ from mlx_lm_server.core.kv_geometry import MAX_ROW_TOKENS
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.plan import CopyTokens, LoadBlocks, LoadOp, LoadState, SaveOp
 from mlx_lm_server.core.request import Request
-from mlx_lm_server.core.restores import ComputeS, Restores
-from mlx_lm_server.core.tier import Label, NoTier, Tier
 from mlx_lm_server.protocol import CacheReport
 
 __all__ = ["CacheSettings", "Hit", "PrefixCache"]
@@ -75,7 +72,7 @@ class _Taken:
 class PrefixCache:
     """Owned by the scheduler; shares its layout's memory."""
 
-    def __init__(self, settings: CacheSettings, layout: KVLayout, tier: Tier | None = None) -> None:
+    def __init__(self, settings: CacheSettings, layout: KVLayout) -> None:
         self._settings = settings
         self._size = settings.block_size
         self._layout = layout
@@ -83,9 +80,7 @@ class PrefixCache:
         self._has_state = settings.is_on and layout.geometry.has_state
         self._state_interval = _state_interval(layout, self._size)
         self._index = CacheIndex(self._size)
-        self.tier = tier or NoTier()
-        self.store = CacheStore(settings, layout, self._index, self.tier)
-        self.restores = Restores(self.tier, self._index, self.store, self._size)
+        self.store = CacheStore(settings, layout, self._index)
         self._request_in: dict[int, Request] = {}  # rows that hold named blocks
         self._due_states: list[Request] = []
         self._taken: list[_Taken] = []
@@ -109,12 +104,6 @@ class PrefixCache:
         request.cache_root = root_name(request.cache_salt)
         num_blocks = (len(request.prompt_ids) - 1) // self._size
         request.state_points.add(num_blocks * self._size)
-
-    def restore(self, request: Request, compute_s: ComputeS, now_s: float) -> bool:
-        """Whether the request should wait: the tier brings back what it would have to compute."""
-        if not self.is_on or request.sampling.prompt_logprobs is not None:
-            return False
-        return self.restores.begin(request, compute_s, now_s)
 
     def next_state_point(self, request: Request) -> int | None:
         """Where the next chunk of the request has to end at the latest, so that its state can be
@@ -179,7 +168,6 @@ class PrefixCache:
         """The request, which has a row, goes on from the hit."""
         self.store.pin(hit.entries)
         self.store.touch(hit.entries)
-        self.tier.use([Label.of(entry).name for entry in hit.entries])
         rows = [None if block.place else next(iter(block.rows)) for block in hit.blocks]
         self._taken.append(_Taken(request, hit, tuple(rows)))
         request.num_computed_tokens = hit.stop
@@ -288,8 +276,7 @@ class PrefixCache:
         for index in range(request.num_named_blocks, num_blocks):
             ids = request.known_ids(index * self._size, (index + 1) * self._size)
             name, parent = request.name_of_block(index), request.name_of_block(index - 1)
-            block = self._index.add(name, parent, ids, (index + 1) * self._size)
-            block.rows[request.row] = None
+            self._index.add(name, parent, ids).rows[request.row] = None
         request.num_named_blocks = num_blocks
 
     def _loads_of(self, taken: _Taken) -> Iterator[LoadOp]:
@@ -353,8 +340,7 @@ class PrefixCache:
         if not (tail and self._has_blocks and self._settings.max_sequences):
             return []
         parent = request.name_of_block(index - 1)
-        name = chain_name(parent, tail)
-        return [(index, self._index.add(name, parent, tail, num_tokens))]
+        return [(index, self._index.add(chain_name(parent, tail), parent, tail))]
 
     def _save_state(self, request: Request, row: int) -> list[State]:
         """Keep the state that the row has now; none where it is ahead of what is known."""

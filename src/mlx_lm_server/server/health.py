@@ -76,8 +76,6 @@ class HealthAnswer(StatusAnswer):
     """KV memory in all."""
     kv_usage: float
     """Share of it in use, 0 to 1."""
-    disk_tier: dict[str, Any] | None
-    """The cache on disk: its folder, what it holds and what went wrong; null where it is off."""
 
 
 class HealthRoutes:
@@ -134,7 +132,6 @@ class HealthRoutes:
             "kv_used_bytes": stats.kv_used_bytes if stats else 0,
             "kv_limit_bytes": stats.kv_limit_bytes if stats else 0,
             "kv_usage": round(kv_usage(stats), 4),
-            "disk_tier": self._tier_facts(stats),
         }
         return _json(503 if is_bad else 200, facts)
 
@@ -149,14 +146,6 @@ class HealthRoutes:
         if services.supervisor.state == "ready" and not services.has_model:
             return "starting"
         return services.supervisor.state
-
-    def _tier_facts(self, stats: EngineStats | None) -> dict[str, Any] | None:
-        supervisor = self._services.supervisor
-        ready = supervisor.ready if supervisor else None
-        if ready is None or not ready.disk_tier:
-            return None
-        tier = stats.tier if stats else None
-        return {"folder": ready.disk_tier, **(msgspec.structs.asdict(tier) if tier else {})}
 
     def _engine_facts(self) -> dict[str, Any]:
         supervisor = self._services.supervisor
