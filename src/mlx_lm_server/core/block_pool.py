@@ -11,6 +11,9 @@ from mlx_lm_server.core.block import Block, Place
 from mlx_lm_server.core.plan import CreateSegment, DropSegment, MoveBlocks, PoolOp
 
 DEFAULT_SEGMENT_BYTES = 16 * 1024 * 1024
+# The first segment; the next ones are as large as all before together, so that none takes long to
+# make beside a small batch, and a large pool has few.
+FIRST_SEGMENT_BYTES = 4 * 1024 * 1024
 
 
 class _Segment:
@@ -35,7 +38,8 @@ class _Segment:
 
 
 class BlockPool:
-    """Owned by the prefix cache. `max_blocks` is the operator's cap."""
+    """Owned by the prefix cache. `max_blocks` is the operator's cap, `segment_bytes` the size of
+    the largest segments."""
 
     def __init__(
         self,
@@ -45,7 +49,8 @@ class BlockPool:
     ) -> None:
         self._block_bytes = block_bytes
         self._max_blocks = max_blocks
-        self._segment_blocks = max(1, segment_bytes // max(1, block_bytes))
+        self._first_blocks = max(1, min(FIRST_SEGMENT_BYTES, segment_bytes) // max(1, block_bytes))
+        self._most_blocks = max(1, segment_bytes // max(1, block_bytes))
         self._segments: dict[int, _Segment] = {}
         self._next_id = 0
 
@@ -72,9 +77,10 @@ class BlockPool:
 
     @property
     def _next_num_blocks(self) -> int:
+        wanted = min(self._most_blocks, max(self._first_blocks, self.num_places))
         if self._max_blocks is None:
-            return self._segment_blocks
-        return max(0, min(self._segment_blocks, self._max_blocks - self.num_places))
+            return wanted
+        return max(0, min(wanted, self._max_blocks - self.num_places))
 
     def put(self, block: Block) -> bool:
         """Give the block a free place, if there is one: in the segment with the most of them, so
