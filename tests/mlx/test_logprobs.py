@@ -70,10 +70,10 @@ def test_rows_that_ask_get_those_of_the_model_and_others_get_none(folder: Path) 
     for i, (prompt, num) in enumerate(zip(prompts, wanted, strict=True)):
         tokens = driver.tokens[str(i)]
         if num is None:
-            assert driver.scores[str(i)] == []
+            assert driver.logprobs[str(i)] == []
             continue
         rows = reference(folder, prompt + tokens)[len(prompt) - 1 : -1]
-        check(driver.scores[str(i)], rows, tokens, num)
+        check(driver.logprobs[str(i)], rows, tokens, num)
 
 
 def test_they_are_of_the_model_before_temperature_and_penalties(folder: Path) -> None:
@@ -86,7 +86,7 @@ def test_they_are_of_the_model_before_temperature_and_penalties(folder: Path) ->
     driver.submit("a", prompt, sampling)
     driver.finish()
     rows = reference(folder, prompt + driver.tokens["a"])[len(prompt) - 1 : -1]
-    check(driver.scores["a"], rows, driver.tokens["a"], 2)
+    check(driver.logprobs["a"], rows, driver.tokens["a"], 2)
 
 
 @pytest.mark.parametrize("prefill_step_size", [None, 7, 64])
