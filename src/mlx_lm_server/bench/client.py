@@ -21,6 +21,8 @@ from mlx_lm_server.bench import sse
 from mlx_lm_server.bench.trace import Trace
 
 ERROR_TEXT_LIMIT = 300
+# A timer that comes this late says that this process was held up, not that the server is silent.
+HELD_UP_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,12 +224,20 @@ class _Connection(asyncio.Protocol):
 
     def _watch_silence(self) -> None:
         """One timer per connection that looks when the last byte came, not one per byte."""
-        left_s = self._now + self._silence_s - perf_counter()
-        if left_s <= 0:
-            self._end(f"stalled: nothing came for {self._silence_s:g} s")
-            return
+        self._watch_again(self._now + self._silence_s)
+
+    def _watch_again(self, due: float) -> None:
         later: Callable[..., asyncio.TimerHandle] = asyncio.get_running_loop().call_later
-        self._watch = later(left_s, self._watch_silence)
+        self._watch = later(due - perf_counter(), self._look, due)
+
+    def _look(self, due: float) -> None:
+        now = perf_counter()
+        if self._now + self._silence_s > now:
+            self._watch_silence()
+        elif now - due > HELD_UP_S:
+            self._watch_again(now + self._silence_s)
+        else:
+            self._end(f"stalled: nothing came for {self._silence_s:g} s")
 
     def _end(self, error: str | None = None) -> None:
         if self.done.done():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 
 import pytest
 from fake_openai import CACHED_TOKENS, FakeServer, until
@@ -79,6 +80,17 @@ async def test_a_slow_but_steady_stream_is_not_stalled(server: FakeServer) -> No
     trace = await ask(server.target(), call, silence_s=0.2)
     assert trace.error is None
     assert (trace.e2e_s or 0) > 0.2
+
+
+async def test_a_client_that_is_held_up_itself_does_not_blame_the_server(
+    server: FakeServer,
+) -> None:
+    call = Call("client", "/v1/completions", 300, {"prompt": " a"})
+    trace, task = Client(server.target(), silence_s=0.3).start(call)
+    await until(lambda: len(trace.event_times) >= 3)
+    time.sleep(1.0)  # noqa: ASYNC251
+    await task
+    assert trace.error is None
 
 
 async def test_a_cancelled_request_is_stopped_and_the_server_sees_it(server: FakeServer) -> None:
