@@ -82,15 +82,17 @@ async def test_a_slow_but_steady_stream_is_not_stalled(server: FakeServer) -> No
     assert (trace.e2e_s or 0) > 0.2
 
 
-async def test_a_client_that_is_held_up_itself_does_not_blame_the_server(
+async def test_a_client_that_was_held_up_itself_gives_the_server_its_time_again(
     server: FakeServer,
 ) -> None:
-    call = Call("client", "/v1/completions", 300, {"prompt": " a"})
-    trace, task = Client(server.target(), silence_s=0.3).start(call)
-    await until(lambda: len(trace.event_times) >= 3)
+    trace, task = Client(server.target("stalls"), silence_s=0.3).start(CALL)
+    await until(lambda: len(trace.event_times) == 3)
     time.sleep(1.0)  # noqa: ASYNC251
+    resumed_at = time.perf_counter()
     await task
-    assert trace.error is None
+    assert trace.error == "stalled: nothing came for 0.3 s"
+    assert trace.ended_at is not None
+    assert trace.ended_at - resumed_at > 0.25
 
 
 async def test_a_cancelled_request_is_stopped_and_the_server_sees_it(server: FakeServer) -> None:
