@@ -42,6 +42,8 @@ def test_the_next_turn_computes_only_what_is_new(nano: Nano) -> None:
     assert told["prompt_tokens"] - cached < 30
     assert metric(nano, "mlx_lm_server:prefix_cache_hits_total") >= hits + cached
     assert metric(nano, "used_blocks") > 0
+    assert metric(nano, "mlx_lm_server:kv_cache_cached_bytes") > 0
+    assert nano.client.get("/health").json()["kv_cached_bytes"] > 0
     again = nano.client.get("/v1/cache/explain", params={"id": second["id"]}).json()
     assert again == {"id": second["id"], "object": "cache.explanation", "prompts": [told]}
 

@@ -25,6 +25,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
+from msgspec import structs
+
 from mlx_lm_server.core.block import Block, State, chain_name, num_common, root_name
 from mlx_lm_server.core.cache_index import CacheIndex
 from mlx_lm_server.core.cache_store import MAX_STATE_SHARE, CacheSettings, CacheStore
@@ -119,7 +121,7 @@ class PrefixCache:
     def find(self, request: Request) -> Hit | None:
         """How far the request can go on without computing; None where that is less than a block.
         At least one token is left to compute, and none is skipped whose logprobs are wanted."""
-        if not self.is_on or request.sampling.prompt_logprobs is not None:
+        if not self._may_skip(request):
             return None
         hit = Hit(request.num_computed_tokens, request.num_known_tokens - 1)
         if self._has_blocks:
@@ -127,6 +129,9 @@ class PrefixCache:
         if self._has_state:
             hit = self._walk_back(request, hit)
         return hit if hit.stop - hit.start >= self._size else None
+
+    def _may_skip(self, request: Request) -> bool:
+        return self.is_on and request.sampling.prompt_logprobs is None
 
     def _follow_blocks(self, request: Request, start: int, limit: int) -> Hit:
         blocks = self._index.walk(request, start, limit)
@@ -178,9 +183,30 @@ class PrefixCache:
         num_cached = hit.stop if hit else 0
         self.num_queried_tokens += len(request.prompt_ids)
         self.num_hit_tokens += num_cached
-        in_rows = sum(not block.place for block in hit.blocks) * self._size if hit else 0
-        num_from_rows = min(in_rows, num_cached)
+        num_from_rows = self._num_from_rows(hit) if hit else 0
         request.cache_report = self._report(request, num_cached, num_from_rows, recompute_s)
+
+    def note_catching_up(self, request: Request, hit: Hit, recompute_s: float) -> None:
+        """Count what the request takes over later, from others that computed it meanwhile. Not
+        after a preemption, when what it finds may be its own."""
+        report = request.cache_report
+        if report is None or request.num_preemptions:
+            return
+        self.num_hit_tokens += hit.stop - hit.start
+        num_cached = report.num_cached_tokens + hit.stop - hit.start
+        num_from_rows = report.num_from_rows + self._num_from_rows(hit)
+        if num_cached == hit.stop:
+            request.cache_report = self._report(request, num_cached, num_from_rows, recompute_s)
+        else:  # in between are tokens of its own, which are no cached text
+            request.cache_report = structs.replace(
+                report, num_cached_tokens=num_cached, num_from_rows=num_from_rows
+            )
+
+    def _num_from_rows(self, hit: Hit) -> int:
+        num_tokens = sum(not block.place for block in hit.blocks) * self._size
+        if hit.row is not None:
+            num_tokens += hit.stop % self._size
+        return min(num_tokens, hit.stop - hit.start)
 
     def _report(
         self, request: Request, num_cached: int, num_from_rows: int, recompute_s: float
@@ -191,7 +217,7 @@ class PrefixCache:
             num_blocks = len(self._index.walk(request, 0, len(prompt)))
             child, in_child = self._index.nearest_child(request, num_blocks, len(prompt))
             nearest = max(num_cached, num_blocks * self._size + in_child)
-            is_nearest = nearest == num_blocks * self._size + in_child
+            is_nearest = 0 < nearest == num_blocks * self._size + in_child
             if child is not None and is_nearest and nearest < len(prompt):
                 other_ids = self._index.ids_from(child, in_child, SHOWN_IDS)
         return CacheReport(
@@ -201,11 +227,13 @@ class PrefixCache:
             num_nearest_tokens=nearest,
             prompt_ids=list(prompt[nearest : nearest + SHOWN_IDS]) if other_ids else [],
             nearest_ids=other_ids,
-            why=self._why_not_all(request, num_cached, nearest),
+            why=self._why_not_all(request, num_cached, nearest, differs=bool(other_ids)),
             recompute_s=recompute_s,
         )
 
-    def _why_not_all(self, request: Request, num_cached: int, nearest: int) -> str:
+    def _why_not_all(
+        self, request: Request, num_cached: int, nearest: int, *, differs: bool
+    ) -> str:
         if num_cached >= len(request.prompt_ids) - 1:
             return ""
         if not self.is_on:
@@ -215,9 +243,11 @@ class PrefixCache:
         if nearest > num_cached and self._has_state:
             return "the model keeps state that can be taken up only at checkpoints"
         if nearest - num_cached >= self._size:
-            return "others are computing the same text"
+            return "what is cached and the row that would take it do not fit the memory together"
         if nearest == 0:
             return "nothing that begins like this is cached"
+        if not differs:
+            return "the text that is cached ends there"
         return "the prompt differs there from what is cached"
 
     # ---- sharing in flight
@@ -225,7 +255,7 @@ class PrefixCache:
     def num_shared(self, request: Request, other: Request) -> int:
         """Prompt tokens, in whole blocks, that two requests begin with alike, where these go
         beyond what `request` has; 0 else."""
-        if not self.is_on or request.cache_root != other.cache_root:
+        if not self._may_skip(request) or request.cache_root != other.cache_root:
             return 0
         first = request.num_computed_tokens // self._size
         last = min(request.num_known_tokens - 1, other.prefill_until) // self._size
@@ -320,6 +350,7 @@ class PrefixCache:
         ]
         for _, block in held:
             del block.rows[row]
+        self.store.pin(block for _, block in held)
         self._request_in.pop(row, None)
         request.num_named_blocks = 0
         end = self._end_of(request)

@@ -264,6 +264,9 @@ class Scheduler:
         """Take over what others have computed meanwhile."""
         for request in self._running:
             if request.is_prefilling and (hit := self._cache.find(request)) is not None:
+                num_prompt = len(request.prompt_ids)
+                recompute_s = self._prefill_s(num_prompt, max(1, num_prompt - hit.stop))
+                self._cache.note_catching_up(request, hit, recompute_s)
                 self._cache.take(request, hit)
 
     def _leader(

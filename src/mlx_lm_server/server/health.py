@@ -71,7 +71,9 @@ class HealthAnswer(StatusAnswer):
     max_queue_size: int
     """Most sequences that may wait."""
     kv_used_bytes: int
-    """KV memory in use."""
+    """KV memory that live rows use."""
+    kv_cached_bytes: int
+    """KV memory that the prefix cache keeps and gives up when rows need it."""
     kv_limit_bytes: int
     """KV memory in all."""
     kv_usage: float
@@ -130,7 +132,8 @@ class HealthRoutes:
             "max_batch_size": services.config.batching.max_batch_size,
             "max_queue_size": services.config.batching.max_queue_size,
             "kv_used_bytes": stats.kv_used_bytes if stats else 0,
-            "kv_limit_bytes": stats.kv_limit_bytes if stats else 0,
+            "kv_cached_bytes": stats.kv_cached_bytes if stats else 0,
+            "kv_limit_bytes": self._kv_limit_bytes(),
             "kv_usage": round(kv_usage(stats), 4),
         }
         return _json(503 if is_bad else 200, facts)
@@ -146,6 +149,12 @@ class HealthRoutes:
         if services.supervisor.state == "ready" and not services.has_model:
             return "starting"
         return services.supervisor.state
+
+    def _kv_limit_bytes(self) -> int:
+        """Known from the moment that the engine is ready, before it says how it goes."""
+        supervisor = self._services.supervisor
+        ready = supervisor.ready if supervisor else None
+        return ready.kv_limit_bytes if ready else 0
 
     def _engine_facts(self) -> dict[str, Any]:
         supervisor = self._services.supervisor

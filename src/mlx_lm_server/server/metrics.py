@@ -177,8 +177,10 @@ class Metrics(Collector):
             ("num_requests_running", "Rows in the batch.", running),
             ("num_requests_waiting", "Requests waiting for a row.", waiting),
             ("kv_cache_usage_perc", "Share of the KV memory in use, 0 to 1.", usage),
+            ("kv_cache_cached_bytes", "KV memory that the prefix cache keeps.",
+             stats.kv_cached_bytes if stats else 0),
             ("kv_cache_bits", "Bits K and V are kept in; 16: not quantised.", self.kv_bits),
-        ):
+        ):  # fmt: skip
             family = GaugeMetricFamily(PREFIX + name, help, labels=["model_name"])
             family.add_metric([self.model_name], value)
             yield family

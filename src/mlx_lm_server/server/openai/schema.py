@@ -30,8 +30,9 @@ MAX_LOGPROBS = 20
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 
 
-def refuse(message: str) -> PydanticCustomError:
-    return PydanticCustomError("refused", "{reason}", {"reason": message})
+def refuse(message: str, field: str = "") -> PydanticCustomError:
+    """`field` where a whole body is checked and one of its fields is to blame."""
+    return PydanticCustomError("refused", "{reason}", {"reason": message, "field": field})
 
 
 def _stops(value: Any) -> Any:
@@ -266,23 +267,24 @@ class Sampling(Body):
     @model_validator(mode="after")
     def _options_need_a_stream(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise refuse("stream_options: only together with `stream: true`")
+            raise refuse("only together with `stream: true`", "stream_options")
         if self.return_progress and not self.stream:
-            raise refuse("return_progress: only together with `stream: true`")
+            raise refuse("only together with `stream: true`", "return_progress")
         return self
 
     @model_validator(mode="after")
     def _prompt_logprobs_are_no_stream(self) -> Self:
         if self.prompt_logprobs is not None and self.stream:
-            raise refuse("prompt_logprobs: not together with `stream: true`")
+            raise refuse("not together with `stream: true`", "prompt_logprobs")
         return self
 
     @model_validator(mode="after")
     def _no_tokens_need_a_reason(self) -> Self:
         if self.max_tokens == 0 and self.prompt_logprobs is None and not self.is_echoed:
             raise refuse(
-                "max_tokens: 0 is possible together with `prompt_logprobs` only, and with "
-                "`echo: true` of completions"
+                "0 is possible together with `prompt_logprobs` only, and with `echo: true` of "
+                "completions",
+                "max_tokens",
             )
         return self
 
@@ -352,9 +354,9 @@ class ChatMessage(Body):
     @model_validator(mode="after")
     def _has_content(self) -> Self:
         if self.tool_calls and self.role != "assistant":
-            raise refuse("tool_calls: only an assistant calls tools")
+            raise refuse("only an assistant calls tools", "tool_calls")
         if self.content is None and not self.tool_calls:
-            raise refuse("content: a string or a list of text parts is required")
+            raise refuse("a string or a list of text parts is required", "content")
         return self
 
 
@@ -390,13 +392,13 @@ class ChatRequest(Sampling):
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> Self:
         if self.top_logprobs and not self.logprobs:
-            raise refuse("top_logprobs: only together with `logprobs: true`")
+            raise refuse("only together with `logprobs: true`", "top_logprobs")
         return self
 
     @model_validator(mode="after")
     def _has_one_budget(self) -> Self:
         if len(self._thinking_budgets) > 1:
-            raise refuse("thinking_budget: given more than once, with different values")
+            raise refuse("given more than once, with different values", "thinking_budget")
         return self
 
     @property
@@ -475,8 +477,9 @@ def validate(kind: type[RequestBody], given: Mapping[str, Any]) -> RequestBody:
     try:
         return kind.model_validate(given)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        message, param = first["msg"], _field_path(first["loc"])
+        first = error.errors(include_url=False, include_input=False)[0]
+        field = first.get("ctx", {}).get("field", "")
+        message, param = first["msg"], _field_path((*first["loc"], *([field] if field else [])))
         if first["type"] == "missing":
             message = "this field is required"
         raise InvalidRequestError(

@@ -53,7 +53,7 @@ class TokenizeRequest(Rendering):
     def _has_one_text(self) -> Self:
         given = (self.prompt, self.content, self.messages)
         if sum(value is not None for value in given) != 1:
-            raise refuse("prompt: exactly one of `prompt`, `content` and `messages` is required")
+            raise refuse("exactly one of `prompt`, `content` and `messages` is required", "prompt")
         return self
 
     @property
