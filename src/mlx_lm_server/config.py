@@ -367,8 +367,8 @@ class GenerationConfig:
     )
     keep_alive_s: float = option(
         15.0,
-        "Time without a first token after which a stream gets a comment, and each time again. "
-        "0 = off.",
+        "Time without text after which a stream gets a comment, and each time again: while a "
+        "prompt is computed, and later where tokens give no text. 0 = off.",
         why="Proxies close a connection that is silent for 30 to 60 s.",
         unit="s",
         low=0,

@@ -28,6 +28,17 @@ def test_comments_come_until_the_first_token_and_the_sdk_skips_them(start: Any) 
     assert b"data: [DONE]" in events
 
 
+def test_comments_come_between_tokens_where_these_give_no_text(start: Any) -> None:
+    server = start(flags={"--keep-alive-s": "0.1"}, engine={"step_s": 0.05})
+    body = {"prompt": "ab" + "<user>" * 16 + "cd", "max_tokens": 20, "stream": True}
+    with server.client.stream("POST", "/v1/completions", json=body) as response:
+        lines = [line for line in response.iter_lines() if line]
+    texts = [line for line in lines if '"text":"' in line and '"text":""' not in line]
+    between = lines[lines.index(texts[0]) : lines.index(texts[-1])]
+    assert 2 <= between.count(": keep-alive") <= 9
+    assert lines[-1] == "data: [DONE]"
+
+
 def test_an_error_after_a_comment_is_an_event(start: Any) -> None:
     server = start(flags={"--keep-alive-s": "0.05", "--first-token-timeout-s": "0.5"})
     with server.client.stream(

@@ -80,8 +80,9 @@ async def collect(generation: Generation, receive: Receive, num_sequences: int) 
 class EventStream:
     """An ASGI response. The status waits for the first token, so that an error before it still has
     a status of its own; an error after it is an event, and the stream ends in order. Where the
-    first token takes longer than `keep_alive_s`, the stream begins with comments instead, so that
-    nobody on the way takes it for dead."""
+    first token takes longer than `keep_alive_s`, the stream begins with comments instead, and
+    where later nothing was said for so long (tokens without text, a text held back) comments come
+    too, so that nobody on the way takes it for dead."""
 
     def __init__(
         self,
@@ -97,6 +98,7 @@ class EventStream:
         self._usage = usage
         self._has_begun: set[int] = set()
         self._is_open = False
+        self._has_sent = False  # since the keeper looked last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with cancelled_on_disconnect(receive, self._generation):
@@ -119,11 +121,25 @@ class EventStream:
             await self._send(send, self._encode(deltas))
             deltas = await self._first(send)
         await self._open(send)
-        while not generation.is_done:
-            body = self._encode(deltas)
-            await send({"type": "http.response.body", "body": body, "more_body": True})
-            deltas = await generation.next()
+        keeper = asyncio.create_task(self._keep_alive(send)) if self._keep_alive_s else None
+        try:
+            while not generation.is_done:
+                if body := self._encode(deltas):
+                    self._has_sent = True
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                deltas = await generation.next()
+        finally:
+            if keeper is not None:
+                keeper.cancel()
         return self._encode(deltas) + self._writer.usage(self._usage())
+
+    async def _keep_alive(self, send: Send) -> None:
+        """A comment where nothing was said for one to two intervals."""
+        while True:
+            self._has_sent = False
+            await asyncio.sleep(self._keep_alive_s)
+            if not self._has_sent:
+                await self._send(send, KEEP_ALIVE)
 
     async def _open(self, send: Send) -> None:
         if not self._is_open:
