@@ -15,7 +15,7 @@ BODY = b'{"prompt": "abc", "stream": true, "max_tokens": 2, "seed": %d}'
 
 @observes("GenerationConfig.keep_alive_s")
 def test_comments_come_until_the_first_token_and_the_sdk_skips_them(start: Any) -> None:
-    server = start(flags={"--keep-alive-s": "0.05"}, engine={"rows": 1, "step_s": 0.05})
+    server = start(flags={"--keep-alive-s": "0.2"}, engine={"rows": 1, "step_s": 0.05})
     with server.connect() as first, server.connect() as second:
         first.sendall(http_request("/v1/completions", BODY.replace(b'": 2', b'": 12') % 1))
         second.sendall(http_request("/v1/completions", BODY % 2, "connection: close"))
@@ -67,7 +67,7 @@ def test_a_client_that_leaves_while_it_waits_is_noticed(start: Any) -> None:
 
 def test_progress_is_no_token(start: Any) -> None:
     """The time to the first token runs on while a prompt is computed."""
-    server = start(flags={"--first-token-timeout-s": "0.4"}, engine={"step_s": 0.3})
+    server = start(flags={"--first-token-timeout-s": "1.2"}, engine={"step_s": 0.8})
     body = {"prompt": "abcd", "return_progress": True, "max_tokens": 1}
     events = server.events("/v1/completions", **body)
     assert events[0]["prompt_progress"]["processed"] in (2, 4)
