@@ -104,6 +104,11 @@ class ModelRunner:
         names = dict.fromkeys(layer.format for layer in self._storage.layers)
         return " and ".join(names) or str(self._loaded.kv_dtype).removeprefix("mlx.core.")
 
+    @property
+    def blocks(self) -> BlockStore:
+        """Where the bytes of the prefix cache lie."""
+        return self._blocks
+
     def describe(self) -> str:
         """How the model is run, for the log."""
         kinds = ", ".join(self._loaded.state.kinds) if self._loaded.state else "state of its own"
