@@ -25,7 +25,8 @@ MAX_PART_BYTES, MAX_PART_RECORDS = 8 << 20, 64
 # Checkpoints at any token are looked for in so many blocks before the end of what is stored;
 # further back only at the ends of blocks and messages.
 NUM_SEARCHED_BLOCKS = 64
-MIN_WAIT_S = 0.1
+# A read that takes longer than this and than computing is given up.
+MIN_WAIT_S = 0.3
 
 # How long the tokens from the first to the second number take to compute.
 ComputeS = Callable[[int, int], float]
@@ -67,6 +68,7 @@ class Restores:
 
     def begin(self, request: Request, compute_s: ComputeS, now_s: float) -> bool:
         """Whether the request should wait for what is being read for it."""
+        self._tier.look()
         start, stop, missing = self._missing(request)
         if not missing or stop - start < self._size:
             return False

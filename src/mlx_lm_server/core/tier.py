@@ -48,6 +48,10 @@ class Tier(Protocol):
     def writes_through(self) -> bool:
         """Whether what is kept in memory is stored too, not only what leaves it."""
 
+    def look(self) -> None:
+        """Take in what is new; before a request is looked up, since an idle engine does not
+        `poll`."""
+
     def has(self, name: bytes) -> bool:
         """As far as is known; reading it may still find nothing."""
 
@@ -80,6 +84,9 @@ class NoTier:
     """Stores nothing."""
 
     writes_through = False
+
+    def look(self) -> None:
+        pass
 
     def has(self, name: bytes) -> bool:
         return False

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlx_lm_server.core.tier import Label, Payload
 from mlx_lm_server.protocol import DiskTier, TierStats
-from mlx_lm_server.tier import Namespace, Record, SsdStore, TierSettings, Wanted
+from mlx_lm_server.tier import Namespace, Prefetched, Record, SsdStore, TierSettings, Wanted
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ class DiskCache:
         self._store = store or SsdStore(settings, namespace)
         self._fits = fits
         self._num_reads = 0
+        self._ended: list[Prefetched] = []
         self.writes_through = settings.writes_through
         self.folder = str(settings.cache_dir / namespace.folder)
         self._num_refused = 0
@@ -44,10 +45,15 @@ class DiskCache:
         """For a bounded time: the first request should find what is there."""
         ends_s = time.monotonic() + OPEN_LIMIT_S
         while not self._store.is_open and time.monotonic() < ends_s:
-            self._store.poll()
+            self.look()
             time.sleep(LOOK_S)
+        if not self._store.is_open:
+            log.warning("the disk tier is not open after %g s; it begins empty", OPEN_LIMIT_S)
 
     # ---- core.Tier
+
+    def look(self) -> None:
+        self._ended += self._store.poll()
 
     def has(self, name: bytes) -> bool:
         return self._store.has(name)
@@ -74,10 +80,9 @@ class DiskCache:
         self._store.abort(str(read))
 
     def poll(self) -> list[tuple[int, Sequence[Payload]]]:
-        return [
-            (int(prefetched.ticket.owner), self._fitting(prefetched.records))
-            for prefetched in self._store.poll()
-        ]
+        self.look()
+        ended, self._ended = self._ended, []
+        return [(int(read.ticket.owner), self._fitting(read.records)) for read in ended]
 
     def use(self, names: Sequence[bytes]) -> None:
         self._store.use(names)

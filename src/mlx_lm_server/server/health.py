@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mlx_lm_server.protocol import EngineStats
+from mlx_lm_server.protocol import EngineStats, Ready
 from mlx_lm_server.server.endpoint import Endpoint, Handler
 from mlx_lm_server.server.services import Services
 
@@ -154,7 +154,7 @@ class HealthRoutes:
         return services.supervisor.state
 
     @property
-    def _ready(self) -> EngineReady | None:
+    def _ready(self) -> Ready | None:
         """What the engine said of itself when it had loaded."""
         supervisor = self._services.supervisor
         return supervisor.ready if supervisor else None
