@@ -270,9 +270,9 @@ class TierConfig:
         "that fails.",
         why="A lost block is computed again.",
     )
-    no_ssd_async_writes: bool = option(
-        False,
-        "Read and write between the model's steps instead of in a thread beside it.",
+    ssd_async_writes: bool = option(
+        True,
+        "Read and write in a thread beside the model's steps; else between them.",
         why="A slow disk must not slow an answer.",
     )
     ssd_max_size_gb: float = option(

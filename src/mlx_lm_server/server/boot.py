@@ -95,7 +95,7 @@ def _disk_tier(config: TierConfig) -> DiskTier:
         folder=str(Path(config.ssd_cache_dir).expanduser().absolute()),
         writes_through=config.ssd_policy == "write_through",
         is_persistent=config.ssd_durability == "persistent",
-        async_writes=not config.no_ssd_async_writes,
+        async_writes=config.ssd_async_writes,
         max_size_bytes=int(config.ssd_max_size_gb * 10**9),
         ttl_s=config.ssd_ttl_days * 86400.0,
         writer_queue_size=config.ssd_writer_queue_size,

@@ -74,13 +74,13 @@ def test_ssd_durability_persistent_tries_as_often_as_ssd_persistent_max_retries(
     assert retries == [0, 2, 0]
 
 
-@observes("TierConfig.no_ssd_async_writes")
-def test_with_no_ssd_async_writes_there_is_no_thread(tmp_path: Path) -> None:
+@observes("TierConfig.ssd_async_writes")
+def test_without_ssd_async_writes_there_is_no_thread(tmp_path: Path) -> None:
     def num_threads() -> int:
         return sum(thread.name == "tier-io" for thread in threading.enumerate())
 
     before = num_threads()
-    store = open_store(tmp_path, no_ssd_async_writes=True)
+    store = open_store(tmp_path, ssd_async_writes=False)
     assert num_threads() == before
     store.save(make_chain(1, 1)[0])
     assert len(files_in(tmp_path)) == 1, "written when save returns"
