@@ -25,6 +25,7 @@ class Runner(Protocol):
 
     def execute(self, plan: StepPlan) -> None: ...
 
+    def submit(self) -> None: ...
     def sample(self) -> None: ...
 
     def read(self) -> list[int]: ...
@@ -118,6 +119,7 @@ class EngineCore:
 
     def step(self) -> list[RequestOutput]:
         """One forward further; the outputs are those of the forward before."""
+        self._runner.submit()
         self._runner.sample()
         plan = self._scheduler.schedule(self._clock())
         if plan is not None:

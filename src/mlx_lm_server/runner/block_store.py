@@ -204,9 +204,10 @@ class BlockStore:
     def _gather_plane(self, layer: int, number: int, places: Sequence[Place]) -> mx.array:
         """Blocks of one plane, `[len(places), kv_heads, block_size, width]`."""
         parts = [
-            self._segments[segment_id][self._full.index(layer)][number][
-                mx.array([place.number for place in run], mx.int32)
-            ]
+            _take(
+                self._segments[segment_id][self._full.index(layer)][number],
+                [place.number for place in run],
+            )
             for segment_id, run in groupby(places, key=lambda place: place.segment_id)
         ]
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
@@ -281,13 +282,35 @@ class BlockStore:
         for layers in self._storage.layer_groups(self._full, op.stop - first):
             written = []
             for layer in layers:
-                slots = self._storage.slabs[op.slab_id].planes[layer]
-                for plane, blocks in zip(slots, self._gather(layer, op.places), strict=True):
-                    tokens = blocks.swapaxes(0, 1).reshape(blocks.shape[1], -1, blocks.shape[3])
-                    some = tokens[:, op.start - first : op.stop - first]
-                    plane[op.slot, :, op.start : op.stop] = some
-                    written.append(plane)
+                planes = self._storage.slabs[op.slab_id].planes[layer]
+                for number, blocks in enumerate(self._gather(layer, op.places)):
+                    planes[number] = self._with_blocks(planes[number], blocks, op)
+                written += planes
             self._storage.stages.add(written)
+
+    def _with_blocks(self, plane: mx.array, blocks: mx.array, op: LoadBlocks) -> mx.array:
+        """The plane of a slab with the blocks `[n, kv_heads, block_size, width]` written to it, in
+        place. Whole blocks go to a view of the plane in blocks, so that they are copied once."""
+        start = op.start
+        if start % self._size == 0 == plane.shape[2] % self._size:
+            first, stop = start // self._size, op.stop // self._size
+            num_slots, kv_heads, capacity, width = plane.shape
+            shape = (num_slots, kv_heads, capacity // self._size, self._size, width)
+            whole = blocks[: stop - first].swapaxes(0, 1)
+            if op.slab_id in self._storage.fresh and num_slots == 1 and first == 0:
+                # The zeros of the plane itself are never computed.
+                rest = mx.zeros((*shape[:2], shape[2] - stop, *shape[3:]), plane.dtype)
+                view = mx.concatenate([whole[None], rest], axis=2)
+            else:
+                view = plane.reshape(shape)
+                view[op.slot, :, first:stop] = whole
+            plane, blocks = view.reshape(plane.shape), blocks[stop - first :]
+            start = stop * self._size
+        if start < op.stop:
+            tokens = blocks.swapaxes(0, 1).reshape(blocks.shape[1], -1, blocks.shape[3])
+            before = start % self._size
+            plane[op.slot, :, start : op.stop] = tokens[:, before : before + op.stop - start]
+        return plane
 
     def _load_state(self, op: LoadState) -> None:
         state = self._states[op.state_id]
@@ -300,6 +323,14 @@ class BlockStore:
         self._storage.stages.add(written)
         if self._row_states:
             self._row_states.write(op.row, state.recurrent)
+
+
+def _take(plane: mx.array, numbers: Sequence[int]) -> mx.array:
+    """Those blocks of a segment's plane; a view of it where they lie side by side."""
+    first, last = numbers[0], numbers[-1]
+    if list(numbers) == list(range(first, last + 1)):
+        return plane[first : last + 1]
+    return plane[mx.array(list(numbers), mx.int32)]
 
 
 def _tensors_of(payload: Payload) -> tuple[Tensor, ...]:

@@ -26,6 +26,9 @@ class Stages:
         if written:
             self._stages.append(([array[:0] for array in written], then))
 
+    def __bool__(self) -> bool:
+        return bool(self._stages)
+
     def run(self) -> None:
         stages, self._stages = self._stages, []
         for ends, then in stages:
