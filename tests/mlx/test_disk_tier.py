@@ -112,6 +112,30 @@ def test_what_leaves_memory_comes_back_from_the_disk(family: str, tmp_path: Path
     stop(engine)
 
 
+def test_what_a_running_row_has_filled_is_written_through(tmp_path: Path) -> None:
+    model = write_model("gemma3_text", tmp_path / "model")
+    restarts = Restarts(model, tmp_path)
+    engine = restarts.start(writes_through=True)
+    engine.add("a", OTHER)
+    while not engine.tokens.get("a"):
+        engine.step()
+    for _ in range(4):  # blocks become due as they are filled, a few in each step
+        engine.step()
+    disk = engine.core._disk
+    assert disk is not None
+    assert disk._store.flush(10)
+    assert engine.core.has_work, "the row still runs"
+    names = {path.name for path in (tmp_path / "cache").glob("*/*/*.safetensors")}
+    assert len(names) >= len(OTHER) // 16
+    again = restarts.start()
+    cold = Cold(model)
+    cold.check(ask(again, "b", OTHER), OTHER)
+    assert again.reports["b"].num_cached_tokens >= (len(OTHER) - 1) // 16 * 16
+    stop(again)
+    engine.finish()
+    stop(engine)
+
+
 def test_another_model_finds_nothing(tmp_path: Path) -> None:
     one, other = (write_model("llama", tmp_path / str(seed), seed=seed) for seed in (1, 2))
     engine = Restarts(one, tmp_path).start()

@@ -59,7 +59,9 @@ class CacheStore:
         self._layout = layout
         self._index = index
         self._block_bytes = settings.block_size * layout.geometry.full_bytes_per_token
-        self._offloads = Offloads(tier or NoTier(), settings.block_size, self._block_bytes)
+        self._offloads = Offloads(
+            tier or NoTier(), settings.block_size, self._block_bytes, layout.location
+        )
         self._pool = BlockPool(self._block_bytes, settings.max_blocks, settings.segment_bytes)
         self._lru: OrderedDict[Block | State, None] = OrderedDict()  # the oldest first
         self._states: OrderedDict[State, None] = OrderedDict()  # those of them, in the same order
@@ -118,6 +120,10 @@ class CacheStore:
     def offload_all(self) -> None:
         """From the next plan on, the newest first."""
         self._offloads.add_due(reversed(self._lru))
+
+    def note_filled(self, block: Block) -> None:
+        """A row has all tokens of the block by the next plan."""
+        self._offloads.note_kept([block])
 
     @property
     def has_saves(self) -> bool:

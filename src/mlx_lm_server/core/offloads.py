@@ -1,6 +1,7 @@
 """What goes to the tier, and when: a bounded amount in each step.
 
-- With write-through, whatever is kept in memory is due as soon as it is there.
+- With write-through, whatever is kept in memory is due as soon as it is there: blocks as soon as a
+  row has filled them, so that a crash loses little of long answers too.
 - Else what leaves memory is offloaded just before. A step that has to make much room at once could
   then offload a part only, so the oldest entries are due already when memory becomes short.
 - At the engine's end all is due that only memory has.
@@ -10,11 +11,12 @@ Whether there is room in the tier is asked before anybody extracts the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 from mlx_lm_server.core.block import Block, State
-from mlx_lm_server.core.plan import OffloadBlocks, OffloadState, SaveOp
+from mlx_lm_server.core.kv_layout import Location
+from mlx_lm_server.core.plan import OffloadBlocks, OffloadState, OffloadTokens, SaveOp
 from mlx_lm_server.core.tier import Label, Tier
 
 # Of what is due, in one step; at least one entry.
@@ -28,10 +30,14 @@ Entry = Block | State
 
 
 class Offloads:
-    """Owned by the cache store, to whose operations it adds its own."""
+    """Owned by the cache store, to whose operations it adds its own. `location` says where a row
+    lies."""
 
-    def __init__(self, tier: Tier, block_size: int, block_bytes: int) -> None:
+    def __init__(
+        self, tier: Tier, block_size: int, block_bytes: int, location: Callable[[int], Location]
+    ) -> None:
         self._tier = tier
+        self._location = location
         self._block_size = block_size
         self._block_bytes = block_bytes
         self._due: dict[Entry, None] = {}  # an ordered set
@@ -84,7 +90,7 @@ class Offloads:
         """As many as a step may; gives those that need no more thought."""
         settled = []
         for entry in entries:
-            if not self._is_stored(entry):
+            if not (_is_gone(entry) or self._is_stored(entry)):
                 num_bytes = self._planned_bytes + self._bytes_of(entry)
                 is_much = len(self._planned) >= MAX_DUE_ENTRIES or num_bytes > MAX_DUE_BYTES
                 if (is_much and self._planned) or not self._tier.has_room(num_bytes):
@@ -104,7 +110,9 @@ class Offloads:
         if isinstance(entry, State):
             saves.append(OffloadState(entry.state_id, label))
             return
-        assert entry.place is not None, "only what lies in the pool is offloaded"
+        if entry.place is None:
+            self._plan_in_row(entry, label, saves)
+            return
         last = saves[-1] if saves else None
         if isinstance(last, OffloadBlocks):
             places, labels = (*last.places, entry.place), (*last.labels, label)
@@ -112,7 +120,25 @@ class Offloads:
         else:
             saves.append(OffloadBlocks((entry.place,), (label,)))
 
+    def _plan_in_row(self, block: Block, label: Label, saves: list[SaveOp]) -> None:
+        slab_id, slot = self._location(next(iter(block.rows)))
+        index = block.num_tokens // self._block_size - 1
+        last = saves[-1] if saves else None
+        if (
+            isinstance(last, OffloadTokens)
+            and (last.slab_id, last.slot) == (slab_id, slot)
+            and last.first_block + len(last.labels) == index
+        ):
+            saves[-1] = OffloadTokens(slab_id, slot, last.first_block, (*last.labels, label))
+        else:
+            saves.append(OffloadTokens(slab_id, slot, index, (label,)))
+
     def _bytes_of(self, entry: Entry) -> int:
         if isinstance(entry, State):
             return entry.num_bytes
         return self._block_bytes * len(entry.token_ids) // self._block_size
+
+
+def _is_gone(entry: Entry) -> bool:
+    """Whether neither the pool nor a row has it any more."""
+    return isinstance(entry, Block) and entry.place is None and not entry.rows

@@ -119,6 +119,17 @@ class OffloadBlocks:
 
 
 @dataclass(frozen=True, slots=True)
+class OffloadTokens:
+    """Give the tier copies of full blocks in a slot: the first one is block number `first_block` of
+    its row."""
+
+    slab_id: int
+    slot: int
+    first_block: int
+    labels: tuple[Label, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class OffloadState:
     """Give the tier a copy of a kept state."""
 
@@ -143,7 +154,7 @@ class RestoreState:
     payload: Payload
 
 
-TierOp = OffloadBlocks | OffloadState | RestoreBlocks | RestoreState
+TierOp = OffloadBlocks | OffloadTokens | OffloadState | RestoreBlocks | RestoreState
 SaveOp = PoolOp | SaveBlocks | SaveState | DropState | TierOp
 
 

@@ -320,6 +320,7 @@ class PrefixCache:
             name, parent = request.name_of_block(index), request.name_of_block(index - 1)
             block = self._index.add(name, parent, ids, (index + 1) * self._size)
             block.rows[request.row] = None
+            self.store.note_filled(block)
         request.num_named_blocks = num_blocks
 
     def _loads_of(self, taken: _Taken) -> Iterator[LoadOp]:

@@ -31,6 +31,7 @@ from mlx_lm_server.core.plan import (
     MoveBlocks,
     OffloadBlocks,
     OffloadState,
+    OffloadTokens,
     RestoreBlocks,
     RestoreState,
     SaveBlocks,
@@ -103,6 +104,8 @@ class BlockStore:
                 del self._states[op.state_id]
             case OffloadBlocks():
                 self._offload_blocks(op)
+            case OffloadTokens():
+                self._offload_tokens(op)
             case OffloadState():
                 self._offload_state(op)
             case RestoreBlocks():
@@ -182,16 +185,31 @@ class BlockStore:
     # ---- what the tier is given and gives back
 
     def _offload_blocks(self, op: OffloadBlocks) -> None:
-        """Copies are made now, in order with what is written before and after; their bytes are
-        read when they are computed."""
-        stacks = []
-        for group in self.shapes.plane_groups:
-            gathered = [self._gather_plane(layer, number, op.places) for layer, number in group]
-            stacks.append(mx.stack(gathered, axis=1))  # [blocks, planes, kv_heads, size, width]
+        self._offload(op.labels, lambda layer, number: self._gather_plane(layer, number, op.places))
+
+    def _offload_tokens(self, op: OffloadTokens) -> None:
+        start, count = op.first_block * self._size, len(op.labels)
+
+        def blocks_of(layer: int, number: int) -> mx.array:
+            plane = self._storage.slabs[op.slab_id].planes[layer][number]
+            tokens = plane[op.slot, :, start : start + count * self._size]
+            shape = (tokens.shape[0], count, self._size, tokens.shape[2])
+            return tokens.reshape(shape).swapaxes(0, 1)
+
+        self._offload(op.labels, blocks_of)
+
+    def _offload(self, labels: Sequence[Label], blocks_of: Callable[[int, int], mx.array]) -> None:
+        """`blocks_of` gives the blocks of a layer's plane, `[len(labels), kv_heads, block_size,
+        width]`. Copies are made now, in order with what is written before and after; their bytes
+        are read when they are computed."""
+        stacks = [
+            mx.stack([blocks_of(layer, number) for layer, number in group], axis=1)
+            for group in self.shapes.plane_groups
+        ]  # [blocks, planes, kv_heads, size, width]
 
         def give() -> None:
             whole = [parts_of(stack) for stack in stacks]
-            for number, label in enumerate(op.labels):
+            for number, label in enumerate(labels):
                 num_tokens = len(label.token_ids)
                 if num_tokens == self._size:
                     tensors = [parts[number] for parts in whole]

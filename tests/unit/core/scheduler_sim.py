@@ -30,6 +30,7 @@ from mlx_lm_server.core.plan import (
     MoveRow,
     OffloadBlocks,
     OffloadState,
+    OffloadTokens,
     ResizeSlab,
     RestoreBlocks,
     RestoreState,
@@ -243,6 +244,12 @@ class PoolStore:
             case OffloadBlocks(places, labels):
                 for place, label in zip(places, labels, strict=True):
                     self.tier.save(label, self.segments[place.segment_id][place.number])
+            case OffloadTokens(slab_id, slot, first_block, labels):
+                tokens = self.slabs.slabs[slab_id][slot]
+                for number, label in enumerate(labels, first_block):
+                    block = tokens[number * self.block_size : (number + 1) * self.block_size]
+                    assert tuple(block) == label.token_ids
+                    self.tier.save(label, block)
             case OffloadState(state_id, label):
                 self.tier.save(label, self.states[state_id])
             case RestoreBlocks(places, payloads):
