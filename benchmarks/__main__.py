@@ -7,7 +7,18 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import engine_loop, fields, kv_bits, layouts, prefix, products, serving, soak, tier
+from benchmarks import (
+    engine_loop,
+    fields,
+    kv_bits,
+    layouts,
+    prefix,
+    products,
+    restarts,
+    serving,
+    soak,
+    tier,
+)
 from benchmarks.parts import console, run_parts
 
 SCRIPTS = {
@@ -20,6 +31,7 @@ SCRIPTS = {
     "kv-bits": kv_bits,
     "soak": soak,
     "tier": tier,
+    "restarts": restarts,
 }
 
 

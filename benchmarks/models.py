@@ -26,6 +26,7 @@ SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, *(f"<|reserved_{i}|>" for i in 
 NUM_BYTES = 256
 NUM_WORDS = VOCAB_SIZE - NUM_BYTES - len(SPECIAL_TOKENS)
 SEED = 20
+VERSION = 2  # raised when the files change, so that nobody measures old ones
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
@@ -64,7 +65,7 @@ def default_folder() -> Path:
 def ensure_models(folder: Path | None = None) -> dict[str, Path]:
     """The path of each variant; builds what is not there."""
     folder = folder or default_folder()
-    paths = {name: folder / f"qwen3-30m-{name}" for name in VARIANTS}
+    paths = {name: folder / f"qwen3-30m-v{VERSION}-{name}" for name in VARIANTS}
     for name, path in paths.items():
         if not (path / "config.json").exists():
             build(name, path)
@@ -105,7 +106,9 @@ def write_tokenizer(path: Path) -> None:
     assert len(vocab) == VOCAB_SIZE
     tokenizer = Tokenizer(BPE(vocab=vocab, merges=[], ignore_merges=True))
     tokenizer.add_special_tokens([AddedToken(t, special=True) for t in SPECIAL_TOKENS])
-    words = Regex(r" ?\p{L}+| ?[^\s\p{L}]+|\s+")
+    # A space after a line's end stays with the word, so that an answer in the next prompt has the
+    # tokens that were generated.
+    words = Regex(r" ?\p{L}+| ?[^\s\p{L}]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(words, behavior="isolated"),

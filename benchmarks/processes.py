@@ -59,8 +59,12 @@ class Server:
         return self.process.memory_info().rss
 
 
-def ours(model: str, *options: str, name: str = "mlx-lm-server") -> Launch:
-    arguments = ("-m", "mlx_lm_server", "--model", model, "--port", "{port}", *options)
+def ours(
+    model: str, *options: str, name: str = "mlx-lm-server", cache_dir: Path | None = None
+) -> Launch:
+    """With its cache on disk only where a folder is given."""
+    disk = ("--no-ssd",) if cache_dir is None else ("--ssd-cache-dir", str(cache_dir))
+    arguments = ("-m", "mlx_lm_server", "--model", model, "--port", "{port}", *disk, *options)
     return Launch(name, (*arguments, "--log-level", "warning"), "/readyz")
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
-from mlx_lm_server.cli import shown_default
+from mlx_lm_server.cli import shown_default, shown_flag
 from mlx_lm_server.config import PANELS
-from mlx_lm_server.config_loading import Setting, env_name, flag_name, key_name, settings
+from mlx_lm_server.config_loading import Setting, env_name, key_name, settings
 
 FOLDER = Path(__file__).parent
 
@@ -39,7 +39,8 @@ def flags_page() -> str:
 
 def _entry(setting: Setting) -> str:
     option = setting.option
-    names = ", ".join(f"`{flag_name(name)}`" for name in setting.names)
+    flags = [flag for name in setting.names for flag in shown_flag(setting, name).split("/")]
+    names = ", ".join(f"`{flag}`" for flag in flags)
     default = shown_default(setting)
     if setting.default not in (None, ()):
         default = f"`{default}`"

@@ -93,7 +93,7 @@ def _parameter(setting: Setting, name: str) -> inspect.Parameter:
     elif setting.option.unit:
         help = f"{help} [dim]{setting.option.unit}[/dim]"
     info = typer.Option(
-        flag_name(name),
+        shown_flag(setting, name),
         help=help,
         metavar=None if is_flag else _metavar(setting),
         rich_help_panel=PANELS[setting.section],
@@ -106,6 +106,12 @@ def _parameter(setting: Setting, name: str) -> inspect.Parameter:
         default=None,
         annotation=Annotated[hint | None, info],
     )
+
+
+def shown_flag(setting: Setting, name: str) -> str:
+    """What is on by default has a flag to turn it off beside the one that turns it on."""
+    flag = flag_name(name)
+    return f"{flag}/--no-{flag[2:]}" if setting.default is True else flag
 
 
 def _metavar(setting: Setting) -> str:

@@ -246,6 +246,76 @@ class KVConfig:
 
 
 @dataclass(frozen=True)
+class TierConfig:
+    no_ssd: bool = option(
+        False,
+        "Keep nothing on disk; else the prefix cache is there too, and outlives the server.",
+        why="After a restart conversations go on where they were.",
+    )
+    ssd_cache_dir: str = option(
+        "~/.cache/mlx-lm-server/kv-cache",
+        "Folder of the disk cache. Several servers may share one.",
+        why="Where caches belong.",
+        metavar="DIR",
+    )
+    ssd_policy: Literal["evict_only", "write_through"] = option(
+        "evict_only",
+        "Write what leaves memory, and the rest when the server stops; or write everything at "
+        "once, so that it outlives a crash too.",
+        why="It writes least.",
+    )
+    ssd_durability: Literal["best_effort", "persistent"] = option(
+        "best_effort",
+        "Leave the writing to the operating system; or wait for the medium, and try again where "
+        "that fails.",
+        why="A lost block is computed again.",
+    )
+    ssd_async_writes: bool = option(
+        True,
+        "Read and write in a thread beside the model's steps; else between them.",
+        why="A slow disk must not slow an answer.",
+    )
+    ssd_max_size_gb: float = option(
+        50.0,
+        "Most bytes of the folder, of all models together; 0 = unlimited. It also stays within "
+        "80 % of what the disk has free.",
+        why="Some hundred long conversations with a small model.",
+        unit="GB (10^9 bytes)",
+        low=0,
+    )
+    ssd_ttl_days: float = option(
+        7.0,
+        "Age since the last use after which a block goes; 0 = never.",
+        why="Conversations go on within days.",
+        unit="days",
+        low=0,
+    )
+    ssd_writer_queue_size: int = option(
+        512,
+        "Blocks that may wait for the writer; beyond it they are not stored.",
+        why="A slow disk must not fill the memory.",
+        unit="blocks",
+        low=1,
+        high=65536,
+    )
+    ssd_persistent_max_retries: int = option(
+        3,
+        "How often a failed write is tried again with `--ssd-durability persistent`.",
+        why="What fails for a moment works the second time; what is broken stays so.",
+        low=0,
+        high=100,
+    )
+    ssd_flush_interval_s: float = option(
+        1.0,
+        "Time between commits of the disk cache's index.",
+        why="A crash then loses the blocks of a second.",
+        unit="s",
+        low=0.01,
+        high=3600,
+    )
+
+
+@dataclass(frozen=True)
 class BatchingConfig:
     max_batch_size: int = option(
         32,
@@ -416,6 +486,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     server: ServerConfig = field(default_factory=ServerConfig)
     kv: KVConfig = field(default_factory=KVConfig)
+    tier: TierConfig = field(default_factory=TierConfig)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
@@ -427,6 +498,7 @@ PANELS = {
     "model": "model",
     "server": "server",
     "kv": "kv cache",
+    "tier": "disk tier",
     "batching": "batching",
     "generation": "generation",
     "admission": "admission",

@@ -71,6 +71,20 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like
 # ---- server → engine
 
 
+class DiskTier(msgspec.Struct, frozen=True, array_like=True):
+    """Where and how the prefix cache is kept on disk. 0 is unlimited for size and age."""
+
+    folder: str
+    writes_through: bool = False
+    is_persistent: bool = False
+    async_writes: bool = True
+    max_size_bytes: int = 50 * 10**9
+    ttl_s: float = 7 * 86400.0
+    writer_queue_size: int = 512
+    persistent_max_retries: int = 3
+    flush_interval_s: float = 1.0
+
+
 class LoadModel(Message, frozen=True):
     """What to serve and within which bounds. None means: the engine chooses by measuring."""
 
@@ -92,6 +106,7 @@ class LoadModel(Message, frozen=True):
     memory_limit_bytes: int | None = None
     kv_bits: int | None = None
     kv_group_size: int = 64
+    disk_tier: DiskTier | None = None
 
 
 class AddRequest(Message, frozen=True):
@@ -116,7 +131,8 @@ class Abort(Message, frozen=True):
 
 
 class Shutdown(Message, frozen=True):
-    """End the engine process; the server has drained it before."""
+    """End the engine process; the server has drained it before. What only memory has goes to the
+    disk tier first, for a bounded time."""
 
 
 # ---- engine → server
@@ -135,6 +151,7 @@ class Ready(Message, frozen=True):
     `kv_limit_tokens` is the longest row that fits alone; `kv_bytes_per_token` holds as long as no
     window is full. `batching` says how rows share forwards, `batching_reason` why not in a better
     way. `kv_bits` is the fewest of any layer, 16 where none is quantised; `kv_format` says it all.
+    `disk_tier` is the folder of this model's cache, or empty where there is none.
     """
 
     model_type: str
@@ -153,6 +170,7 @@ class Ready(Message, frozen=True):
     batching_reason: str = ""
     kv_bits: int = 16
     kv_format: str = ""
+    disk_tier: str = ""
 
 
 class LoadFailed(Message, frozen=True):
@@ -214,6 +232,33 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, array_like=
     num_reused_tokens: int = 0
 
 
+class TierStats(msgspec.Struct, frozen=True, array_like=True):
+    """The disk tier: totals since the engine's start, and how it is now. `saves` end as
+    `saves_persisted`, were known already, cancelled, had no room (`write_drops`, which also counts
+    what was refused beforehand) or failed (`save_errors`). `loads` counts records asked for."""
+
+    saves: int = 0
+    saves_persisted: int = 0
+    write_drops: int = 0
+    save_errors: int = 0
+    save_retries: int = 0
+    enospc: int = 0
+    evictions: int = 0
+    expired: int = 0
+    loads: int = 0
+    loads_hit: int = 0
+    corrupt: int = 0
+    load_errors: int = 0
+    bytes_written: int = 0
+    bytes_read: int = 0
+    restored_tokens: int = 0
+    stored_records: int = 0
+    used_bytes: int = 0
+    limit_bytes: int = 0
+    pending_saves: int = 0
+    is_paused: bool = False
+
+
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """Gauges at the end of a step; totals count from the engine's start. Blocks are those of the
     prefix cache's pool; its queries and hits are counted in prompt tokens. `prompt_tokens_total`
@@ -239,6 +284,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prefix_cache_hits_total: int = 0
     cache_evictions_total: int = 0
     prefill_tokens_total: int = 0
+    tier: TierStats | None = None
 
 
 class Outputs(Message, frozen=True):

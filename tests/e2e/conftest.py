@@ -12,14 +12,17 @@ import pytest
 
 
 class Nano:
-    """`mlx-lm-server --model nano`, as a user starts it."""
+    """`mlx-lm-server --model nano`, as a user starts it; its cache is on disk only where a test
+    says in which folder."""
 
-    def __init__(self, log: Path, *flags: str) -> None:
+    def __init__(self, log: Path, *flags: str, cache_dir: Path | None = None) -> None:
+        disk = ("--no-ssd",) if cache_dir is None else ("--ssd-cache-dir", str(cache_dir))
+        command = [sys.executable, "-m", "mlx_lm_server", "--model", "nano"]
         self._log = log
         self.began_s = time.monotonic()
         with log.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "mlx_lm_server", "--model", "nano", "--port", "0", *flags],
+                [*command, "--port", "0", *disk, *flags],
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )

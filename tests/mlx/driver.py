@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -55,6 +56,8 @@ class EngineDriver:
         self._collect(self.core.handle([Abort(req_id)]))
 
     def step(self) -> None:
+        if self.core.waits_for_tier:
+            time.sleep(0.001)
         self._collect(self.core.step())
 
     def usual_peak_bytes(self, num_steps: int = 20) -> int:

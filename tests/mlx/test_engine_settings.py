@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from mlx_lm_server.config import BatchingConfig, Config, CpuConfig, KVConfig, ModelConfig
+from mlx_lm_server.config import (
+    BatchingConfig,
+    Config,
+    CpuConfig,
+    KVConfig,
+    ModelConfig,
+    TierConfig,
+)
 from mlx_lm_server.core.plan import StepPlan
 from mlx_lm_server.errors import ModelTooLargeError, UnsupportedModelError
 from mlx_lm_server.protocol import Abort, AddRequest, LoadModel
@@ -28,6 +35,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def engine(folder: Path, **sections: object) -> EngineDriver:
     """With the settings of a Config, by the way that they take."""
+    sections = {"tier": TierConfig(no_ssd=True), **sections}
     order = load_message(Config(**sections), folder)  # type: ignore[arg-type]
     fields = {f: getattr(order, f) for f in LoadModel.__struct_fields__ if f != "model_path"}
     return EngineDriver(folder, **fields)

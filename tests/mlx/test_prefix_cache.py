@@ -59,8 +59,8 @@ def pairs(models: dict[str, Path]) -> Callable[[str], tuple[EngineDriver, Cold]]
 class Cold:
     """Answers of an engine without a cache, with the runners-up for ties."""
 
-    def __init__(self, model: Path) -> None:
-        self._engine = EngineDriver(model, prefix_cache=False)
+    def __init__(self, model: Path, **order: object) -> None:
+        self._engine = EngineDriver(model, prefix_cache=False, **order)
         self.num_ties = 0
 
     def check(self, tokens: list[int], prompt: list[int]) -> None:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scheduler_sim import Simulation, expected_output
+from scheduler_sim import FakeTier, Simulation, expected_output
 
 from mlx_lm_server.core.block import Block
 from mlx_lm_server.core.kv_geometry import KVGeometry, RingBytes
 from mlx_lm_server.core.prefix_cache import CacheSettings, PrefixCache
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import SchedulerLimits
+from mlx_lm_server.core.tier import Label
 from mlx_lm_server.protocol import SamplingParams
 
 GEOMETRIES = {
@@ -94,11 +95,20 @@ caches = st.builds(
     kind=st.sampled_from(sorted(GEOMETRIES)),
     limit_bytes=st.one_of(st.integers(500, 1500), st.just(20_000)),
     max_slab_tokens=st.sampled_from([1, 512, 4096]),
+    tier=st.one_of(
+        st.none(),
+        st.builds(
+            FakeTier, st.integers(0, 9), writes_through=st.booleans(), is_flaky=st.booleans()
+        ),
+    ),
 )
 def test_requests_get_their_tokens_whatever_they_share(
-    arrivals, limits, cache, kind, limit_bytes, max_slab_tokens
+    arrivals, limits, cache, kind, limit_bytes, max_slab_tokens, tier
 ):
-    sim = Simulation(limits, limit_bytes, max_slab_tokens, cache=cache, geometry=GEOMETRIES[kind])
+    geometry = GEOMETRIES[kind]
+    sim = Simulation(
+        limits, limit_bytes, max_slab_tokens, cache=cache, geometry=geometry, tier=tier
+    )
     aborted = set()
     for step in range(61):
         for i, arrival in enumerate(arrivals):
@@ -143,16 +153,19 @@ def check_references(sim: Simulation) -> None:
     assert all(index.block(block.name) is block for block in stored)
 
 
+@pytest.mark.parametrize("writes_through", [None, False, True])
 @pytest.mark.parametrize("kind", sorted(GEOMETRIES))
-def test_memory_stays_within_its_account_over_ten_thousand_steps(kind):
+def test_memory_stays_within_its_account_over_ten_thousand_steps(kind, writes_through):
     rng = random.Random(3)
     cache = CacheSettings(segment_bytes=128)
+    tier = None if writes_through is None else FakeTier(3, writes_through=writes_through)
     sim = Simulation(
         SchedulerLimits(max_batch_size=8, max_num_batched_tokens=256),
         6000,
         512,
         cache=cache,
         geometry=GEOMETRIES[kind],
+        tier=tier,
     )
     number = 0
     for step in range(10_000):
@@ -171,3 +184,22 @@ def test_memory_stays_within_its_account_over_ten_thousand_steps(kind):
     sim.run()
     assert sim.cache.num_hit_tokens > 0.2 * sim.cache.num_queried_tokens
     assert number > 500
+    if tier is not None:
+        assert sim.cache.restores.num_restored > 100
+        check_end(sim, tier)
+
+
+def check_end(sim: Simulation, tier: FakeTier) -> None:
+    """Nobody waits, nothing is being read, and at the end the tier has all that memory has."""
+    restores = sim.cache.restores
+    assert not len(restores)
+    tier._is_flaky = False
+    for _ in range(10):
+        sim.step()
+    assert not restores._reading
+    assert not restores._restore_of
+    sim.scheduler.offload_all()
+    while sim.scheduler.has_offloads:
+        sim.step()
+    for entry in sim.cache.store._lru:
+        assert tier.has(Label.of(entry).name)

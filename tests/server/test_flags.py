@@ -16,7 +16,7 @@ import pytest
 from mlx_lm_server import __version__
 from mlx_lm_server.cli import main
 from mlx_lm_server.config_loading import flag_name, settings
-from mlx_lm_server.protocol import LENGTH, LoadModel, decode_to_engine
+from mlx_lm_server.protocol import LENGTH, DiskTier, LoadModel, decode_to_engine
 from tests.observations import observes
 from tests.server.harness import RunningServer, make_model
 
@@ -67,7 +67,13 @@ def test_what_concerns_the_engine_reaches_it(start: Callable[..., Any], tmp_path
 def test_by_default_the_engine_chooses(
     start: Callable[..., Any], tmp_path: Path, model: Path
 ) -> None:
-    assert loaded_with(start, tmp_path, {}) == LoadModel(model_path=str(model))
+    tier = DiskTier(str(Path("~/.cache/mlx-lm-server/kv-cache").expanduser()))
+    assert loaded_with(start, tmp_path, {}) == LoadModel(model_path=str(model), disk_tier=tier)
+
+
+@observes("TierConfig.no_ssd")
+def test_no_ssd_means_no_disk_tier(start: Callable[..., Any], tmp_path: Path) -> None:
+    assert loaded_with(start, tmp_path, {"--no-ssd": "true"}).disk_tier is None
 
 
 class Recorder:

@@ -42,6 +42,7 @@ class Block:
     name: bytes
     parent: bytes
     token_ids: tuple[int, ...]
+    num_tokens: int  # up to its end
     place: Place | None = None
     rows: dict[int, None] = field(default_factory=dict)  # an ordered set
 

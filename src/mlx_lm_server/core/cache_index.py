@@ -36,11 +36,11 @@ class CacheIndex:
     def block(self, name: bytes) -> Block | None:
         return self._blocks.get(name)
 
-    def add(self, name: bytes, parent: bytes, token_ids: tuple[int, ...]) -> Block:
+    def add(self, name: bytes, parent: bytes, token_ids: tuple[int, ...], num_tokens: int) -> Block:
         """The block of this name, a new one if there was none."""
         block = self._blocks.get(name)
         if block is None:
-            block = self._blocks[name] = Block(name, parent, token_ids)
+            block = self._blocks[name] = Block(name, parent, token_ids, num_tokens)
             self._children.setdefault(parent, {})[name] = block
         return block
 
@@ -59,6 +59,10 @@ class CacheIndex:
         states.remove(state)
         if not states:
             del self._states[state.parent]
+
+    def has_state(self, parent: bytes, tail: tuple[int, ...]) -> bool:
+        """Whether there is a checkpoint right after these tokens."""
+        return any(state.tail == tail for state in self._states.get(parent, ()))
 
     def state_at(self, request: Request, num_tokens: int) -> State | None:
         """The checkpoint after exactly so many tokens of the request."""

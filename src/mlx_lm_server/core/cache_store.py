@@ -14,11 +14,23 @@ from dataclasses import dataclass
 from mlx_lm_server.core.block import Block, Place, State
 from mlx_lm_server.core.block_pool import DEFAULT_SEGMENT_BYTES, BlockPool
 from mlx_lm_server.core.cache_index import CacheIndex
+from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout
-from mlx_lm_server.core.plan import DropState, SaveBlocks, SaveOp, SaveState
+from mlx_lm_server.core.offloads import Offloads
+from mlx_lm_server.core.plan import (
+    DropState,
+    RestoreBlocks,
+    RestoreState,
+    SaveBlocks,
+    SaveOp,
+    SaveState,
+)
+from mlx_lm_server.core.tier import NoTier, Payload, Tier
 
 # Checkpoints may take this share of the memory for K and V.
 MAX_STATE_SHARE = 0.25
+# With less than this share of the memory to spare, what is next to go is offloaded beforehand.
+SHORT_SHARE = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +48,21 @@ class CacheSettings:
 class CacheStore:
     """Owned by the prefix cache. Shares the memory of the rows' layout."""
 
-    def __init__(self, settings: CacheSettings, layout: KVLayout, index: CacheIndex) -> None:
+    def __init__(
+        self,
+        settings: CacheSettings,
+        layout: KVLayout,
+        index: CacheIndex,
+        tier: Tier | None = None,
+    ) -> None:
         self._settings = settings
         self._layout = layout
         self._index = index
-        block_bytes = settings.block_size * layout.geometry.full_bytes_per_token
-        self._pool = BlockPool(block_bytes, settings.max_blocks, settings.segment_bytes)
+        self._block_bytes = settings.block_size * layout.geometry.full_bytes_per_token
+        self._offloads = Offloads(
+            tier or NoTier(), settings.block_size, self._block_bytes, layout.location
+        )
+        self._pool = BlockPool(self._block_bytes, settings.max_blocks, settings.segment_bytes)
         self._lru: OrderedDict[Block | State, None] = OrderedDict()  # the oldest first
         self._states: OrderedDict[State, None] = OrderedDict()  # those of them, in the same order
         self._ends: deque[tuple[Block | State, ...]] = deque()  # of sequences, the oldest first
@@ -67,11 +88,42 @@ class CacheStore:
     def num_states(self) -> int:
         return len(self._states)
 
+    @property
+    def geometry(self) -> KVGeometry:
+        return self._layout.geometry
+
     # ---- a plan is made
 
     def begin(self) -> None:
         self._saves = []
         self._pinned.clear()
+        self._offloads.begin()
+        self._offloads.of_due(self._saves)
+        if self._is_short:
+            self._offloads.of_oldest(self._lru, self._saves)
+
+    @property
+    def _is_short(self) -> bool:
+        free = self._pool.num_free * self._block_bytes
+        if not self._pool.next_segment_bytes and self._block_bytes:  # the operator's cap
+            return free < SHORT_SHARE * self._pool.used_bytes
+        return self._layout.spare_bytes + free < SHORT_SHARE * self._layout.limit_bytes
+
+    @property
+    def has_offloads_due(self) -> bool:
+        return self._offloads.has_due
+
+    @property
+    def has_offloads(self) -> bool:
+        return self._offloads.has_any
+
+    def offload_all(self) -> None:
+        """From the next plan on, the newest first."""
+        self._offloads.add_due(reversed(self._lru))
+
+    def note_filled(self, block: Block) -> None:
+        """A row has all tokens of the block by the next plan."""
+        self._offloads.note_kept([block])
 
     @property
     def has_saves(self) -> bool:
@@ -119,6 +171,22 @@ class CacheStore:
                 runs.append((index, [place]))
         for first, places in runs:
             self._saves.append(SaveBlocks(slab_id, slot, first, num_tokens, tuple(places)))
+        self._offloads.note_kept(block for _, block in blocks if block.place)
+
+    def restore_block(self, block: Block, payload: Payload) -> bool:
+        """Put a block in the pool that came back from the tier; False where there is no room."""
+        self.pin([block])
+        place = self._find_place(block)
+        if place is None:
+            self.forget([block])
+            return False
+        self._lru[block] = None
+        last = self._saves[-1] if self._saves else None
+        if isinstance(last, RestoreBlocks):
+            self._saves[-1] = RestoreBlocks((*last.places, place), (*last.payloads, payload))
+        else:
+            self._saves.append(RestoreBlocks((place,), (payload,)))
+        return True
 
     def _find_place(self, block: Block) -> Place | None:
         while not self._pool.put(block):
@@ -134,6 +202,25 @@ class CacheStore:
         self, row: int, parent: bytes, tail: tuple[int, ...], num_tokens: int
     ) -> State | None:
         """Save the state of a row; None where there is no room for it."""
+        state = self._make_state(parent, tail, num_tokens)
+        if state is not None:
+            place = self._layout.location(row)
+            save = SaveState(state.state_id, row, place.slab_id, place.slot, num_tokens)
+            self._saves.append(save)
+            self._offloads.note_kept([state])
+        return state
+
+    def restore_state(
+        self, parent: bytes, tail: tuple[int, ...], num_tokens: int, payload: Payload
+    ) -> bool:
+        """Keep a state that came back from the tier; False where there is no room."""
+        state = self._make_state(parent, tail, num_tokens)
+        if state is not None:
+            self.pin([state])
+            self._saves.append(RestoreState(state.state_id, num_tokens, payload))
+        return state is not None
+
+    def _make_state(self, parent: bytes, tail: tuple[int, ...], num_tokens: int) -> State | None:
         num_bytes = self._layout.geometry.state_bytes(num_tokens)
         most = int(MAX_STATE_SHARE * self._layout.limit_bytes) - num_bytes
         while self._state_bytes > most:
@@ -150,8 +237,6 @@ class CacheStore:
         self._index.add_state(state)
         self._state_bytes += num_bytes
         self._account()
-        place = self._layout.location(row)
-        self._saves.append(SaveState(state.state_id, row, place.slab_id, place.slot, num_tokens))
         return state
 
     def keep_end(self, entries: tuple[Block | State, ...]) -> None:
@@ -198,11 +283,15 @@ class CacheStore:
         if isinstance(entry, State):
             self._drop_state(entry)
             return
+        self._offloads.before_eviction(entry, self._saves)
+        self._offloads.drop(entry)
         del self._lru[entry]
         self._pool.remove(entry)
         self.forget([entry])
 
     def _drop_state(self, state: State) -> None:
+        self._offloads.before_eviction(state, self._saves)
+        self._offloads.drop(state)
         del self._lru[state], self._states[state]
         self._index.remove_state(state)
         self._state_bytes -= state.num_bytes

@@ -18,6 +18,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from mlx_lm_server.core.kv_geometry import MAX_ROW_TOKENS, KVGeometry
 from mlx_lm_server.core.plan import CreateSlab, DropSlab, KVOp, MoveRow, ResizeSlab
@@ -37,8 +38,7 @@ def capacity_for(num_tokens: int) -> int:
     return -(-num_tokens // step) * step
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(NamedTuple):
     slab_id: int
     slot: int
 

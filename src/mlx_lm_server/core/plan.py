@@ -14,8 +14,8 @@ one array `[num_blocks, kv_heads, block_size, head_dim]`. Checkpoints of state t
 token (recurrent state, windows) lie beside them, one by one.
 
 All operations of a plan are executed before its forward, in this order: `saves` (what rows leave
-behind, from where they lay until now), `kv_ops` (slabs and slots), `loads` (what rows need not
-compute).
+behind, from where they lay until now; what goes to the tier and comes from it), `kv_ops` (slabs and
+slots), `loads` (what rows need not compute).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_lm_server.core.block import Place
+from mlx_lm_server.core.tier import Label, Payload
 from mlx_lm_server.protocol import SamplingParams, TokenLogprobs
 
 
@@ -109,7 +110,52 @@ class DropState:
     state_id: int
 
 
-SaveOp = PoolOp | SaveBlocks | SaveState | DropState
+@dataclass(frozen=True, slots=True)
+class OffloadBlocks:
+    """Give the tier copies of blocks in the pool."""
+
+    places: tuple[Place, ...]
+    labels: tuple[Label, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadTokens:
+    """Give the tier copies of full blocks in a slot: the first one is block number `first_block` of
+    its row."""
+
+    slab_id: int
+    slot: int
+    first_block: int
+    labels: tuple[Label, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class OffloadState:
+    """Give the tier a copy of a kept state."""
+
+    state_id: int
+    label: Label
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreBlocks:
+    """Put what came back from the tier in the pool."""
+
+    places: tuple[Place, ...]
+    payloads: tuple[Payload, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RestoreState:
+    """Keep what came back from the tier as `state_id`: the state after `num_tokens` tokens."""
+
+    state_id: int
+    num_tokens: int
+    payload: Payload
+
+
+TierOp = OffloadBlocks | OffloadTokens | OffloadState | RestoreBlocks | RestoreState
+SaveOp = PoolOp | SaveBlocks | SaveState | DropState | TierOp
 
 
 @dataclass(frozen=True, slots=True)

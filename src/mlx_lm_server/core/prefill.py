@@ -34,7 +34,8 @@ class PrefillPlan:
     ) -> None:
         self._limits = limits
         self._cost_model = cost_model
-        self._has_decodes = decode.rows > 0
+        self._num_decodes = decode.rows
+        self._prompts_per_row = 0.0
         self._ramp_tokens = ramp_tokens
         self._features = decode  # of the step with what is granted so far
         self._decode_step_s = cost_model.forecast_s(decode)
@@ -45,6 +46,7 @@ class PrefillPlan:
         """Token counts per request; `prefilling` comes with the most urgent first."""
         if not prefilling:
             return []
+        self._prompts_per_row = len(prefilling) / max(1, self._num_decodes)
         oldest, *others = self._chosen(prefilling)
         self._grant(oldest, OLDEST_PROMPT_SHARE if others else 1.0)
         for request in sorted([oldest, *others], key=_least_left_first):
@@ -84,9 +86,13 @@ class PrefillPlan:
 
     def _affordable(self, request: Request, share: float) -> int:
         """Tokens that keep the step within its goal; unbounded where nobody decodes."""
-        if not self._has_decodes:
+        if not self._num_decodes:
             return self._tokens_left
-        goal_s = self._limits.step_goal_s(self._decode_step_s, is_short=self._is_short(request))
+        goal_s = self._limits.step_goal_s(
+            self._decode_step_s,
+            is_short=self._is_short(request),
+            prompts_per_row=self._prompts_per_row,
+        )
         slack_s = share * (goal_s - self._cost_model.forecast_s(self._features))
         context = request.num_computed_tokens + self._granted.get(request, 0)
         num_tokens = self._cost_model.max_chunk_tokens(slack_s, context)

@@ -6,7 +6,8 @@ them leaves. The pool takes what rows leave free and gives it back when rows nee
 
 One plan is made like this:
 
-    begin()                 checkpoints that came due with the last plan
+    begin()                 checkpoints that came due with the last plan; what goes to the tier
+    restores.take()         what came back from the tier
     keep(request)           rows that leave
     find, take              rows that go on from a hit
     make_room()             memory for rows
@@ -34,6 +35,8 @@ from mlx_lm_server.core.kv_geometry import MAX_ROW_TOKENS
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.plan import CopyTokens, LoadBlocks, LoadOp, LoadState, SaveOp
 from mlx_lm_server.core.request import Request
+from mlx_lm_server.core.restores import ComputeS, Restores
+from mlx_lm_server.core.tier import Label, NoTier, Tier
 from mlx_lm_server.protocol import CacheReport
 
 __all__ = ["CacheSettings", "Hit", "PrefixCache"]
@@ -74,7 +77,7 @@ class _Taken:
 class PrefixCache:
     """Owned by the scheduler; shares its layout's memory."""
 
-    def __init__(self, settings: CacheSettings, layout: KVLayout) -> None:
+    def __init__(self, settings: CacheSettings, layout: KVLayout, tier: Tier | None = None) -> None:
         self._settings = settings
         self._size = settings.block_size
         self._layout = layout
@@ -82,7 +85,9 @@ class PrefixCache:
         self._has_state = settings.is_on and layout.geometry.has_state
         self._state_interval = _state_interval(layout, self._size)
         self._index = CacheIndex(self._size)
-        self.store = CacheStore(settings, layout, self._index)
+        self.tier = tier or NoTier()
+        self.store = CacheStore(settings, layout, self._index, self.tier)
+        self.restores = Restores(self.tier, self._index, self.store, self._size)
         self._request_in: dict[int, Request] = {}  # rows that hold named blocks
         self._due_states: list[Request] = []
         self._taken: list[_Taken] = []
@@ -106,6 +111,12 @@ class PrefixCache:
         request.cache_root = root_name(request.cache_salt)
         num_blocks = (len(request.prompt_ids) - 1) // self._size
         request.state_points.add(num_blocks * self._size)
+
+    def restore(self, request: Request, compute_s: ComputeS, now_s: float) -> bool:
+        """Whether the request should wait: the tier brings back what it would have to compute."""
+        if not self.is_on or request.sampling.prompt_logprobs is not None:
+            return False
+        return self.restores.begin(request, compute_s, now_s)
 
     def next_state_point(self, request: Request) -> int | None:
         """Where the next chunk of the request has to end at the latest, so that its state can be
@@ -173,6 +184,7 @@ class PrefixCache:
         """The request, which has a row, goes on from the hit."""
         self.store.pin(hit.entries)
         self.store.touch(hit.entries)
+        self.tier.use([Label.of(entry).name for entry in hit.entries])
         rows = [None if block.place else next(iter(block.rows)) for block in hit.blocks]
         self._taken.append(_Taken(request, hit, tuple(rows)))
         request.num_computed_tokens = hit.stop
@@ -306,7 +318,9 @@ class PrefixCache:
         for index in range(request.num_named_blocks, num_blocks):
             ids = request.known_ids(index * self._size, (index + 1) * self._size)
             name, parent = request.name_of_block(index), request.name_of_block(index - 1)
-            self._index.add(name, parent, ids).rows[request.row] = None
+            block = self._index.add(name, parent, ids, (index + 1) * self._size)
+            block.rows[request.row] = None
+            self.store.note_filled(block)
         request.num_named_blocks = num_blocks
 
     def _loads_of(self, taken: _Taken) -> Iterator[LoadOp]:
@@ -371,7 +385,8 @@ class PrefixCache:
         if not (tail and self._has_blocks and self._settings.max_sequences):
             return []
         parent = request.name_of_block(index - 1)
-        return [(index, self._index.add(chain_name(parent, tail), parent, tail))]
+        name = chain_name(parent, tail)
+        return [(index, self._index.add(name, parent, tail, num_tokens))]
 
     def _save_state(self, request: Request, row: int) -> list[State]:
         """Keep the state that the row has now; none where it is ahead of what is known."""

@@ -16,6 +16,8 @@ so a row may be planned on a token that is still on the device (pending). Invari
   tokens the cache has not kept, once nothing of it is pending;
 - a request does not compute what another one is about to compute: it waits for its blocks, but no
   longer than computing them itself would take;
+- a request for which the tier reads is not in the queue yet, so that others pass it; it waits no
+  longer than computing what is read would take;
 - each request gets exactly one output with a finish reason.
 """
 
@@ -93,7 +95,8 @@ class Scheduler:
         self._num_arrived += 1
         self._requests[request.req_id] = request
         self._cache.enter(request)
-        self._queue.push(request)
+        if not self._cache.restore(request, self._compute_s, request.arrival_s):
+            self._queue.push(request)
 
     def abort(self, req_id: str) -> RequestOutput | None:
         """End a request now; None where it is unknown or has ended by itself. Its row, if it has
@@ -103,6 +106,10 @@ class Scheduler:
             return None
         self._finish(request, "abort")
         return RequestOutput(req_id=req_id, token_ids=[], finish_reason="abort")
+
+    def abort_all(self) -> None:
+        for req_id in list(self._requests):
+            self.abort(req_id)
 
     def _max_new_tokens(self, request: Request) -> int:
         """The last token that is sampled is never computed, so it needs no memory."""
@@ -122,6 +129,8 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self._running.remove(request)
             self._leaving.append(request)
+        elif self._cache.restores.is_waiting(request):
+            self._cache.restores.drop(request)
         elif request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
             self._queue.remove(request)
         request.status = RequestStatus.FINISHED
@@ -137,6 +146,8 @@ class Scheduler:
         self._free_rows += reversed(self._left_rows)
         self._left_rows = []
         self._cache.begin()
+        for request in self._cache.restores.take(now_s):
+            self._queue.push(request)
         self._give_back_rows()
         num_preemptions = self._num_preemptions
         decoding = self._choose_decodes()
@@ -257,8 +268,12 @@ class Scheduler:
 
     def _prefill_s(self, num_tokens: int, num_last: int) -> float:
         """How long the last of so many prompt tokens take on an idle machine."""
-        pairs = prefill_pairs(num_tokens - num_last, num_last)
-        return self._cost_model.forecast_s(StepFeatures(num_last, prefill_pairs=pairs))
+        return self._compute_s(num_tokens - num_last, num_tokens)
+
+    def _compute_s(self, start: int, stop: int) -> float:
+        num_tokens = stop - start
+        pairs = prefill_pairs(start, num_tokens)
+        return self._cost_model.forecast_s(StepFeatures(num_tokens, prefill_pairs=pairs))
 
     def _catch_up(self) -> None:
         """Take over what others have computed meanwhile."""
@@ -429,13 +444,36 @@ class Scheduler:
         return bool(self._requests)
 
     @property
+    def has_work(self) -> bool:
+        """Unfinished requests, or something to give to the tier."""
+        return bool(self._requests) or self._cache.store.has_offloads_due
+
+    @property
+    def waits_for_tier(self) -> bool:
+        """All that there is to do is to wait for the tier."""
+        return 0 < len(self._requests) == len(self._cache.restores)
+
+    @property
     def num_waiting(self) -> int:
-        return len(self._queue)
+        return len(self._queue) + len(self._cache.restores)
 
     @property
     def num_running(self) -> int:
         """Requests that have a row or wait for their last token only."""
-        return len(self._requests) - len(self._queue)
+        return len(self._requests) - self.num_waiting
+
+    @property
+    def has_offloads(self) -> bool:
+        """Whether something is meant for the tier, even where it has no room now."""
+        return self._cache.store.has_offloads
+
+    @property
+    def num_restored_tokens(self) -> int:
+        return self._cache.restores.num_restored_tokens
+
+    def offload_all(self) -> None:
+        """Before the engine ends: give the tier what only memory has, in the plans that follow."""
+        self._cache.store.offload_all()
 
     def stats(self, peak_memory_bytes: int = 0) -> EngineStats:
         decoding = [request for request in self._running if not request.is_prefilling]

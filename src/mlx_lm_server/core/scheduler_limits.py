@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mlx_lm_server.errors import ConfigError
 
 MIN_GOAL_FACTOR = 1.5
+MAX_CROWD = 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +19,11 @@ class SchedulerLimits:
     `itl_goal_s` is how long a step with decoding rows may take, where that leaves prefill at least
     a third of the step; without it the goal is `auto_goal_factor` times the step without prefill,
     at least `auto_goal_floor_s`, and `short_prompt_factor` times that for prompts of at most
-    `short_prompt_tokens`. A chunk has at least `min_chunk_tokens`, whatever the goal; of longer
-    prompts beside decoding rows a step takes at most `first_chunk_tokens` at first. A row gets
-    room for `lookahead_tokens` of its answer when it joins.
+    `short_prompt_tokens`. Where more prompts wait than rows decode, that goal is longer by this
+    ratio, up to `MAX_CROWD`: else a few early rows would slow down many. A chunk has at least
+    `min_chunk_tokens`, whatever the goal; of longer prompts beside decoding rows a step takes at
+    most `first_chunk_tokens` at first. A row gets room for `lookahead_tokens` of its answer when it
+    joins.
     """
 
     max_batch_size: int = 32
@@ -45,9 +48,13 @@ class SchedulerLimits:
                 f"max_batch_size ({self.max_batch_size}): each decoding row needs one token a step"
             )
 
-    def step_goal_s(self, decode_step_s: float, *, is_short: bool) -> float:
-        """How long a step may take whose decode part takes `decode_step_s`."""
+    def step_goal_s(
+        self, decode_step_s: float, *, is_short: bool, prompts_per_row: float = 0.0
+    ) -> float:
+        """How long a step may take whose decode part takes `decode_step_s`, with so many prompts
+        that wait for each row that decodes."""
         if self.itl_goal_s is not None:
             return max(self.itl_goal_s, MIN_GOAL_FACTOR * decode_step_s)
         goal_s = max(self.auto_goal_floor_s, self.auto_goal_factor * decode_step_s)
+        goal_s *= min(max(1.0, prompts_per_row), MAX_CROWD)
         return goal_s * self.short_prompt_factor if is_short else goal_s

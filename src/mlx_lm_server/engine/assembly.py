@@ -6,6 +6,8 @@ import gc
 import logging
 import time
 from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -15,11 +17,14 @@ from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.memory_ledger import MemoryLedger
 from mlx_lm_server.core.prefix_cache import CacheSettings, PrefixCache
 from mlx_lm_server.core.scheduler import Scheduler, SchedulerLimits
+from mlx_lm_server.engine.disk_cache import DiskCache, settings_of
 from mlx_lm_server.engine.engine_core import EngineCore
 from mlx_lm_server.protocol import Batching, LoadModel, Ready
 from mlx_lm_server.runner import host_memory, loader
 from mlx_lm_server.runner.blas import Blas
+from mlx_lm_server.runner.loader import LoadedModel
 from mlx_lm_server.runner.model_runner import ModelRunner
+from mlx_lm_server.tier import Namespace, model_digest, namespace_digest
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +40,8 @@ SLABS_IN_MEMORY = 8
 SEGMENTS_IN_MEMORY = 128
 # Logits and the sampler's arrays of the same size, in float32, per row that samples.
 SAMPLER_ARRAYS = 8
+# In the folder of the disk tier: what its models' files are, so that they are not read each time.
+DIGESTS_FILE = "digests.json"
 
 
 def assemble(
@@ -76,10 +83,11 @@ def assemble(
         max_rows=order.max_batch_size,
         max_tokens=ledger.kv_limit_tokens,
     )
-    cache = PrefixCache(_cache_settings(order, runner.batching, ledger.kv_limit_bytes), layout)
-    scheduler = Scheduler(limits, layout, CostModel(costs), cache)
+    settings = _cache_settings(order, runner.batching, ledger.kv_limit_bytes)
+    disk = _disk_cache(order, loaded, runner) if settings.is_on else None
+    scheduler = Scheduler(limits, layout, CostModel(costs), PrefixCache(settings, layout, disk))
     mx.reset_peak_memory()
-    core = EngineCore(scheduler, runner, clock, mx.get_peak_memory)
+    core = EngineCore(scheduler, runner, clock, mx.get_peak_memory, disk)
     ready = Ready(
         model_type=loaded.model_type,
         device=_device_name(),
@@ -97,7 +105,10 @@ def assemble(
         batching_reason=runner.reason,
         kv_bits=runner.kv_bits,
         kv_format=runner.kv_format,
+        disk_tier=disk.folder if disk else "",
     )
+    if disk is not None:
+        disk.wait_until_open()
     gc.collect()
     gc.freeze()  # a pass over what the libraries have loaded would stop a step for 50 ms
     return core, ready
@@ -112,6 +123,35 @@ def _cache_settings(order: LoadModel, batching: Batching, kv_limit_bytes: int) -
         max_sequences=order.sequence_cache_size,
         segment_bytes=max(DEFAULT_SEGMENT_BYTES, kv_limit_bytes // SEGMENTS_IN_MEMORY),
     )
+
+
+def _disk_cache(order: LoadModel, loaded: LoadedModel, runner: ModelRunner) -> DiskCache | None:
+    """The tier, or None where there is none or this model's state cannot be stored."""
+    shapes = runner.blocks.shapes
+    if order.disk_tier is None:
+        return None
+    if not shapes.can_be_stored:
+        log.warning("the disk tier is off: this model's state has a type that it does not know")
+        return None
+    settings = settings_of(order.disk_tier)
+    known = settings.cache_dir / DIGESTS_FILE
+    adapter = order.adapter_path
+    try:
+        parts: dict[str, str | bytes] = {
+            "model": model_digest(Path(order.model_path), known),
+            "adapter": model_digest(Path(adapter), known) if adapter else "",
+            "layout": shapes.describe(),
+            "weights": loaded.weights,
+            "mlx_lm": metadata.version("mlx-lm"),
+            "rank": "0 of 1",
+        }
+    except OSError as error:
+        log.warning("the disk tier is off: the model's files cannot be read: %s", error)
+        return None
+    about = {"model": order.model_path, "kv": runner.kv_format, "block_size": str(order.block_size)}
+    disk = DiskCache(settings, Namespace(namespace_digest(parts), about), shapes.fits)
+    runner.blocks.offload = disk.save
+    return disk
 
 
 def _fastest_threads(runner: ModelRunner, blas: Blas) -> Blas:

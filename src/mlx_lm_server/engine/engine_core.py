@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
+
+import msgspec
 
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.plan import RowLogprobs, StepPlan
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import Scheduler
+from mlx_lm_server.engine.disk_cache import CLOSE_LIMIT_S, FLUSH_LIMIT_S, DiskCache
 from mlx_lm_server.engine.prefill_progress import PrefillProgress
 from mlx_lm_server.errors import RequestError
 from mlx_lm_server.protocol import Abort, AddRequest, EngineStats, RequestOutput
+
+log = logging.getLogger(__name__)
 
 
 class Runner(Protocol):
@@ -19,6 +25,7 @@ class Runner(Protocol):
 
     def execute(self, plan: StepPlan) -> None: ...
 
+    def submit(self) -> None: ...
     def sample(self) -> None: ...
 
     def read(self) -> list[int]: ...
@@ -40,11 +47,13 @@ class EngineCore:
         runner: Runner,
         clock: Callable[[], float],
         peak_memory: Callable[[], int] = lambda: 0,
+        disk: DiskCache | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._clock = clock
         self._peak_memory = peak_memory
+        self._disk = disk
         self._running: StepPlan | None = None
         self._running_since_s = 0.0
         self._progress = PrefillProgress()
@@ -56,10 +65,35 @@ class EngineCore:
 
     @property
     def has_work(self) -> bool:
-        return self._running is not None or self._scheduler.has_unfinished_requests
+        return self._running is not None or self._scheduler.has_work
+
+    @property
+    def waits_for_tier(self) -> bool:
+        """A step would only look whether the disk has answered."""
+        return self._running is None and self._scheduler.waits_for_tier
 
     def stats(self) -> EngineStats:
-        return self._scheduler.stats(self._peak_memory())
+        stats = self._scheduler.stats(self._peak_memory())
+        if self._disk is None:
+            return stats
+        tier = self._disk.stats(self._scheduler.num_restored_tokens)
+        return msgspec.structs.replace(stats, tier=tier)
+
+    def close(self, flush_limit_s: float = FLUSH_LIMIT_S) -> None:
+        """Give what only memory has to the disk tier, for at most so long, and close it."""
+        disk = self._disk
+        if disk is None:
+            return
+        ends_s = self._clock() + flush_limit_s
+        self._scheduler.abort_all()
+        self._scheduler.offload_all()
+        while (self.has_work or self._scheduler.has_offloads) and self._clock() < ends_s:
+            if not self.has_work:
+                disk.wait_for_room(ends_s - self._clock())
+            self.step()
+        if self._scheduler.has_offloads:
+            log.warning("not all of the cache was written to disk within %g s", flush_limit_s)
+        disk.close(max(CLOSE_LIMIT_S, ends_s - self._clock()))
 
     def handle(self, messages: Iterable[AddRequest | Abort]) -> list[RequestOutput]:
         """Take in what clients want; the outputs are the ends of what ended by it."""
@@ -85,6 +119,7 @@ class EngineCore:
 
     def step(self) -> list[RequestOutput]:
         """One forward further; the outputs are those of the forward before."""
+        self._runner.submit()
         self._runner.sample()
         plan = self._scheduler.schedule(self._clock())
         if plan is not None:

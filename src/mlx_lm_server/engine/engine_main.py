@@ -33,6 +33,7 @@ from mlx_lm_server.protocol import (
 )
 
 HEARTBEAT_S = 1.0
+TIER_LOOK_S = 0.001
 IDLE_BEFORE_TRIM_S = 5.0
 PARENT_CHECK_S = 1.0
 
@@ -100,7 +101,13 @@ class EngineLoop:
                 self._rest()
             if outputs or not self._core.has_work:
                 self._tell(outputs)
-            messages = self._link.receive(wait_s=0 if self._core.has_work else HEARTBEAT_S)
+            messages = self._link.receive(self._wait_s())
+        self._core.close()
+
+    def _wait_s(self) -> float:
+        if self._core.waits_for_tier:
+            return TIER_LOOK_S
+        return 0 if self._core.has_work else HEARTBEAT_S
 
     def _tell(self, outputs: list[RequestOutput]) -> None:
         self._link.send(Outputs(outputs, self._core.stats()))

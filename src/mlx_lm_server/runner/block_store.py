@@ -12,9 +12,10 @@ what is copied at once stays small.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import cast
 
 import mlx.core as mx
 
@@ -28,12 +29,26 @@ from mlx_lm_server.core.plan import (
     LoadOp,
     LoadState,
     MoveBlocks,
+    OffloadBlocks,
+    OffloadState,
+    OffloadTokens,
+    RestoreBlocks,
+    RestoreState,
     SaveBlocks,
     SaveOp,
     SaveState,
 )
+from mlx_lm_server.core.tier import Label, Payload
 from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.record_bytes import (
+    ArraySpec,
+    RecordShapes,
+    parts_of,
+    read_array,
+    to_bytes,
+)
 from mlx_lm_server.runner.row_states import RowStates
+from mlx_lm_server.tier import Kind, Record, Tensor
 
 Planes = list[mx.array]
 
@@ -61,6 +76,8 @@ class BlockStore:
         self._windows = [n for n in numbers if storage.layers[n].ring is not None]
         self._segments: dict[int, list[Planes]] = {}
         self._states: dict[int, _KeptState] = {}
+        self.shapes = RecordShapes(storage.layers, states.parts if states else (), block_size)
+        self.offload: Callable[[Record], object] = _nowhere
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +102,16 @@ class BlockStore:
                 self._save_state(op)
             case DropState():
                 del self._states[op.state_id]
+            case OffloadBlocks():
+                self._offload_blocks(op)
+            case OffloadTokens():
+                self._offload_tokens(op)
+            case OffloadState():
+                self._offload_state(op)
+            case RestoreBlocks():
+                self._restore_blocks(op)
+            case RestoreState():
+                self._restore_state(op)
 
     def _new_segment(self, num_blocks: int) -> list[Planes]:
         layers = [self._storage.layers[n] for n in self._full]
@@ -107,13 +134,8 @@ class BlockStore:
 
     def _gather(self, layer: int, places: Sequence[Place]) -> Iterator[mx.array]:
         """Per plane `[len(places), kv_heads, block_size, width]`."""
-        runs = [
-            (self._segments[segment_id][self._full.index(layer)], [p.number for p in run])
-            for segment_id, run in groupby(places, key=lambda place: place.segment_id)
-        ]
         for number in range(len(self._storage.layers[layer].planes)):
-            parts = [planes[number][mx.array(numbers, mx.int32)] for planes, numbers in runs]
-            yield parts[0] if len(parts) == 1 else mx.concatenate(parts)
+            yield self._gather_plane(layer, number, places)
 
     def _save_blocks(self, op: SaveBlocks) -> None:
         first = op.first_block
@@ -160,6 +182,108 @@ class BlockStore:
         state = self._states[op.state_id] = _KeptState(rings, recurrent)
         self._storage.stages.add(state.arrays)
 
+    # ---- what the tier is given and gives back
+
+    def _offload_blocks(self, op: OffloadBlocks) -> None:
+        self._offload(op.labels, lambda layer, number: self._gather_plane(layer, number, op.places))
+
+    def _offload_tokens(self, op: OffloadTokens) -> None:
+        start, count = op.first_block * self._size, len(op.labels)
+
+        def blocks_of(layer: int, number: int) -> mx.array:
+            plane = self._storage.slabs[op.slab_id].planes[layer][number]
+            tokens = plane[op.slot, :, start : start + count * self._size]
+            shape = (tokens.shape[0], count, self._size, tokens.shape[2])
+            return tokens.reshape(shape).swapaxes(0, 1)
+
+        self._offload(op.labels, blocks_of)
+
+    def _offload(self, labels: Sequence[Label], blocks_of: Callable[[int, int], mx.array]) -> None:
+        """`blocks_of` gives the blocks of a layer's plane, `[len(labels), kv_heads, block_size,
+        width]`. Copies are made now, in order with what is written before and after; their bytes
+        are read when they are computed."""
+        stacks = [
+            mx.stack([blocks_of(layer, number) for layer, number in group], axis=1)
+            for group in self.shapes.plane_groups
+        ]  # [blocks, planes, kv_heads, size, width]
+
+        def give() -> None:
+            whole = [parts_of(stack) for stack in stacks]
+            for number, label in enumerate(labels):
+                num_tokens = len(label.token_ids)
+                if num_tokens == self._size:
+                    tensors = [parts[number] for parts in whole]
+                else:
+                    tensors = [to_bytes(stack[number, :, :, :num_tokens]) for stack in stacks]
+                self._give(label, tensors)
+
+        self._storage.stages.add(stacks, give)
+
+    def _gather_plane(self, layer: int, number: int, places: Sequence[Place]) -> mx.array:
+        """Blocks of one plane, `[len(places), kv_heads, block_size, width]`."""
+        parts = [
+            _take(
+                self._segments[segment_id][self._full.index(layer)][number],
+                [place.number for place in run],
+            )
+            for segment_id, run in groupby(places, key=lambda place: place.segment_id)
+        ]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def _offload_state(self, op: OffloadState) -> None:
+        kept = self._states[op.state_id]
+        arrays = [plane for planes in kept.rings for plane in planes]
+        arrays += [array for part in kept.recurrent for array in part if array is not None]
+        specs = self.shapes.of_state(op.label.num_tokens)
+        if [ArraySpec.of(array) for array in arrays] != specs:
+            return  # a state that this model does not usually have
+
+        def give() -> None:
+            groups = self.shapes.grouped(specs)
+            stacks = (mx.stack([arrays[n] for n in group]) for group in groups)
+            self._give(op.label, [to_bytes(stack) for stack in stacks])
+
+        self._storage.stages.add(arrays, give)
+
+    def _give(self, label: Label, tensors: Sequence[Tensor]) -> None:
+        kind: Kind = "state" if label.is_state else "block"
+        ids, num_tokens = label.token_ids, label.num_tokens
+        self.offload(Record(label.name, kind, label.parent, ids, num_tokens, tuple(tensors)))
+
+    def _restore_blocks(self, op: RestoreBlocks) -> None:
+        """A block with fewer tokens than the others is put in place by itself."""
+        by_length = groupby(
+            zip(op.places, map(_tensors_of, op.payloads), strict=True),
+            key=lambda item: (item[0].segment_id, item[1][0].shape[2]),
+        )
+        for (segment_id, num_tokens), run in by_length:
+            items = list(run)
+            numbers = mx.array([place.number for place, _ in items], mx.int32)
+            segment, written = self._segments[segment_id], []
+            for position, group in enumerate(self.shapes.plane_groups):
+                blocks = mx.stack([read_array(tensors[position]) for _, tensors in items])
+                for column, (layer, number) in enumerate(group):
+                    plane = segment[self._full.index(layer)][number]
+                    if num_tokens == self._size:
+                        plane[numbers] = blocks[:, column]
+                    else:
+                        plane[numbers, :, :num_tokens] = blocks[:, column]
+                    written.append(plane)
+            self._storage.stages.add(written)
+
+    def _restore_state(self, op: RestoreState) -> None:
+        specs = self.shapes.of_state(op.num_tokens)
+        arrays: dict[int, mx.array] = {}
+        tensors = _tensors_of(op.payload)
+        for tensor, group in zip(tensors, self.shapes.grouped(specs), strict=True):
+            arrays.update(zip(group, read_array(tensor), strict=True))
+        flat = iter([mx.contiguous(arrays[number]) for number in range(len(specs))])
+        rings = [[next(flat) for _ in self._storage.layers[n].planes] for n in self._windows]
+        parts = self._row_states.parts if self._row_states else ()
+        recurrent = [[None if a is None else next(flat) for a in part.arrays] for part in parts]
+        state = self._states[op.state_id] = _KeptState(rings, recurrent)
+        self._storage.stages.add(state.arrays)
+
     # ---- what rows need not compute
 
     def load(self, op: LoadOp) -> None:
@@ -176,13 +300,35 @@ class BlockStore:
         for layers in self._storage.layer_groups(self._full, op.stop - first):
             written = []
             for layer in layers:
-                slots = self._storage.slabs[op.slab_id].planes[layer]
-                for plane, blocks in zip(slots, self._gather(layer, op.places), strict=True):
-                    tokens = blocks.swapaxes(0, 1).reshape(blocks.shape[1], -1, blocks.shape[3])
-                    some = tokens[:, op.start - first : op.stop - first]
-                    plane[op.slot, :, op.start : op.stop] = some
-                    written.append(plane)
+                planes = self._storage.slabs[op.slab_id].planes[layer]
+                for number, blocks in enumerate(self._gather(layer, op.places)):
+                    planes[number] = self._with_blocks(planes[number], blocks, op)
+                written += planes
             self._storage.stages.add(written)
+
+    def _with_blocks(self, plane: mx.array, blocks: mx.array, op: LoadBlocks) -> mx.array:
+        """The plane of a slab with the blocks `[n, kv_heads, block_size, width]` written to it, in
+        place. Whole blocks go to a view of the plane in blocks, so that they are copied once."""
+        start = op.start
+        if start % self._size == 0 == plane.shape[2] % self._size:
+            first, stop = start // self._size, op.stop // self._size
+            num_slots, kv_heads, capacity, width = plane.shape
+            shape = (num_slots, kv_heads, capacity // self._size, self._size, width)
+            whole = blocks[: stop - first].swapaxes(0, 1)
+            if op.slab_id in self._storage.fresh and num_slots == 1 and first == 0:
+                # The zeros of the plane itself are never computed.
+                rest = mx.zeros((*shape[:2], shape[2] - stop, *shape[3:]), plane.dtype)
+                view = mx.concatenate([whole[None], rest], axis=2)
+            else:
+                view = plane.reshape(shape)
+                view[op.slot, :, first:stop] = whole
+            plane, blocks = view.reshape(plane.shape), blocks[stop - first :]
+            start = stop * self._size
+        if start < op.stop:
+            tokens = blocks.swapaxes(0, 1).reshape(blocks.shape[1], -1, blocks.shape[3])
+            before = start % self._size
+            plane[op.slot, :, start : op.stop] = tokens[:, before : before + op.stop - start]
+        return plane
 
     def _load_state(self, op: LoadState) -> None:
         state = self._states[op.state_id]
@@ -195,3 +341,19 @@ class BlockStore:
         self._storage.stages.add(written)
         if self._row_states:
             self._row_states.write(op.row, state.recurrent)
+
+
+def _take(plane: mx.array, numbers: Sequence[int]) -> mx.array:
+    """Those blocks of a segment's plane; a view of it where they lie side by side."""
+    first, last = numbers[0], numbers[-1]
+    if list(numbers) == list(range(first, last + 1)):
+        return plane[first : last + 1]
+    return plane[mx.array(list(numbers), mx.int32)]
+
+
+def _tensors_of(payload: Payload) -> tuple[Tensor, ...]:
+    return cast(Record, payload).tensors
+
+
+def _nowhere(record: Record) -> None:
+    """Where what is offloaded goes without a tier."""

@@ -149,6 +149,7 @@ class KVStorage:
     def __init__(self, layers: Sequence[LayerShape]) -> None:
         self.layers = list(layers)
         self.slabs: dict[int, Slab] = {}
+        self.fresh: set[int] = set()  # slabs that the plan at hand has made, all zeros so far
         self.stages = Stages()
         self._written_unread: set[tuple[int, int]] = set()  # (slab_id, layer)
 
@@ -194,6 +195,7 @@ class KVStorage:
             places = layer.num_places(op.capacity)
             slab.planes.append([plane.zeros(op.num_slots, places) for plane in layer.planes])
         self.slabs[op.slab_id] = slab
+        self.fresh.add(op.slab_id)
 
     def _resize(self, op: ResizeSlab) -> None:
         for planes in self.slabs[op.slab_id].planes:

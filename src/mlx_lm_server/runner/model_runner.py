@@ -43,10 +43,12 @@ DEFAULT_BLOCK_SIZE = 16
 class _Running:
     """A forward, or what was drawn from it. The result is `[len(rows), vocab]` logits, then
     `[len(rows)]` tokens; where no row samples, something of the forward, only to be waited for.
-    `beside` is computed with it and let go when it has ended."""
+    `beside` is computed with it and let go when it has ended; `ends_prompt` where one of the tokens
+    is the first of its request."""
 
     result: mx.array
     rows: tuple[int, ...]
+    ends_prompt: bool
     beside: list[mx.array] = field(default_factory=list)
     draw: Draw | None = None
     scores: RowScores | None = None
@@ -86,6 +88,7 @@ class ModelRunner:
         self._sampling: dict[int, RowSampling] = {}
         self._last_tokens = mx.zeros((max_batch_size,), mx.int32)
         self._forward: _Running | None = None
+        self._is_submitted = False
         self._drawn: _Running | None = None
         self._scores: dict[int, RowLogprobs] = {}
 
@@ -103,6 +106,11 @@ class ModelRunner:
         """In words, what K and V are kept in."""
         names = dict.fromkeys(layer.format for layer in self._storage.layers)
         return " and ".join(names) or str(self._loaded.kv_dtype).removeprefix("mlx.core.")
+
+    @property
+    def blocks(self) -> BlockStore:
+        """Where the bytes of the prefix cache lie."""
+        return self._blocks
 
     def describe(self) -> str:
         """How the model is run, for the log."""
@@ -150,8 +158,9 @@ class ModelRunner:
             self._storage.apply(op)
         for load in plan.loads:
             self._blocks.load(load)
+        self._storage.fresh.clear()
         if plan.decodes or plan.prefills:
-            self._forward = self._build(plan)
+            self._forward, self._is_submitted = self._build(plan), False
 
     def _join(self, joined: JoinedRow) -> None:
         self._sampling[joined.row] = start_row(
@@ -165,7 +174,8 @@ class ModelRunner:
             if (scores := self._sampling[chunk.row].prompt_scores) is not None
         }
         outcome = self._forward_of.run(plan, self._input_ids(plan), scored)
-        running = _Running(outcome.result, plan.sampling_rows, outcome.beside)
+        ends_prompt = any(chunk.samples for chunk in plan.prefills)
+        running = _Running(outcome.result, plan.sampling_rows, ends_prompt, outcome.beside)
         for chunk in plan.prefills:
             if (scores := scored.get(chunk.row)) is not None:
                 head = self._loaded.lm.head
@@ -205,9 +215,18 @@ class ModelRunner:
         scores = self._drawn.scores.take(draw.tokens) if self._drawn.scores else ()
         draw.submit(self._last_tokens, *scores)
 
+    def submit(self) -> None:
+        """Submit the forward that `execute` built, if `read` left that for after the tokens."""
+        self._storage.stages.run()
+        if self._forward is not None and not self._is_submitted:
+            mx.async_eval(self._forward.result, *self._forward.beside)
+            self._is_submitted = True
+
     def read(self) -> list[int]:
         """Wait for the forward that `sample` took, submit the one that `execute` built, and give
-        the tokens in the order of their plan's sampling rows."""
+        the tokens in the order of their plan's sampling rows. That forward is left to `submit`
+        where something has to be copied before it, which no token is to wait for, and where a
+        first token has come: MLX submits to a CPU at the CPU's own pace."""
         drawn, self._drawn = self._drawn, None
         self._scores = {}
         if drawn is not None:
@@ -216,9 +235,8 @@ class ModelRunner:
             mx.eval(drawn.result, *drawn.beside)
             drawn.beside.clear()
             self._scores = _read_scores(drawn)
-        self._storage.stages.run()
-        if self._forward is not None:
-            mx.async_eval(self._forward.result, *self._forward.beside)
+        if not (self._storage.stages or (drawn is not None and drawn.ends_prompt)):
+            self.submit()
         if drawn is None or not drawn.rows:
             return []
         tokens = cast(list[int], drawn.result.tolist())

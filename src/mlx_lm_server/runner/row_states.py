@@ -24,6 +24,10 @@ class RowStates:
         return sum(part.nbytes for part in self._parts)
 
     @property
+    def parts(self) -> Sequence[RecurrentState]:
+        return self._parts
+
+    @property
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.arrays)
 

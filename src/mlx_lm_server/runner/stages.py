@@ -9,7 +9,7 @@ and all of them before that forward is submitted.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
@@ -18,16 +18,21 @@ class Stages:
     """Used on the engine's main thread only."""
 
     def __init__(self) -> None:
-        self._stages: list[list[mx.array]] = []
+        self._stages: list[tuple[list[mx.array], Callable[[], None] | None]] = []
 
-    def add(self, written: Sequence[mx.array]) -> None:
-        """The operations that gave these arrays make a stage. Nothing of the arrays themselves is
-        held: an empty slice depends on them all the same."""
+    def add(self, written: Sequence[mx.array], then: Callable[[], None] | None = None) -> None:
+        """The operations that gave these arrays make a stage, after which `then` is called.
+        Nothing of the arrays themselves is held: an empty slice depends on them all the same."""
         if written:
-            self._stages.append([array[:0] for array in written])
+            self._stages.append(([array[:0] for array in written], then))
+
+    def __bool__(self) -> bool:
+        return bool(self._stages)
 
     def run(self) -> None:
-        for stage in self._stages:
-            mx.eval(stage)
-            stage.clear()
-        self._stages.clear()
+        stages, self._stages = self._stages, []
+        for ends, then in stages:
+            mx.eval(ends)
+            ends.clear()
+            if then is not None:
+                then()

@@ -81,6 +81,7 @@ def _facts(config: Config, model: ServedModel, ready: Ready, url: str) -> Table:
         "context": f"{model.bounds.context_tokens:,} tokens",
         "KV memory": kv_tokens,
         "batch": f"{config.batching.max_batch_size} rows, {config.batching.max_queue_size} queued",
+        "disk cache": f"{config.tier.ssd_policy}, {ready.disk_tier}" if ready.disk_tier else "off",
         "URL": url,
     }
     for name, value in rows.items():

@@ -7,8 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_lm_server.config import Config
-from mlx_lm_server.protocol import LoadModel, Ready
+from mlx_lm_server.config import Config, TierConfig
+from mlx_lm_server.protocol import DiskTier, LoadModel, Ready
 from mlx_lm_server.server.banner import StartDisplay
 from mlx_lm_server.server.model_files import (
     ModelFacts,
@@ -86,6 +86,21 @@ def load_message(config: Config, folder: Path) -> LoadModel:
         kv_bits=config.kv.kv_bits,
         kv_group_size=config.kv.kv_group_size,
         memory_limit_bytes=None if gb is None else int(gb * 10**9),
+        disk_tier=None if config.tier.no_ssd else _disk_tier(config.tier),
+    )
+
+
+def _disk_tier(config: TierConfig) -> DiskTier:
+    return DiskTier(
+        folder=str(Path(config.ssd_cache_dir).expanduser().absolute()),
+        writes_through=config.ssd_policy == "write_through",
+        is_persistent=config.ssd_durability == "persistent",
+        async_writes=config.ssd_async_writes,
+        max_size_bytes=int(config.ssd_max_size_gb * 10**9),
+        ttl_s=config.ssd_ttl_days * 86400.0,
+        writer_queue_size=config.ssd_writer_queue_size,
+        persistent_max_retries=config.ssd_persistent_max_retries,
+        flush_interval_s=config.ssd_flush_interval_s,
     )
 
 

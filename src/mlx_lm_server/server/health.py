@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mlx_lm_server.protocol import EngineStats
+from mlx_lm_server.protocol import EngineStats, Ready
 from mlx_lm_server.server.endpoint import Endpoint, Handler
 from mlx_lm_server.server.services import Services
 
@@ -78,6 +78,8 @@ class HealthAnswer(StatusAnswer):
     """KV memory in all."""
     kv_usage: float
     """Share of it in use, 0 to 1."""
+    disk_tier: dict[str, Any] | None
+    """The cache on disk: its folder, what it holds and what went wrong; null where it is off."""
 
 
 class HealthRoutes:
@@ -135,6 +137,7 @@ class HealthRoutes:
             "kv_cached_bytes": stats.kv_cached_bytes if stats else 0,
             "kv_limit_bytes": self._kv_limit_bytes(),
             "kv_usage": round(kv_usage(stats), 4),
+            "disk_tier": self._tier_facts(stats),
         }
         return _json(503 if is_bad else 200, facts)
 
@@ -150,11 +153,21 @@ class HealthRoutes:
             return "starting"
         return services.supervisor.state
 
+    @property
+    def _ready(self) -> Ready | None:
+        """What the engine said of itself when it had loaded."""
+        supervisor = self._services.supervisor
+        return supervisor.ready if supervisor else None
+
     def _kv_limit_bytes(self) -> int:
         """Known from the moment that the engine is ready, before it says how it goes."""
-        supervisor = self._services.supervisor
-        ready = supervisor.ready if supervisor else None
-        return ready.kv_limit_bytes if ready else 0
+        return self._ready.kv_limit_bytes if self._ready else 0
+
+    def _tier_facts(self, stats: EngineStats | None) -> dict[str, Any] | None:
+        if self._ready is None or not self._ready.disk_tier:
+            return None
+        tier = stats.tier if stats else None
+        return {"folder": self._ready.disk_tier, **(msgspec.structs.asdict(tier) if tier else {})}
 
     def _engine_facts(self) -> dict[str, Any]:
         supervisor = self._services.supervisor

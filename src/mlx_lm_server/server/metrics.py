@@ -40,6 +40,32 @@ E2E_BOUNDS = (
 )  # fmt: skip
 TOKEN_BOUNDS = tuple(float(digit * 10**power) for power in range(5) for digit in (1, 2, 5))
 
+# Fields of TierStats.
+TIER_COUNTERS = {
+    "saves": "Records given to the disk tier.",
+    "saves_persisted": "Of them, written.",
+    "write_drops": "Not stored for want of room in the queue or on disk.",
+    "save_errors": "Writes that failed.",
+    "save_retries": "Writes tried again.",
+    "enospc": "Writes that found the disk full.",
+    "evictions": "Records removed to stay within the limit.",
+    "expired": "Records removed for their age.",
+    "loads": "Records asked for.",
+    "loads_hit": "Of them, read and verified.",
+    "corrupt": "Files that were not what they should be.",
+    "load_errors": "Reads that failed.",
+    "bytes_written": "Bytes written.",
+    "bytes_read": "Bytes read.",
+    "restored_tokens": "Tokens of blocks that came back from disk.",
+}
+TIER_GAUGES = {
+    "stored_records": "Records of this model on disk.",
+    "used_bytes": "Bytes on disk, of all models.",
+    "limit_bytes": "Most bytes that may be on disk.",
+    "pending_saves": "Records that wait for the writer.",
+    "is_paused": "1 while writes fail and none is tried.",
+}
+
 
 class Histogram:
     """Counts per bound, kept by one thread."""
@@ -119,6 +145,7 @@ class Metrics(Collector):
         yield from self._histograms()
         yield from self._counters()
         yield from self._gauges()
+        yield from self._disk_tier()
 
     def _histograms(self) -> Iterator[Metric]:
         for name, help, histogram in (
@@ -166,6 +193,21 @@ class Metrics(Collector):
     def _preemptions(self) -> int:
         stats = self.engine_stats()
         return self.num_preemptions + (stats.num_preemptions_total if stats else 0)
+
+    def _disk_tier(self) -> Iterator[Metric]:
+        """Of the engine that runs now; nothing where there is no disk tier."""
+        stats = self.engine_stats()
+        tier = stats.tier if stats else None
+        if tier is None:
+            return
+        for name, help in TIER_COUNTERS.items():
+            counter = CounterMetricFamily(f"{PREFIX}ssd_{name}", help, labels=["model_name"])
+            counter.add_metric([self.model_name], getattr(tier, name))
+            yield counter
+        for name, help in TIER_GAUGES.items():
+            gauge = GaugeMetricFamily(f"{PREFIX}ssd_{name}", help, labels=["model_name"])
+            gauge.add_metric([self.model_name], getattr(tier, name))
+            yield gauge
 
     def _gauges(self) -> Iterator[Metric]:
         stats = self.engine_stats()

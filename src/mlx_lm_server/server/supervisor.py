@@ -51,7 +51,7 @@ class Limits:
     max_deaths: int = 5
     deaths_within_s: float = 60.0
     first_backoff_s: float = 0.2
-    stop_s: float = 5.0
+    stop_s: float = 20.0  # the engine writes its cache to disk first
 
 
 class Supervisor:

@@ -6,7 +6,9 @@ index depends on its seed and that index only, so what it should give is known b
 
 from __future__ import annotations
 
+import random
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mlx_lm_server.core.cost_model import CostModel
@@ -26,7 +28,12 @@ from mlx_lm_server.core.plan import (
     LoadState,
     MoveBlocks,
     MoveRow,
+    OffloadBlocks,
+    OffloadState,
+    OffloadTokens,
     ResizeSlab,
+    RestoreBlocks,
+    RestoreState,
     SaveBlocks,
     SaveOp,
     SaveState,
@@ -35,6 +42,7 @@ from mlx_lm_server.core.plan import (
 from mlx_lm_server.core.prefix_cache import CacheSettings, PrefixCache
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import Scheduler, SchedulerLimits
+from mlx_lm_server.core.tier import Label, NoTier, Payload, Tier
 from mlx_lm_server.protocol import RequestOutput, SamplingParams
 
 ONE_BYTE = KVGeometry(1)
@@ -119,6 +127,69 @@ class SlabStore:
                 self.num_moves += 1
 
 
+class FakeTier(NoTier):
+    """A disk that answers some steps later, forgets and refuses at random. A payload is the token
+    ids of a block, or all that a state's row had seen."""
+
+    def __init__(self, seed: int, *, writes_through: bool = False, is_flaky: bool = True) -> None:
+        self._rng = random.Random(seed)
+        self._is_flaky = is_flaky
+        self.writes_through = writes_through
+        self.records: dict[bytes, tuple[Label, list[int]]] = {}
+        self.reads: dict[int, Sequence[Label]] = {}
+        self.num_reads = 0
+        self.num_refused = 0
+
+    def _happens(self, share: float) -> bool:
+        return self._is_flaky and self._rng.random() < share
+
+    def save(self, label: Label, tokens: list[int]) -> None:
+        assert label.name not in self.records, "it is there already"
+        assert GARBAGE not in tokens
+        if label.is_state:
+            assert len(tokens) == label.num_tokens
+        else:
+            assert tuple(tokens) == label.token_ids, "other tokens than the label says"
+        self.records[label.name] = (label, list(tokens))
+
+    def has(self, name: bytes) -> bool:
+        return name in self.records
+
+    def has_room(self, num_bytes: int) -> bool:
+        return not self._happens(0.02)
+
+    def note_refused(self) -> None:
+        self.num_refused += 1
+
+    def size_of(self, name: bytes) -> int:
+        return 1 << 20
+
+    def fetch(self, labels: Sequence[Label]) -> int:
+        assert labels
+        self.num_reads += 1
+        self.reads[self.num_reads] = labels
+        return self.num_reads
+
+    def cancel(self, read: int) -> None:
+        self.reads.pop(read, None)
+
+    def poll(self) -> list[tuple[int, Sequence[Payload]]]:
+        if self.records and self._happens(0.05):
+            del self.records[self._rng.choice(list(self.records))]
+        ended = [read for read in self.reads if not self._happens(0.5)]
+        return [(read, self._found(self.reads.pop(read))) for read in ended]
+
+    def _found(self, labels: Sequence[Label]) -> list[Payload]:
+        found: list[Payload] = []
+        for label in labels:
+            stored = self.records.get(label.name)
+            if stored is None or self._happens(0.01):
+                break
+            assert stored[0].token_ids == label.token_ids
+            found.append(stored[1])
+        return found
+
+
 @dataclass
 class PoolStore:
     """Executes the operations of the prefix cache on lists of token ids. A state is the list of
@@ -129,6 +200,7 @@ class PoolStore:
     geometry: KVGeometry
     segments: dict[int, list[list[int]]] = field(default_factory=dict)
     states: dict[int, list[int]] = field(default_factory=dict)
+    tier: Tier = field(default_factory=NoTier)
 
     @property
     def held_bytes(self) -> int:
@@ -163,6 +235,32 @@ class PoolStore:
                     self.states[state_id] = rows[row].tokens[:num_tokens]
                 case DropState(state_id):
                     del self.states[state_id]
+                case _:
+                    self._offload_or_restore(op)
+
+    def _offload_or_restore(self, op: SaveOp) -> None:
+        assert isinstance(self.tier, FakeTier)
+        match op:
+            case OffloadBlocks(places, labels):
+                for place, label in zip(places, labels, strict=True):
+                    self.tier.save(label, self.segments[place.segment_id][place.number])
+            case OffloadTokens(slab_id, slot, first_block, labels):
+                tokens = self.slabs.slabs[slab_id][slot]
+                for number, label in enumerate(labels, first_block):
+                    block = tokens[number * self.block_size : (number + 1) * self.block_size]
+                    assert tuple(block) == label.token_ids
+                    self.tier.save(label, block)
+            case OffloadState(state_id, label):
+                self.tier.save(label, self.states[state_id])
+            case RestoreBlocks(places, payloads):
+                for place, payload in zip(places, payloads, strict=True):
+                    assert isinstance(payload, list)
+                    self.segments[place.segment_id][place.number] = list(payload)
+            case RestoreState(state_id, num_tokens, payload):
+                assert isinstance(payload, list)
+                assert len(payload) == num_tokens
+                assert state_id not in self.states
+                self.states[state_id] = list(payload)
 
     def load(self, ops: tuple[LoadOp, ...], rows: dict[int, _Row]) -> None:
         for op in ops:
@@ -202,12 +300,13 @@ class FakeRunner:
         limit_tokens: int,
         geometry: KVGeometry = ONE_BYTE,
         block_size: int = 16,
+        tier: Tier | None = None,
     ) -> None:
         self.limits = limits
         self.limit_tokens = limit_tokens
         self.geometry = geometry
         self.store = SlabStore()
-        self.pool = PoolStore(self.store, block_size, geometry)
+        self.pool = PoolStore(self.store, block_size, geometry, tier=tier or NoTier())
         self.num_computed = 0
         self.rows: dict[int, _Row] = {}
         self.last_step = 0
@@ -335,6 +434,7 @@ class Simulation:
         cost_model: CostModel | None = None,
         cache: CacheSettings = CACHE_OFF,
         geometry: KVGeometry = ONE_BYTE,
+        tier: Tier | None = None,
     ) -> None:
         self.layout = KVLayout(
             geometry,
@@ -343,9 +443,9 @@ class Simulation:
             max_rows=limits.max_batch_size,
         )
         self.cost_model = cost_model or CostModel()
-        self.cache = PrefixCache(cache, self.layout)
+        self.cache = PrefixCache(cache, self.layout, tier)
         self.scheduler = Scheduler(limits, self.layout, self.cost_model, self.cache)
-        self.runner = FakeRunner(limits, limit_tokens, geometry, cache.block_size)
+        self.runner = FakeRunner(limits, limit_tokens, geometry, cache.block_size, tier)
         self.in_flight: deque[tuple[StepPlan, list[int]]] = deque()
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.plans: list[StepPlan] = []
@@ -369,7 +469,9 @@ class Simulation:
             self.in_flight.append((plan, self.runner.execute(plan, self.row_at())))
             self.check_prefixes()
         elif not self.in_flight:
-            assert not self.scheduler.has_unfinished_requests, "idle with work waiting"
+            is_idle = not self.scheduler.has_unfinished_requests
+            assert is_idle or self.scheduler.waits_for_tier, "idle with work waiting"
+            self.now_s += 0.001
         keep = 0 if read_at_once or plan is None else 1
         while len(self.in_flight) > keep:
             self.read()
@@ -388,7 +490,8 @@ class Simulation:
     def run(self, max_steps: int = 10_000) -> None:
         """Until nothing is left to do."""
         for _ in range(max_steps):
-            if self.step() is None and not self.in_flight:
+            is_done = self.step() is None and not self.in_flight
+            if is_done and not self.scheduler.waits_for_tier:
                 return
         raise AssertionError("the scheduler does not come to an end")
 

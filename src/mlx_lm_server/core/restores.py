@@ -1,0 +1,259 @@
+"""Brings back from the tier what a request can go on from, while it waits for its turn.
+
+    begin(request)   reads what the tier has beyond what is in memory, if that beats computing it
+    take()           what has been read goes to the pool; gives the requests that need not wait more
+
+A read is done in parts, so that neither memory outside the account nor the work of a step grows
+with the prefix; the next part is on its way while one is put in place. Requests that need what is
+being read already wait for that. Nobody waits longer than computing would take: after that, or
+where a part came back short, the request goes on with what there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from mlx_lm_server.core.block import Block, chain_name
+from mlx_lm_server.core.cache_index import CacheIndex
+from mlx_lm_server.core.cache_store import CacheStore
+from mlx_lm_server.core.request import Request
+from mlx_lm_server.core.tier import Label, Payload, Tier
+
+# Of one part; at least one record.
+MAX_PART_BYTES, MAX_PART_RECORDS = 8 << 20, 64
+# Checkpoints at any token are looked for in so many blocks before the end of what is stored;
+# further back only at the ends of blocks and messages.
+NUM_SEARCHED_BLOCKS = 64
+# A read that takes longer than this and than computing is given up.
+MIN_WAIT_S = 0.3
+
+# How long the tokens from the first to the second number take to compute.
+ComputeS = Callable[[int, int], float]
+
+
+@dataclass(slots=True, eq=False)
+class _Restore:
+    """`part` is being read, `rest` comes after it; `blocks` are those that came."""
+
+    part: Sequence[Label]
+    rest: list[Label]
+    read: int
+    waiting: dict[Request, float] = field(default_factory=dict)  # until when
+    blocks: list[Block] = field(default_factory=list)
+
+
+class Restores:
+    """Owned by the prefix cache."""
+
+    def __init__(self, tier: Tier, index: CacheIndex, store: CacheStore, block_size: int) -> None:
+        self._tier = tier
+        self._index = index
+        self._store = store
+        self._size = block_size
+        geometry = store.geometry
+        self._has_blocks = geometry.full_bytes_per_token > 0
+        self._has_state = geometry.has_state
+        self._reading: dict[int, _Restore] = {}
+        self._restore_of: dict[bytes, _Restore] = {}  # by the names of what is to come
+        self._waits_for: dict[Request, _Restore] = {}
+        self.num_restored_tokens = 0  # in blocks
+        self.num_restored = 0  # blocks and states
+
+    def __len__(self) -> int:
+        """Requests that wait."""
+        return len(self._waits_for)
+
+    # ---- a request comes and goes
+
+    def begin(self, request: Request, compute_s: ComputeS, now_s: float) -> bool:
+        """Whether the request should wait for what is being read for it."""
+        self._tier.look()
+        start, stop, missing = self._missing(request)
+        if not missing or stop - start < self._size:
+            return False
+        would_take_s = compute_s(start, stop)
+        restore = next(
+            (self._restore_of[x.name] for x in missing if x.name in self._restore_of), None
+        )
+        if restore is None:
+            if self._tier.read_forecast_s(label.name for label in missing) >= would_take_s:
+                return False
+            restore = self._start(missing)
+        restore.waiting[request] = now_s + max(MIN_WAIT_S, would_take_s)
+        self._waits_for[request] = restore
+        return True
+
+    def is_waiting(self, request: Request) -> bool:
+        return request in self._waits_for
+
+    def drop(self, request: Request) -> None:
+        """It was aborted; nothing is read for nobody."""
+        restore = self._waits_for.pop(request)
+        del restore.waiting[request]
+        if not restore.waiting:
+            self._tier.cancel(restore.read)
+            self._end(restore)
+
+    # ---- a plan is made
+
+    def take(self, now_s: float) -> list[Request]:
+        """Put in the pool what has been read. Gives the requests whose wait is over."""
+        released: list[Request] = []
+        for read, payloads in self._tier.poll():
+            restore = self._reading.pop(read, None)
+            if restore is not None:
+                released += self._take_part(restore, payloads)
+        for request, restore in list(self._waits_for.items()):
+            if restore.waiting[request] <= now_s:
+                del restore.waiting[request], self._waits_for[request]
+                released.append(request)
+        return released
+
+    def _start(self, labels: list[Label]) -> _Restore:
+        part, rest = self._split(labels)
+        restore = _Restore(part, rest, self._tier.fetch(part))
+        self._reading[restore.read] = restore
+        self._restore_of.update((label.name, restore) for label in labels)
+        return restore
+
+    def _split(self, labels: list[Label]) -> tuple[list[Label], list[Label]]:
+        num_bytes = 0
+        for count, label in enumerate(labels):
+            num_bytes += self._tier.size_of(label.name)
+            if count and (num_bytes > MAX_PART_BYTES or count >= MAX_PART_RECORDS):
+                return labels[:count], labels[count:]
+        return labels, []
+
+    def _take_part(self, restore: _Restore, payloads: Sequence[Payload]) -> list[Request]:
+        part = restore.part
+        if restore.rest and len(payloads) == len(part):
+            restore.part, restore.rest = self._split(restore.rest)
+            restore.read = self._tier.fetch(restore.part)
+            self._reading[restore.read] = restore
+        is_in_place = self._put(restore, part, payloads)
+        if is_in_place and restore.read in self._reading:
+            return []
+        if not is_in_place:
+            self._tier.cancel(restore.read)
+        self._end(restore)
+        # What lies at the tail goes first again.
+        self._store.touch(reversed(restore.blocks))
+        return self._release(restore)
+
+    def _put(self, restore: _Restore, labels: Sequence[Label], payloads: Sequence[Payload]) -> bool:
+        """Whether all that came has found room."""
+        for label, payload in zip(labels, payloads, strict=False):
+            put = self._put_state if label.is_state else self._put_block
+            if not put(restore, label, payload):
+                return False
+        return True
+
+    def _put_state(self, _: _Restore, label: Label, payload: Payload) -> bool:
+        parent, tail = label.parent, label.token_ids
+        if self._index.has_state(parent, tail):
+            return True
+        self.num_restored += 1
+        return self._store.restore_state(parent, tail, label.num_tokens, payload)
+
+    def _put_block(self, restore: _Restore, label: Label, payload: Payload) -> bool:
+        if self._index.block(label.name) is not None:
+            return True
+        block = self._index.add(label.name, label.parent, label.token_ids, label.num_tokens)
+        if not self._store.restore_block(block, payload):
+            return False
+        restore.blocks.append(block)
+        self.num_restored += 1
+        self.num_restored_tokens += len(label.token_ids)
+        return True
+
+    def _end(self, restore: _Restore) -> None:
+        self._reading.pop(restore.read, None)
+        for name in [n for n, other in self._restore_of.items() if other is restore]:
+            del self._restore_of[name]
+
+    def _release(self, restore: _Restore) -> list[Request]:
+        released = list(restore.waiting)
+        for request in released:
+            del self._waits_for[request]
+        restore.waiting.clear()
+        return released
+
+    # ---- what would help
+
+    def _missing(self, request: Request) -> tuple[int, int, list[Label]]:
+        """From where to where, in tokens, the tier carries the request, and what has to be read
+        for it: the first what makes the others useless."""
+        limit = request.num_known_tokens - 1
+        start, stop = 0, limit
+        missing: list[Label] = []
+        if self._has_blocks:
+            start, stop, missing = self._missing_blocks(request)
+        if self._has_state:
+            here = self._index.newest_state(request, 0, start if self._has_blocks else limit)
+            start = here.num_tokens if here else 0
+            state = self._newest_state(request, min(stop, limit), start)
+            if state is None:
+                return 0, 0, []
+            stop = state.num_tokens
+            missing = [x for x in missing if x.num_tokens - len(x.token_ids) < stop]
+            if not self._index.has_state(state.parent, state.token_ids):
+                missing = [state, *missing]
+        return start, min(stop, limit), missing
+
+    def _missing_blocks(self, request: Request) -> tuple[int, int, list[Label]]:
+        """How far memory carries the request, how far memory and tier together, and what of that
+        is in the tier only."""
+        known, size = request.num_known_tokens, self._size
+        missing: list[Label] = []
+        start = None
+        for index in range(known // size):
+            name = request.name_of_block(index)
+            if self._index.block(name) is None:
+                if start is None:
+                    start = index * size
+                if not self._tier.has(name):
+                    break
+                parent, ids = request.name_of_block(index - 1), self._ids(request, index)
+                missing.append(Label(name, parent, ids, (index + 1) * size))
+        else:
+            index = known // size
+        stop = index * size
+        end = self._end_after(request, index)
+        if end is not None:
+            stop = end.num_tokens
+            if self._index.block(end.name) is None:
+                missing.append(end)
+        return stop if start is None else start, stop, missing
+
+    def _ids(self, request: Request, index: int) -> tuple[int, ...]:
+        return request.known_ids(index * self._size, (index + 1) * self._size)
+
+    def _end_after(self, request: Request, num_blocks: int) -> Label | None:
+        """The longest end of a sequence that goes on like the request for less than a block."""
+        parent, ids = request.name_of_block(num_blocks - 1), self._ids(request, num_blocks)
+        for length in range(min(len(ids), self._size - 1), 0, -1):
+            name = chain_name(parent, ids[:length])
+            if self._tier.has(name) or self._index.block(name) is not None:
+                num_tokens = num_blocks * self._size + length
+                return Label(name, parent, ids[:length], num_tokens)
+        return None
+
+    def _newest_state(self, request: Request, stop: int, start: int) -> Label | None:
+        """The checkpoint of most tokens of the request, in memory or in the tier."""
+        for num_tokens in self._searched(request, stop):
+            if num_tokens <= start:
+                return None
+            num_blocks = num_tokens // self._size
+            tail = request.known_ids(num_blocks * self._size, num_tokens)
+            label = Label.of_state(request.name_of_block(num_blocks - 1), tail, num_tokens)
+            if self._tier.has(label.name) or self._index.has_state(label.parent, tail):
+                return label
+        return None
+
+    def _searched(self, request: Request, stop: int) -> Iterator[int]:
+        densely = max(0, stop - NUM_SEARCHED_BLOCKS * self._size)
+        yield from range(stop, densely, -1)
+        ends: Iterable[int] = range(self._size, densely + 1, self._size)
+        points = {point for point in request.state_points if 0 < point <= densely}
+        yield from sorted(points.union(ends), reverse=True)

@@ -1,0 +1,235 @@
+"""What comes back from the disk gives the tokens that computing gives, for every kind of state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import msgspec
+import pytest
+
+from mlx_lm_server.config import Config, TierConfig
+from mlx_lm_server.protocol import DiskTier
+from mlx_lm_server.runner.record_bytes import parts_of, read_array, to_bytes
+from mlx_lm_server.server.boot import load_message
+from tests.observations import observes
+
+from .driver import GREEDY, EngineDriver, random_prompts
+from .test_prefix_cache import Cold
+from .tiny_models import VOCAB_SIZE, write_model
+
+# Full KV, windows, recurrent state beside KV and alone, a latent, sinks.
+FAMILIES = ("llama", "gemma3_text", "qwen3_next", "deepseek_v3", "mamba2", "gpt_oss")
+QUANTISED = ("qwen3", "gemma3_text", "qwen3_next", "deepseek_v3")
+
+[SYSTEM, QUESTION, REPLY, OTHER] = random_prompts(21, (283, 13, 11, 600), VOCAB_SIZE)
+
+
+class Restarts:
+    """Engines of one model, one after the other, on one folder."""
+
+    def __init__(self, model: Path, folder: Path, **order: Any) -> None:
+        self._model = model
+        self._order = order
+        self.tier = DiskTier(str(folder / "cache"))
+
+    def start(self, **tier: Any) -> EngineDriver:
+        disk = msgspec.structs.replace(self.tier, **tier)
+        return EngineDriver(self._model, disk_tier=disk, **self._order)
+
+
+def stop(engine: EngineDriver) -> None:
+    engine.core.close()
+
+
+def kill(engine: EngineDriver) -> None:
+    """As if at a moment when the writer has caught up: nothing that only memory has is saved."""
+    wait_for_writer(engine)
+
+
+def wait_for_writer(engine: EngineDriver) -> None:
+    while engine.core.has_work:
+        engine.step()
+    disk = engine.core._disk
+    assert disk is not None
+    assert disk._store.flush(10)
+
+
+def ask(engine: EngineDriver, name: str, prompt: list[int]) -> list[int]:
+    engine.add(name, prompt)
+    engine.finish()
+    return engine.tokens[name]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ends", [stop, kill])
+def test_a_conversation_goes_on_after_a_restart(
+    family: str, ends: Callable[[EngineDriver], None], tmp_path: Path
+) -> None:
+    model = write_model(family, tmp_path / "model")
+    check_conversation(Restarts(model, tmp_path), Cold(model), is_killed=ends is kill)
+
+
+@pytest.mark.parametrize("family", QUANTISED)
+def test_a_quantised_conversation_goes_on_after_a_restart(family: str, tmp_path: Path) -> None:
+    model = write_model(family, tmp_path / "model", has_wide_heads=True)
+    order = {"kv_bits": 8, "kv_group_size": 32}
+    restarts = Restarts(model, tmp_path, **order)
+    check_conversation(restarts, Cold(model, **order), is_killed=True)
+
+
+def check_conversation(restarts: Restarts, cold: Cold, *, is_killed: bool) -> None:
+    prompt = [*SYSTEM, *QUESTION]
+    for turn in range(3):
+        engine = restarts.start(writes_through=is_killed)
+        answer = ask(engine, "turn", prompt)
+        cold.check(answer, prompt)
+        report = engine.reports["turn"]
+        if turn:
+            assert report.num_cached_tokens == len(prompt) - len(REPLY) - 1, report
+        prompt = [*prompt, *answer, *REPLY]
+        (kill if is_killed else stop)(engine)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
+def test_what_leaves_memory_comes_back_from_the_disk(family: str, tmp_path: Path) -> None:
+    model = write_model(family, tmp_path / "model")
+    engine = Restarts(model, tmp_path, num_blocks=60).start()
+    cold = Cold(model)
+    first = ask(engine, "first", [*SYSTEM, *QUESTION])
+    for number, other in enumerate(random_prompts(8, (500,) * 8, VOCAB_SIZE)):
+        ask(engine, f"other-{number}", other)
+    assert engine.core.stats().cache_evictions_total
+    wait_for_writer(engine)
+    prompt = [*SYSTEM, *QUESTION, *first, *REPLY]
+    cold.check(ask(engine, "again", prompt), prompt)
+    assert engine.reports["again"].num_cached_tokens >= len(SYSTEM) // 16 * 16
+    tier = engine.core.stats().tier
+    assert tier is not None
+    assert tier.restored_tokens > 0
+    stop(engine)
+
+
+def test_what_a_running_row_has_filled_is_written_through(tmp_path: Path) -> None:
+    model = write_model("gemma3_text", tmp_path / "model")
+    restarts = Restarts(model, tmp_path)
+    engine = restarts.start(writes_through=True)
+    engine.add("a", OTHER)
+    while not engine.tokens.get("a"):
+        engine.step()
+    for _ in range(4):  # blocks become due as they are filled, a few in each step
+        engine.step()
+    disk = engine.core._disk
+    assert disk is not None
+    assert disk._store.flush(10)
+    assert engine.core.has_work, "the row still runs"
+    names = {path.name for path in (tmp_path / "cache").glob("*/*/*.safetensors")}
+    assert len(names) >= len(OTHER) // 16
+    again = restarts.start()
+    cold = Cold(model)
+    cold.check(ask(again, "b", OTHER), OTHER)
+    assert again.reports["b"].num_cached_tokens >= (len(OTHER) - 1) // 16 * 16
+    stop(again)
+    engine.finish()
+    stop(engine)
+
+
+def test_another_model_finds_nothing(tmp_path: Path) -> None:
+    one, other = (write_model("llama", tmp_path / str(seed), seed=seed) for seed in (1, 2))
+    engine = Restarts(one, tmp_path).start()
+    ask(engine, "a", SYSTEM)
+    stop(engine)
+    engine = Restarts(other, tmp_path).start()
+    ask(engine, "a", SYSTEM)
+    assert engine.reports["a"].num_cached_tokens == 0
+    stop(engine)
+
+
+def test_salts_do_not_share_on_disk_either(tmp_path: Path) -> None:
+    model = write_model("llama", tmp_path / "model")
+    restarts = Restarts(model, tmp_path)
+    engine = restarts.start()
+    engine.add("a", SYSTEM, cache_salt="a")
+    engine.finish()
+    stop(engine)
+    engine = restarts.start()
+    for name, salt in (("other", "b"), ("same", "a")):
+        engine.add(name, SYSTEM, cache_salt=salt)
+        engine.finish()
+    cached = [engine.reports[name].num_cached_tokens for name in ("other", "same")]
+    assert cached == [0, len(SYSTEM) // 16 * 16]
+    stop(engine)
+
+
+def test_files_that_are_damaged_are_a_shorter_prefix(tmp_path: Path) -> None:
+    model = write_model("llama", tmp_path / "model")
+    restarts, cold = Restarts(model, tmp_path), Cold(model)
+    engine = restarts.start()
+    ask(engine, "a", OTHER)
+    stop(engine)
+    files = sorted((tmp_path / "cache").glob("*/*/*.safetensors"))
+    for number, path in enumerate(files):
+        if number % 7 == 3:
+            whole = bytearray(path.read_bytes())
+            whole[-5] ^= 1
+            path.write_bytes(whole)
+    engine = restarts.start()
+    cold.check(ask(engine, "b", OTHER), OTHER)
+    assert engine.reports["b"].num_cached_tokens < len(OTHER) - 1
+    tier = engine.core.stats().tier
+    assert tier is not None
+    assert tier.corrupt + tier.load_errors >= 1
+    stop(engine)
+
+
+def test_requests_that_wait_for_the_same_blocks_read_them_once(tmp_path: Path) -> None:
+    model = write_model("llama", tmp_path / "model")
+    restarts, cold = Restarts(model, tmp_path), Cold(model)
+    engine = restarts.start()
+    ask(engine, "a", OTHER)
+    stop(engine)
+    engine = restarts.start()
+    prompts = [[*OTHER, *tail] for tail in random_prompts(4, (9, 20, 3), VOCAB_SIZE)]
+    for number, prompt in enumerate(prompts):
+        engine.add(f"r{number}", prompt)
+    engine.add("aborted", [*OTHER, 5])
+    engine.abort("aborted")
+    engine.finish()
+    for number, prompt in enumerate(prompts):
+        cold.check(engine.tokens[f"r{number}"], prompt)
+        assert engine.reports[f"r{number}"].num_cached_tokens >= len(OTHER) // 16 * 16
+    tier = engine.core.stats().tier
+    assert tier is not None
+    assert tier.loads <= len(OTHER) // 16 + 1
+    stop(engine)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16, mx.uint32])
+def test_arrays_come_back_bit_by_bit(dtype: mx.Dtype) -> None:
+    array = mx.random.normal((3, 2, 5, 8)).astype(mx.float32).view(mx.uint32).astype(dtype)
+    turned = array.swapaxes(1, 2)
+    assert mx.array_equal(read_array(to_bytes(turned)), turned).item()
+    stacked = mx.stack([read_array(tensor) for tensor in parts_of(array)])
+    assert mx.array_equal(stacked, array).item()
+
+
+@observes("TierConfig.ssd_policy", "TierConfig.no_ssd")
+def test_ssd_policy_says_when_blocks_are_written(tmp_path: Path) -> None:
+    model = write_model("llama", tmp_path / "model")
+
+    def num_files(name: str, when: Callable[[EngineDriver], None], **flags: Any) -> int:
+        config = Config(tier=TierConfig(ssd_cache_dir=str(tmp_path / name), **flags))
+        engine = EngineDriver(model, disk_tier=load_message(config, model).disk_tier)
+        ask(engine, "a", SYSTEM)
+        if engine.core._disk is not None:
+            when(engine)
+        return len(list((tmp_path / name).glob("*/*/*.safetensors")))
+
+    num_blocks = (len(SYSTEM) + GREEDY.max_tokens - 1) // 16 + 1
+    assert num_files("evict", kill) == 0
+    assert num_files("evict", stop, ssd_policy="evict_only") == num_blocks
+    assert num_files("through", kill, ssd_policy="write_through") == num_blocks
+    assert num_files("off", stop, no_ssd=True) == 0
+    assert not (tmp_path / "off").exists()
