@@ -34,6 +34,7 @@ class Shape:
     decoder_tokens: int = 1024
     shared_tokens: int = 512
     turns: int = 5
+    answer_tokens: int = 256  # of each turn of a conversation
     idle_samples: int = 6
     busy_samples: int = 12
 
@@ -187,7 +188,7 @@ def shared_prefix(make: Maker, num_clients: int = 8) -> SharedPrefix:
 
 def conversation(make: Maker) -> Conversation:
     turns = tuple(make.text(make.shape.prompt_tokens // 2) for _ in range(make.shape.turns))
-    return Conversation(make.text(make.shape.prompt_tokens), turns, make.shape.output_tokens)
+    return Conversation(make.text(make.shape.prompt_tokens), turns, make.shape.answer_tokens)
 
 
 def probes(seed: int) -> Iterator[Call]:

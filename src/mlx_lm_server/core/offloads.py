@@ -23,6 +23,8 @@ from mlx_lm_server.core.tier import Label, Tier
 MAX_DUE_BYTES, MAX_DUE_ENTRIES = 4 << 20, 16
 # Of what a step has to evict and of what is due, together.
 MAX_STEP_BYTES, MAX_STEP_ENTRIES = 32 << 20, 64
+# Blocks of running rows go in groups of so many, or after so many steps.
+MIN_ROW_BLOCKS, MAX_WAIT_STEPS = 8, 8
 # Of the oldest entries so many are looked at in a step when memory is short.
 MAX_LOOKED_AT = 32
 
@@ -43,6 +45,7 @@ class Offloads:
         self._due: dict[Entry, None] = {}  # an ordered set
         self._planned: set[bytes] = set()  # in this step
         self._planned_bytes = 0
+        self._num_steps_waited = 0
 
     @property
     def has_due(self) -> bool:
@@ -83,8 +86,22 @@ class Offloads:
         self._plan_all(islice(oldest, MAX_LOOKED_AT), saves)
 
     def of_due(self, saves: list[SaveOp]) -> None:
+        self._num_steps_waited += 1
+        if self._is_early:
+            return
+        self._num_steps_waited = 0
         for entry in self._plan_all(list(self._due), saves):
             del self._due[entry]
+
+    @property
+    def _is_early(self) -> bool:
+        """Whether only few blocks are due, of rows that run on: soon there are more for one
+        operation."""
+        return (
+            len(self._due) < MIN_ROW_BLOCKS
+            and self._num_steps_waited < MAX_WAIT_STEPS
+            and all(isinstance(e, Block) and e.place is None and e.rows for e in self._due)
+        )
 
     def _plan_all(self, entries: Iterable[Entry], saves: list[SaveOp]) -> list[Entry]:
         """As many as a step may; gives those that need no more thought."""
@@ -122,16 +139,13 @@ class Offloads:
 
     def _plan_in_row(self, block: Block, label: Label, saves: list[SaveOp]) -> None:
         slab_id, slot = self._location(next(iter(block.rows)))
-        index = block.num_tokens // self._block_size - 1
+        number = block.num_tokens // self._block_size - 1
         last = saves[-1] if saves else None
-        if (
-            isinstance(last, OffloadTokens)
-            and (last.slab_id, last.slot) == (slab_id, slot)
-            and last.first_block + len(last.labels) == index
-        ):
-            saves[-1] = OffloadTokens(slab_id, slot, last.first_block, (*last.labels, label))
+        if isinstance(last, OffloadTokens) and last.slab_id == slab_id:
+            slots, numbers = (*last.slots, slot), (*last.numbers, number)
+            saves[-1] = OffloadTokens(slab_id, slots, numbers, (*last.labels, label))
         else:
-            saves.append(OffloadTokens(slab_id, slot, index, (label,)))
+            saves.append(OffloadTokens(slab_id, (slot,), (number,), (label,)))
 
     def _bytes_of(self, entry: Entry) -> int:
         if isinstance(entry, State):

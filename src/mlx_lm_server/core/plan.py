@@ -120,12 +120,12 @@ class OffloadBlocks:
 
 @dataclass(frozen=True, slots=True)
 class OffloadTokens:
-    """Give the tier copies of full blocks in a slot: the first one is block number `first_block` of
-    its row."""
+    """Give the tier copies of full blocks in slots of a slab: of `slots[i]` that which is block
+    number `numbers[i]` of its row."""
 
     slab_id: int
-    slot: int
-    first_block: int
+    slots: tuple[int, ...]
+    numbers: tuple[int, ...]
     labels: tuple[Label, ...]
 
 

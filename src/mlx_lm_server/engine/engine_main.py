@@ -89,6 +89,7 @@ class EngineLoop:
         self._link = link
         self._core = core
         self._idle_since_s: float | None = None
+        self._told_s = 0.0
 
     def run(self, messages: Sequence[ToEngine]) -> None:
         """Until Shutdown. Raises LinkClosed."""
@@ -99,10 +100,16 @@ class EngineLoop:
                 self._idle_since_s = None
             elif not messages:
                 self._rest()
-            if outputs or not self._core.has_work:
+            if outputs or not self._core.has_work or self._is_silent:
                 self._tell(outputs)
             messages = self._link.receive(self._wait_s())
         self._core.close()
+
+    @property
+    def _is_silent(self) -> bool:
+        """Whether nothing was told for a while, as in a long prefill: the server would take this
+        process for hung."""
+        return time.monotonic() - self._told_s >= HEARTBEAT_S
 
     def _wait_s(self) -> float:
         if self._core.waits_for_tier:
@@ -110,6 +117,7 @@ class EngineLoop:
         return 0 if self._core.has_work else HEARTBEAT_S
 
     def _tell(self, outputs: list[RequestOutput]) -> None:
+        self._told_s = time.monotonic()
         self._link.send(Outputs(outputs, self._core.stats()))
 
     def _rest(self) -> None:

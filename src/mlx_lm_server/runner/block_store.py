@@ -188,13 +188,16 @@ class BlockStore:
         self._offload(op.labels, lambda layer, number: self._gather_plane(layer, number, op.places))
 
     def _offload_tokens(self, op: OffloadTokens) -> None:
-        start, count = op.first_block * self._size, len(op.labels)
+        slots, numbers = mx.array(op.slots, mx.int32), mx.array(op.numbers, mx.int32)
 
         def blocks_of(layer: int, number: int) -> mx.array:
             plane = self._storage.slabs[op.slab_id].planes[layer][number]
-            tokens = plane[op.slot, :, start : start + count * self._size]
-            shape = (tokens.shape[0], count, self._size, tokens.shape[2])
-            return tokens.reshape(shape).swapaxes(0, 1)
+            num_slots, kv_heads, capacity, width = plane.shape
+            if capacity % self._size == 0:
+                shape = (num_slots, kv_heads, capacity // self._size, self._size, width)
+                return plane.reshape(shape)[slots, :, numbers]
+            starts = ((slot, n * self._size) for slot, n in zip(op.slots, op.numbers, strict=True))
+            return mx.stack([plane[slot, :, i : i + self._size] for slot, i in starts])
 
         self._offload(op.labels, blocks_of)
 

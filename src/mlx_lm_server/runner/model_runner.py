@@ -159,6 +159,8 @@ class ModelRunner:
         for load in plan.loads:
             self._blocks.load(load)
         self._storage.fresh.clear()
+        if self._drawn is None:
+            self._storage.stages.start()  # and build the forward meanwhile
         if plan.decodes or plan.prefills:
             self._forward, self._is_submitted = self._build(plan), False
 

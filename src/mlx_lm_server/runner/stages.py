@@ -29,6 +29,11 @@ class Stages:
     def __bool__(self) -> bool:
         return bool(self._stages)
 
+    def start(self) -> None:
+        """Submit the first stage already; only where nothing is under way."""
+        if self._stages:
+            mx.async_eval(self._stages[0][0])
+
     def run(self) -> None:
         stages, self._stages = self._stages, []
         for ends, then in stages:

@@ -34,6 +34,7 @@ SMALL = Shape(
     decoder_tokens=60,
     shared_tokens=20,
     turns=3,
+    answer_tokens=6,
     idle_samples=2,
     busy_samples=2,
 )

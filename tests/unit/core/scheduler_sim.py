@@ -244,10 +244,10 @@ class PoolStore:
             case OffloadBlocks(places, labels):
                 for place, label in zip(places, labels, strict=True):
                     self.tier.save(label, self.segments[place.segment_id][place.number])
-            case OffloadTokens(slab_id, slot, first_block, labels):
-                tokens = self.slabs.slabs[slab_id][slot]
-                for number, label in enumerate(labels, first_block):
-                    block = tokens[number * self.block_size : (number + 1) * self.block_size]
+            case OffloadTokens(slab_id, slots, numbers, labels):
+                for slot, number, label in zip(slots, numbers, labels, strict=True):
+                    start = number * self.block_size
+                    block = self.slabs.slabs[slab_id][slot][start : start + self.block_size]
                     assert tuple(block) == label.token_ids
                     self.tier.save(label, block)
             case OffloadState(state_id, label):
