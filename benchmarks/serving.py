@@ -39,7 +39,9 @@ SHIPPED_RATIOS = {
 def shape_of(effort: Effort) -> Shape:
     if not effort.is_quick:
         return Shape()
-    return Shape(64, 16, 1, 512, shared_tokens=128, turns=3, idle_samples=2, busy_samples=3)
+    return Shape(
+        64, 16, 1, 512, shared_tokens=128, turns=3, answer_tokens=64, idle_samples=2, busy_samples=3
+    )
 
 
 class Quiet:
