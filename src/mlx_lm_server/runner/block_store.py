@@ -188,16 +188,23 @@ class BlockStore:
         self._offload(op.labels, lambda layer, number: self._gather_plane(layer, number, op.places))
 
     def _offload_tokens(self, op: OffloadTokens) -> None:
-        slots, numbers = mx.array(op.slots, mx.int32), mx.array(op.numbers, mx.int32)
+        # A run of blocks of one slot is a view; indices would be gathered one by one.
+        runs: list[tuple[int, int, int]] = []  # slot, first block, number of blocks
+        for slot, number in zip(op.slots, op.numbers, strict=True):
+            if runs and runs[-1][0] == slot and sum(runs[-1][1:]) == number:
+                runs[-1] = (slot, runs[-1][1], runs[-1][2] + 1)
+            else:
+                runs.append((slot, number, 1))
 
         def blocks_of(layer: int, number: int) -> mx.array:
             plane = self._storage.slabs[op.slab_id].planes[layer][number]
-            num_slots, kv_heads, capacity, width = plane.shape
-            if capacity % self._size == 0:
-                shape = (num_slots, kv_heads, capacity // self._size, self._size, width)
-                return plane.reshape(shape)[slots, :, numbers]
-            starts = ((slot, n * self._size) for slot, n in zip(op.slots, op.numbers, strict=True))
-            return mx.stack([plane[slot, :, i : i + self._size] for slot, i in starts])
+            parts = []
+            for slot, first, count in runs:
+                start = first * self._size
+                tokens = plane[slot, :, start : start + count * self._size]
+                shape = (plane.shape[1], count, self._size, plane.shape[3])
+                parts.append(tokens.reshape(shape).swapaxes(0, 1))
+            return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
         self._offload(op.labels, blocks_of)
 
