@@ -5,10 +5,8 @@ python -m benchmarks restarts [ttft cost agent] [--quick]
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -25,16 +23,11 @@ from benchmarks.parts import Effort, Findings, console, run_parts
 from benchmarks.prefix import FIRST_ID, LAST_ID, NEW_TOKENS, PREFIX_TOKENS
 from benchmarks.processes import Launch, Server
 from benchmarks.serving import details, measure, no_errors, servers, shape_of
+from benchmarks.tier import cache_folder
 from mlx_lm_server.bench.words import make_text
 
 FLUSH_S = 1.0
 MAX_GAP_MS = 20.0
-
-
-@contextlib.contextmanager
-def cache_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="restarts-") as folder:
-        yield Path(folder)
 
 
 def on_disk(folder: Path, *options: str) -> Launch:

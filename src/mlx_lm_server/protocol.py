@@ -257,6 +257,7 @@ class TierStats(msgspec.Struct, frozen=True, array_like=True):
     limit_bytes: int = 0
     pending_saves: int = 0
     is_paused: bool = False
+    is_open: bool = False
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

@@ -50,6 +50,7 @@ def test_a_conversation_goes_on_after_a_restart(
     question = "What is the capital of Italy?"
     said = content(ask(first, question))
     assert facts(first)["folder"].startswith(str(tmp_path / "cache"))
+    assert facts(first)["is_open"]
     ends(first)
 
     again = start("again.log")

@@ -11,6 +11,9 @@ import msgspec
 import pytest
 
 from mlx_lm_server.config import Config, TierConfig
+from mlx_lm_server.core import restores
+from mlx_lm_server.engine.disk_cache import DiskCache
+from mlx_lm_server.errors import ConfigError
 from mlx_lm_server.protocol import DiskTier
 from mlx_lm_server.runner.record_bytes import parts_of, read_array, to_bytes
 from mlx_lm_server.server.boot import load_message
@@ -25,6 +28,14 @@ FAMILIES = ("llama", "gemma3_text", "qwen3_next", "deepseek_v3", "mamba2", "gpt_
 QUANTISED = ("qwen3", "gemma3_text", "qwen3_next", "deepseek_v3")
 
 [SYSTEM, QUESTION, REPLY, OTHER] = random_prompts(21, (283, 13, 11, 600), VOCAB_SIZE)
+
+
+@pytest.fixture(autouse=True)
+def slow_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is tested is what comes back. These models compute faster than a busy disk reads, and
+    then reading is rightly left off or given up."""
+    monkeypatch.setattr(DiskCache, "read_forecast_s", lambda *_: 0.0)
+    monkeypatch.setattr(restores, "MIN_WAIT_S", 30.0)
 
 
 class Restarts:
@@ -134,6 +145,30 @@ def test_what_a_running_row_has_filled_is_written_through(tmp_path: Path) -> Non
     stop(again)
     engine.finish()
     stop(engine)
+
+
+@pytest.mark.parametrize(("forecast_s", "comes_back"), [(0.0, True), (1e6, False)])
+def test_reading_beats_computing_or_is_not_done(
+    forecast_s: float, comes_back: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restarts = Restarts(write_model("llama", tmp_path / "model"), tmp_path)
+    engine = restarts.start()
+    ask(engine, "a", OTHER)
+    stop(engine)
+    monkeypatch.setattr(DiskCache, "read_forecast_s", lambda *_: forecast_s)
+    engine = restarts.start()
+    ask(engine, "b", OTHER)
+    assert (engine.reports["b"].num_cached_tokens > 0) == comes_back
+    stop(engine)
+
+
+def test_a_folder_that_can_never_be_one_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in ("file", "file/below"):
+        config = Config(tier=TierConfig(ssd_cache_dir=str(tmp_path / folder)))
+        with pytest.raises(ConfigError, match=r"--ssd-cache-dir .*file.* is no folder"):
+            load_message(config, tmp_path)
+    assert load_message(Config(tier=TierConfig(ssd_cache_dir=str(tmp_path / "new"))), tmp_path)
 
 
 def test_another_model_finds_nothing(tmp_path: Path) -> None:

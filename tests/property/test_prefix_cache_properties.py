@@ -151,6 +151,8 @@ def check_references(sim: Simulation) -> None:
     assert len(places) == len(set(places)) == cache.store.num_blocks
     stored = [e for e in cache.store._lru if isinstance(e, Block)]
     assert all(index.block(block.name) is block for block in stored)
+    due = [e for e in cache.store._offloads._due if isinstance(e, Block)]
+    assert all(index.block(block.name) is block for block in due), "kept for what is gone"
 
 
 @pytest.mark.parametrize("writes_through", [None, False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import openai
@@ -31,11 +32,13 @@ def test_comments_come_until_the_first_token_and_the_sdk_skips_them(start: Any) 
 def test_comments_come_between_tokens_where_these_give_no_text(start: Any) -> None:
     server = start(flags={"--keep-alive-s": "0.1"}, engine={"step_s": 0.05})
     body = {"prompt": "ab" + "<user>" * 16 + "cd", "max_tokens": 20, "stream": True}
+    begun = time.monotonic()
     with server.client.stream("POST", "/v1/completions", json=body) as response:
         lines = [line for line in response.iter_lines() if line]
+    most = (time.monotonic() - begun) / 0.1
     texts = [line for line in lines if '"text":"' in line and '"text":""' not in line]
     between = lines[lines.index(texts[0]) : lines.index(texts[-1])]
-    assert 2 <= between.count(": keep-alive") <= 9
+    assert 2 <= between.count(": keep-alive") <= most
     assert lines[-1] == "data: [DONE]"
 
 

@@ -267,6 +267,7 @@ class CacheStore:
         """Blocks that nobody holds any more."""
         for block in blocks:
             if block.place is None and not block.rows:
+                self._offloads.drop(block)
                 self._index.remove(block)
 
     def _oldest(self) -> Block | State | None:
@@ -284,7 +285,6 @@ class CacheStore:
             self._drop_state(entry)
             return
         self._offloads.before_eviction(entry, self._saves)
-        self._offloads.drop(entry)
         del self._lru[entry]
         self._pool.remove(entry)
         self.forget([entry])

@@ -69,7 +69,7 @@ class Offloads:
         self._due.update((entry, None) for entry in entries if not self._is_stored(entry))
 
     def drop(self, entry: Entry) -> None:
-        """It is in memory no more."""
+        """Neither the pool nor a row has it any more."""
         self._due.pop(entry, None)
 
     def before_eviction(self, entry: Entry, saves: list[SaveOp]) -> None:
@@ -100,14 +100,14 @@ class Offloads:
         return (
             len(self._due) < MIN_ROW_BLOCKS
             and self._num_steps_waited < MAX_WAIT_STEPS
-            and all(isinstance(e, Block) and e.place is None and e.rows for e in self._due)
+            and all(isinstance(entry, Block) and entry.place is None for entry in self._due)
         )
 
     def _plan_all(self, entries: Iterable[Entry], saves: list[SaveOp]) -> list[Entry]:
         """As many as a step may; gives those that need no more thought."""
         settled = []
         for entry in entries:
-            if not (_is_gone(entry) or self._is_stored(entry)):
+            if not self._is_stored(entry):
                 num_bytes = self._planned_bytes + self._bytes_of(entry)
                 is_much = len(self._planned) >= MAX_DUE_ENTRIES or num_bytes > MAX_DUE_BYTES
                 if (is_much and self._planned) or not self._tier.has_room(num_bytes):
@@ -138,6 +138,7 @@ class Offloads:
             saves.append(OffloadBlocks((entry.place,), (label,)))
 
     def _plan_in_row(self, block: Block, label: Label, saves: list[SaveOp]) -> None:
+        assert block.rows, "only what the pool or a row holds is offloaded"
         slab_id, slot = self._location(next(iter(block.rows)))
         number = block.num_tokens // self._block_size - 1
         last = saves[-1] if saves else None
@@ -151,8 +152,3 @@ class Offloads:
         if isinstance(entry, State):
             return entry.num_bytes
         return self._block_bytes * len(entry.token_ids) // self._block_size
-
-
-def _is_gone(entry: Entry) -> bool:
-    """Whether neither the pool nor a row has it any more."""
-    return isinstance(entry, Block) and entry.place is None and not entry.rows

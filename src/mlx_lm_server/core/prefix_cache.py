@@ -114,9 +114,7 @@ class PrefixCache:
 
     def restore(self, request: Request, compute_s: ComputeS, now_s: float) -> bool:
         """Whether the request should wait: the tier brings back what it would have to compute."""
-        if not self.is_on or request.sampling.prompt_logprobs is not None:
-            return False
-        return self.restores.begin(request, compute_s, now_s)
+        return self._may_skip(request) and self.restores.begin(request, compute_s, now_s)
 
     def next_state_point(self, request: Request) -> int | None:
         """Where the next chunk of the request has to end at the latest, so that its state can be

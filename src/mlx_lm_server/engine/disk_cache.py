@@ -138,6 +138,7 @@ class DiskCache:
             limit_bytes=numbers.limit_bytes,
             pending_saves=numbers.pending_saves,
             is_paused=numbers.is_paused,
+            is_open=self._store.is_open,
         )
 
 

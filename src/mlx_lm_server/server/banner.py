@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,7 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from mlx_lm_server import __version__
-from mlx_lm_server.config import Config
+from mlx_lm_server.config import Config, TierConfig
 from mlx_lm_server.protocol import LoadProgress, Ready
 from mlx_lm_server.server.served_model import ServedModel
 
@@ -81,12 +82,17 @@ def _facts(config: Config, model: ServedModel, ready: Ready, url: str) -> Table:
         "context": f"{model.bounds.context_tokens:,} tokens",
         "KV memory": kv_tokens,
         "batch": f"{config.batching.max_batch_size} rows, {config.batching.max_queue_size} queued",
-        "disk cache": f"{config.tier.ssd_policy}, {ready.disk_tier}" if ready.disk_tier else "off",
+        "disk cache": _disk_cache(config.tier, ready),
         "URL": url,
     }
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/bold]", escape(value))
     return table
+
+
+def _disk_cache(config: TierConfig, ready: Ready) -> str:
+    """With the folder of all models; that of this one is in /health."""
+    return f"{config.ssd_policy}, {Path(ready.disk_tier).parent}" if ready.disk_tier else "off"
 
 
 def _examples(config: Config, name: str, url: str) -> str:

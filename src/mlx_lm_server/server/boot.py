@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_lm_server.config import Config, TierConfig
+from mlx_lm_server.errors import ConfigError
 from mlx_lm_server.protocol import DiskTier, LoadModel, Ready
 from mlx_lm_server.server.banner import StartDisplay
 from mlx_lm_server.server.model_files import (
@@ -91,8 +93,14 @@ def load_message(config: Config, folder: Path) -> LoadModel:
 
 
 def _disk_tier(config: TierConfig) -> DiskTier:
+    """Raises ConfigError where the folder can never be one. What may pass (a full disk, a folder
+    that nobody may write to now) only leaves the tier empty."""
+    folder = Path(config.ssd_cache_dir).expanduser().absolute()
+    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    if not nearest.is_dir():
+        raise ConfigError(f"--ssd-cache-dir {folder}: {nearest} is no folder")
     return DiskTier(
-        folder=str(Path(config.ssd_cache_dir).expanduser().absolute()),
+        folder=str(folder),
         writes_through=config.ssd_policy == "write_through",
         is_persistent=config.ssd_durability == "persistent",
         async_writes=config.ssd_async_writes,

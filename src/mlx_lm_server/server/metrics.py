@@ -64,6 +64,7 @@ TIER_GAUGES = {
     "limit_bytes": "Most bytes that may be on disk.",
     "pending_saves": "Records that wait for the writer.",
     "is_paused": "1 while writes fail and none is tried.",
+    "is_open": "1 once the folder could be read.",
 }
 
 
