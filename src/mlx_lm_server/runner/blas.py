@@ -6,7 +6,7 @@ dynamic linker resolves MLX's `cblas_sgemm` to the first library that offers the
 `scipy-openblas32` prefixes its symbols with `scipy_`; a copy with the plain names is made once
 with patchelf and kept in the user's cache folder.
 
-In front of it goes `native/small_gemm.c`, products with few rows at the speed of memory, where the
+In front of it goes `native/products`, products with few rows at the speed of memory, where the
 machine has a C compiler (docs/adr/0003).
 
 This module must not import mlx.
@@ -171,4 +171,4 @@ def _load_small_gemm() -> ctypes.CDLL | None:
     not be called before `small_gemm_init`."""
     if not {"avx2", "fma"} <= native.cpu_flags():
         return None
-    return native.load("small_gemm", ctypes.RTLD_GLOBAL)
+    return native.load("products", ctypes.RTLD_GLOBAL)

@@ -8,7 +8,7 @@ With x = code · scale + bias for each group g of a key's numbers (V alike),
 so that only the codes are as many as the numbers. Where a head has several groups, each query
 becomes one row per group, zero outside it; then one product with all codes does for all groups.
 
-MLX must turn codes into floats to multiply them, in memory. `native/small_gemm.c`, where it stands
+MLX must turn codes into floats to multiply them, in memory. `native/products`, where it stands
 in front of the BLAS, does it in registers (docs/adr/0005).
 """
 

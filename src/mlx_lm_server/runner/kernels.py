@@ -1,4 +1,4 @@
-"""The arithmetic of attention: MLX's fused kernel, and plain operations for x86 CPUs."""
+"""The arithmetic of attention: MLX's fused kernel, and one for x86 CPUs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_lm_server.runner import code_products, fast_math
+from mlx_lm_server.runner import chunk_attention, code_products, fast_math
 from mlx_lm_server.runner.kv_quantisation import PackedKV, is_metal
 from mlx_lm_server.runner.kv_storage import Stored, read
 
@@ -57,8 +57,8 @@ class AttentionKernel(Protocol):
         sinks: mx.array | None = None,
     ) -> mx.array:
         """q `[heads, L, dim]`, whose first query comes after `start` keys; k and v
-        `[kv_heads, start + L, dim]` → `[heads, L, dim]`. A query sees the last `window` keys up to
-        its own."""
+        `[kv_heads, start + L, dim]`, whose rows lie one after the other → `[heads, L, dim]`. A
+        query sees the last `window` keys up to its own."""
 
 
 class FusedKernel:
@@ -104,12 +104,13 @@ class CpuKernel:
 
     Against MLX's fallback it skips what lies above the causal diagonal and before the window,
     folds the query heads of a KV head into one matrix, divides after the product with V, and has a
-    vectorised exp.
+    vectorised exp. Chunks are done in C where it can be compiled.
     """
 
     def __init__(self) -> None:
         self._exp_below = fast_math.BoundedCompile(_exp_below)
         self._products = code_products.choose_products()
+        self._has_native_chunks = _are_native_chunks_right(self)
 
     def decode(
         self,
@@ -144,6 +145,21 @@ class CpuKernel:
         window: int | None = None,
         sinks: mx.array | None = None,
     ) -> mx.array:
+        if self._has_native_chunks and chunk_attention.can_attend(q.shape[-1], v.shape[-1]):
+            return chunk_attention.attend(q, k, v, scale, start, window, sinks)
+        return self.plain_chunk(q, k, v, scale, start, window, sinks)
+
+    def plain_chunk(
+        self,
+        q: mx.array,
+        k: mx.array,
+        v: mx.array,
+        scale: float,
+        start: int,
+        window: int | None = None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """`chunk` in MLX's own operations."""
         heads, length, dim = q.shape
         kv_heads = k.shape[0]
         grouped = (q * scale).reshape(kv_heads, heads // kv_heads, length, dim)
@@ -253,6 +269,17 @@ def _sees(start: int, length: int, first: int, end: int, window: int | None) -> 
     """`[length, end - first]`: whether query `start + i` sees key `first + j`."""
     ages = mx.arange(start, start + length)[:, None] - mx.arange(first, end)[None]
     return ages >= 0 if window is None else (ages >= 0) & (ages < window)
+
+
+def _are_native_chunks_right(kernel: CpuKernel) -> bool:
+    """Whether `chunk_attention` gives what plain operations give. There are fewer keys than a query
+    has numbers, so that a BLAS that takes it for a product stays inside the arrays."""
+    heads, kv_heads, num_keys, dim = 4, 2, 40, 64
+    numbers = mx.sin(mx.arange((heads + 2 * kv_heads) * num_keys * dim)).reshape(-1, num_keys, dim)
+    q, k, v = numbers[:heads, :7], numbers[heads : heads + kv_heads], numbers[heads + kv_heads :]
+    ours = chunk_attention.attend(q, k, v, dim**-0.5, num_keys - 7)
+    plain = kernel.plain_chunk(q, k, v, dim**-0.5, num_keys - 7)
+    return bool(mx.allclose(ours, plain, rtol=1e-4, atol=1e-5))
 
 
 def choose_kernel(dtype: mx.Dtype) -> AttentionKernel:

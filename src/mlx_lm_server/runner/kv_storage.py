@@ -286,7 +286,7 @@ class KVStorage:
                 whole = mx.concatenate([plane[slot][:, before], new], axis=1)
             last = mx.depends([new[:, -kept:]], [whole])[0]
             plane[slot, :, places] = last
-            seen.append(whole)
+            seen.append(mx.contiguous(whole))
         self._written_unread.add((slab_id, layer))
         return shape.read_planes(seen)
 

@@ -1,4 +1,4 @@
-"""The draw of a whole batch in C, for CPUs: `native/draw.c` on the buffers of evaluated arrays.
+"""The draw of a whole batch in C, for CPUs: `native/draw` on the buffers of evaluated arrays.
 
 `race.py` says the same with arrays, for GPUs and machines without a compiler. There a row of 8192
 costs thirty passes over memory, here it stays in the cache (docs/adr/0004).

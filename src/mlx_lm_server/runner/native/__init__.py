@@ -12,6 +12,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 COMPILE_TIMEOUT_S = 60
@@ -21,12 +22,14 @@ LINK_OPTIONS = ("-fPIC", "-shared", "-pthread")
 
 
 def load(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL | None:
-    """The library made of `name`.c beside this file; None where it cannot be compiled here."""
-    source = Path(__file__).parent / f"{name}.c"
+    """The library made of the folder `name` beside this file; None where it cannot be compiled
+    here."""
+    folder = Path(__file__).parent / name
     machine = " ".join([platform.machine(), *sorted(cpu_flags()), *OPTIONS])
-    identity = hashlib.sha256(source.read_bytes() + machine.encode()).hexdigest()[:16]
+    code = b"".join(file.read_bytes() for file in sorted(folder.glob("*.[ch]")))
+    identity = hashlib.sha256(code + machine.encode()).hexdigest()[:16]
     target = cache_folder() / f"{name}-{identity}.so"
-    if not target.exists() and not _compile(source, target):
+    if not target.exists() and not _compile(sorted(folder.glob("*.c")), target):
         return None
     try:
         return ctypes.CDLL(str(target), mode)
@@ -48,7 +51,7 @@ def cpu_flags() -> set[str]:
     return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-def _compile(source: Path, target: Path) -> bool:
+def _compile(sources: Sequence[Path], target: Path) -> bool:
     """Atomic, so that two engines that start at once do not see half a file."""
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
@@ -58,7 +61,7 @@ def _compile(source: Path, target: Path) -> bool:
         with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
             built = Path(scratch) / target.name
             subprocess.run(
-                [compiler, *OPTIONS, *LINK_OPTIONS, "-o", str(built), str(source)],
+                [compiler, *OPTIONS, *LINK_OPTIONS, "-o", str(built), *map(str, sources)],
                 check=True,
                 capture_output=True,
                 timeout=COMPILE_TIMEOUT_S,

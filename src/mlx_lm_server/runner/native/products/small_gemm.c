@@ -17,72 +17,31 @@
  * blocks that stay in the second-level cache while all tiles of rows pass over them. Blocks of B
  * are shared out to threads that spin for a moment and then sleep.
  */
-#define _GNU_SOURCE
-#include <immintrin.h>
-#include <limits.h>
-#include <linux/futex.h>
-#include <pthread.h>
 #include <math.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
 
-#if defined(__AVX512F__)
-#define WIDTH 16
-#define TILE_ROWS 8
-#define TILE_COLS 3
-typedef __m512 vec;
-#define vec_zero() _mm512_setzero_ps()
-#define vec_load(p) _mm512_loadu_ps(p)
-#define vec_store(p, v) _mm512_storeu_ps(p, v)
-#define vec_fill(x) _mm512_set1_ps(x)
-#define vec_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
-#define vec_of_bytes(x) _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x))
-#define load_bytes(p) _mm_loadu_si128((const __m128i *)(p))
-#define load_half_bytes(p) _mm_loadl_epi64((const __m128i *)(p))
-static inline __m128 fold(vec v) {
-  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v),
-                              _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-#elif defined(__AVX2__) && defined(__FMA__)
-#define WIDTH 8
-#define TILE_ROWS 4
-#define TILE_COLS 3
-typedef __m256 vec;
-#define vec_zero() _mm256_setzero_ps()
-#define vec_load(p) _mm256_loadu_ps(p)
-#define vec_store(p, v) _mm256_storeu_ps(p, v)
-#define vec_fill(x) _mm256_set1_ps(x)
-#define vec_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
-#define vec_of_bytes(x) _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x))
-#define load_bytes(p) _mm_loadl_epi64((const __m128i *)(p))
-#define load_half_bytes(p) _mm_loadu_si32(p)
-static inline __m128 fold(vec v) {
-  return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-}
-#else
-#error "needs AVX2 and FMA, or AVX-512"
-#endif
+#include "attention.h"
+#include "threads.h"
+#include "vectors.h"
 
-#define INLINE static inline __attribute__((always_inline))
-#define MIN(a, b) ((a) < (b) ? (a) : (b))
-/* The sums live in registers only if the loops over them vanish. */
-#define UNROLL _Pragma("GCC unroll 8")
+enum { TILE_ROWS = WIDTH == 16 ? 8 : 4, TILE_COLS = 3 };
 
 /* What B consists of, and how the caller says so. */
 enum { FLOATS, BYTES, NIBBLES };
-#define BYTES_ALPHA 0x1p-108f
 #define NIBBLES_ALPHA 0x1p-104f
+#define BYTES_ALPHA 0x1p-108f
+/* The address of A instead of a product; and attention, for which A is what attention.h calls
+ * `packed` and B the values. */
+#define ADDRESS_ALPHA 0x1p-112f
+#define ATTENTION_ALPHA 0x1p-116f
 
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
 enum { MAX_ROWS = 64, MAX_NN_ROWS = 16, MAX_NN_COLS = 256, NN_VECS = 4, NN_ROWS = 4 };
 enum { MIN_ALIGNED_ROWS = 8, MIN_ALIGNED_COLS = 128 };
-enum { BLOCK_BYTES = 192 * 1024, MAX_THREADS = 64 };
+enum { BLOCK_BYTES = 192 * 1024 };
 /* Below this many multiplications a product is not worth waking a thread for. */
 enum { MIN_SHARED_WORK = 400 * 1000 };
 
@@ -173,7 +132,7 @@ static void nt_any_tile(int rows, int cols, long depth, const float *a, long lda
     TILE_OF(2)
     TILE_OF(3)
     TILE_OF(4)
-#if TILE_ROWS == 8
+#if WIDTH == 16
     TILE_OF(5)
     TILE_OF(6)
     TILE_OF(7)
@@ -212,7 +171,8 @@ static void nt_block(const product *p, int first, int following) {
     }
 }
 
-static void nt_blocks(product *p) {
+static void nt_blocks(void *work) {
+  product *p = work;
   for (int first = take_block(p), following; first < p->cols; first = following) {
     following = take_block(p);
     nt_block(p, first, following);
@@ -301,70 +261,11 @@ static int codes_product(int format, int is_plain, int trans_b, int m, int n, in
   return 1;
 }
 
-/* ---- threads
- *
- * A product is open while its caller works on it. A helper that comes in time takes blocks; the
- * caller waits for those who did, never for one that the system has not scheduled yet.
- */
-
-static struct {
-  pthread_mutex_t owner; /* one product at a time is shared out; a second caller works alone */
-  int num_helpers;
-  long spin_ns;
-  product work;
-  atomic_int round, is_open, active, sleepers;
-} pool = {.owner = PTHREAD_MUTEX_INITIALIZER};
-
-static long now_ns(void) {
-  struct timespec t;
-  clock_gettime(CLOCK_MONOTONIC, &t);
-  return t.tv_sec * 1000000000L + t.tv_nsec;
-}
-
-static int next_round(int seen) {
-  long until = now_ns() + pool.spin_ns;
-  int round;
-  while ((round = atomic_load(&pool.round)) == seen) {
-    for (int i = 0; i < 64; i++) _mm_pause();
-    if (now_ns() < until) continue;
-    atomic_fetch_add(&pool.sleepers, 1);
-    syscall(SYS_futex, &pool.round, FUTEX_WAIT_PRIVATE, seen, NULL, NULL, 0);
-    atomic_fetch_sub(&pool.sleepers, 1);
-  }
-  return round;
-}
-
-static void *help(void *unused) {
-  for (int seen = 0;;) {
-    seen = next_round(seen);
-    atomic_fetch_add(&pool.active, 1);
-    if (atomic_load(&pool.is_open)) nt_blocks(&pool.work);
-    atomic_fetch_sub(&pool.active, 1);
-  }
-  return unused;
-}
-
-static void nt_shared(product *p) {
-  if (pool.num_helpers == 0 || pthread_mutex_trylock(&pool.owner) != 0) {
-    nt_blocks(p);
-    return;
-  }
-  pool.work = *p;
-  atomic_store(&pool.is_open, 1);
-  atomic_fetch_add(&pool.round, 1);
-  if (atomic_load(&pool.sleepers) > 0)
-    syscall(SYS_futex, &pool.round, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
-  nt_blocks(&pool.work);
-  atomic_store(&pool.is_open, 0);
-  while (atomic_load(&pool.active) > 0) _mm_pause();
-  pthread_mutex_unlock(&pool.owner);
-}
-
 /* ---- the door */
 
 static int block_columns(int cols, long depth) {
   long fitting = BLOCK_BYTES / (depth * (long)sizeof(float));
-  long share = cols / (4 * (pool.num_helpers + 1)); /* a few blocks for each thread */
+  long share = cols / (4 * num_threads()); /* a few blocks for each thread */
   long block = MIN(fitting, share) / TILE_COLS * TILE_COLS;
   return block < 4 * TILE_COLS ? 4 * TILE_COLS : (int)block;
 }
@@ -387,14 +288,33 @@ static void align_rows(product *p) {
   p->lda = p->depth;
 }
 
+static void fill_nan(int m, int n, float *c, int ldc) {
+  for (long i = 0; i < m; i++)
+    for (long j = 0; j < n; j++) c[i * ldc + j] = NAN;
+}
+
+/* What the caller says by `alpha`. */
+static void other_product(int is_plain, int trans_b, int m, int n, int k, float alpha, const float *a,
+                          int lda, const float *b, int ldb, float *c, int ldc) {
+  int is_done = 0;
+  if (alpha == BYTES_ALPHA || alpha == NIBBLES_ALPHA) {
+    int format = alpha == BYTES_ALPHA ? BYTES : NIBBLES;
+    is_done = codes_product(format, is_plain, trans_b, m, n, k, a, lda, b, ldb, c, ldc);
+  } else if (alpha == ADDRESS_ALPHA) {
+    is_done = is_plain && (size_t)n * sizeof *c == sizeof a;
+    if (is_done) memcpy(c, &a, sizeof a);
+  } else if (is_plain && trans_b == NO_TRANS && ldb == n && ldc == n && can_attend(a, n)) {
+    attend(a, b, k, n, c);
+    is_done = 1;
+  }
+  if (!is_done) fill_nan(m, n, c, ldc);
+}
+
 void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha,
                  const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc) {
-  if (alpha == BYTES_ALPHA || alpha == NIBBLES_ALPHA) {
-    int is_aligned = order == ROW_MAJOR && trans_a == NO_TRANS && k > 0;
-    int format = alpha == BYTES_ALPHA ? BYTES : NIBBLES;
-    if (!codes_product(format, is_aligned, trans_b, m, n, k, a, lda, b, ldb, c, ldc))
-      for (long i = 0; i < m; i++)
-        for (long j = 0; j < n; j++) c[i * ldc + j] = NAN;
+  if (alpha >= ATTENTION_ALPHA && alpha <= NIBBLES_ALPHA) {
+    int is_plain = order == ROW_MAJOR && trans_a == NO_TRANS && k > 0;
+    other_product(is_plain, trans_b, m, n, k, alpha, a, lda, b, ldb, c, ldc);
     return;
   }
   int is_plain = order == ROW_MAJOR && trans_a == NO_TRANS && alpha == 1.0f && beta == 0.0f && k > 0;
@@ -402,7 +322,7 @@ void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float
     product p = {m, n, k, a, b, lda, ldb, c, ldc, block_columns(n, k), 0};
     if (m >= MIN_ALIGNED_ROWS && n >= MIN_ALIGNED_COLS) align_rows(&p);
     if ((double)m * n * k < MIN_SHARED_WORK) nt_blocks(&p);
-    else nt_shared(&p);
+    else share_out(nt_blocks, &p);
   } else if (is_plain && trans_b == NO_TRANS && m <= MAX_NN_ROWS && n <= MAX_NN_COLS && n % WIDTH == 0) {
     nn_product(FLOATS, m, n, k, a, lda, b, ldb, c, ldc);
   } else {
@@ -413,12 +333,5 @@ void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float
 /* `full` is the cblas_sgemm of a whole BLAS; `num_threads` counts the caller. Call once. */
 void small_gemm_init(void *full, int num_threads, int spin_us) {
   full_sgemm = (sgemm)full;
-  pool.spin_ns = spin_us * 1000L;
-  int wanted = MIN(num_threads, MAX_THREADS) - 1;
-  for (int i = 0; i < wanted; i++) {
-    pthread_t thread;
-    if (pthread_create(&thread, NULL, help, NULL) != 0) break;
-    pthread_detach(thread);
-    pool.num_helpers++;
-  }
+  start_helpers(num_threads, spin_us);
 }

@@ -1,0 +1,60 @@
+/* Vectors of floats as wide as the CPU has them: AVX-512, or AVX2 with FMA. */
+#pragma once
+#include <immintrin.h>
+
+#if defined(__AVX512F__)
+#define WIDTH 16
+typedef __m512 vec;
+#define vec_zero() _mm512_setzero_ps()
+#define vec_load(p) _mm512_loadu_ps(p)
+#define vec_store(p, v) _mm512_storeu_ps(p, v)
+#define vec_fill(x) _mm512_set1_ps(x)
+#define vec_add(a, b) _mm512_add_ps(a, b)
+#define vec_sub(a, b) _mm512_sub_ps(a, b)
+#define vec_mul(a, b) _mm512_mul_ps(a, b)
+#define vec_max(a, b) _mm512_max_ps(a, b)
+#define vec_fma(a, b, c) _mm512_fmadd_ps(a, b, c)
+#define vec_unless_less(x, bound, v) \
+  _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, bound, _CMP_GE_OQ), v)
+#define vec_times_power(v, n)                                   \
+  _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(v), \
+                                       _mm512_slli_epi32(_mm512_castps_si512(n), 23)))
+#define vec_of_bytes(x) _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x))
+#define load_bytes(p) _mm_loadu_si128((const __m128i *)(p))
+#define load_half_bytes(p) _mm_loadl_epi64((const __m128i *)(p))
+static inline __m128 fold(vec v) {
+  __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v),
+                              _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+#elif defined(__AVX2__) && defined(__FMA__)
+#define WIDTH 8
+typedef __m256 vec;
+#define vec_zero() _mm256_setzero_ps()
+#define vec_load(p) _mm256_loadu_ps(p)
+#define vec_store(p, v) _mm256_storeu_ps(p, v)
+#define vec_fill(x) _mm256_set1_ps(x)
+#define vec_add(a, b) _mm256_add_ps(a, b)
+#define vec_sub(a, b) _mm256_sub_ps(a, b)
+#define vec_mul(a, b) _mm256_mul_ps(a, b)
+#define vec_max(a, b) _mm256_max_ps(a, b)
+#define vec_fma(a, b, c) _mm256_fmadd_ps(a, b, c)
+#define vec_unless_less(x, bound, v) _mm256_and_ps(_mm256_cmp_ps(x, bound, _CMP_GE_OQ), v)
+#define vec_times_power(v, n)                                   \
+  _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(v), \
+                                       _mm256_slli_epi32(_mm256_castps_si256(n), 23)))
+#define vec_of_bytes(x) _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x))
+#define load_bytes(p) _mm_loadl_epi64((const __m128i *)(p))
+#define load_half_bytes(p) _mm_loadu_si32(p)
+static inline __m128 fold(vec v) {
+  return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+}
+#else
+#error "needs AVX2 and FMA, or AVX-512"
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+#define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
+/* The sums live in registers only if the loops over them vanish. */
+#define UNROLL _Pragma("GCC unroll 8")
