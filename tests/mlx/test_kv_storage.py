@@ -5,16 +5,20 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
+from mlx_lm_server.core.block import Place
 from mlx_lm_server.core.plan import (
+    CreateSegment,
     CreateSlab,
     DecodeRow,
     DropSlab,
     MoveRow,
     PrefillChunk,
     ResizeSlab,
+    SaveBlocks,
     StepPlan,
 )
 from mlx_lm_server.runner.attention import LayerCache
+from mlx_lm_server.runner.block_store import BlockStore
 from mlx_lm_server.runner.kernels import AttentionKernel, CpuKernel, FusedKernel
 from mlx_lm_server.runner.kv_storage import KVStorage, LayerShape
 from mlx_lm_server.runner.step_layout import layout_of
@@ -125,6 +129,24 @@ def test_decode_steps_write_in_place_and_peak_memory_stays_flat(kernel: Attentio
         plan = plan_of(*(DecodeRow(row, 0, row, 100 + step) for row in range(8)))
         mx.eval(forward(storage, kernel, plan, k, v, q))
     assert mx.get_peak_memory() - before < slab_bytes / 4
+
+
+def test_the_last_blocks_of_a_long_row_are_saved_without_a_copy_of_the_row() -> None:
+    storage = storage_with(CreateSlab(0, 1, 4096))
+    store = BlockStore(storage, None, 16)
+    keys = storage.slabs[0].planes[0]
+    keys[0] = mx.random.normal(keys[0].shape)
+    last = mx.array(keys[0][0, :, 4000:4020])
+    store.save(CreateSegment(0, 16))
+    mx.eval(last, storage.slabs[0].planes, store._segments[0])
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    store.save(SaveBlocks(0, 0, 250, 4020, (Place(0, 3), Place(0, 7))))
+    storage.stages.run()
+    assert mx.get_peak_memory() - before < keys[0].nbytes / 4
+    saved = store._segments[0][0][0]
+    assert mx.array_equal(saved[3], last[:, :16])
+    assert mx.array_equal(saved[7, :, :4], last[:, 16:])
 
 
 @pytest.mark.parametrize("start", [0, 5, 300])

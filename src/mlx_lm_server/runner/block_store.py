@@ -148,7 +148,7 @@ class BlockStore:
                     slots = self._storage.slabs[op.slab_id].planes[layer]
                     pool = self._segments[segment_id][self._full.index(layer)]
                     for source, target in zip(slots, pool, strict=True):
-                        self._save_plane(source[op.slot], target, places, first, num_full, op)
+                        self._save_plane(source[op.slot, :], target, places, first, num_full, op)
                         written.append(target)
                 self._storage.stages.add(written)
             first += len(places)

@@ -283,7 +283,7 @@ class KVStorage:
         for plane, new in zip(planes, shape.to_planes(keys, values), strict=True):
             whole = new
             if num_before:
-                whole = mx.concatenate([plane[slot][:, before], new], axis=1)
+                whole = mx.concatenate([plane[slot, :][:, before], new], axis=1)
             last = mx.depends([new[:, -kept:]], [whole])[0]
             plane[slot, :, places] = last
             seen.append(mx.contiguous(whole))

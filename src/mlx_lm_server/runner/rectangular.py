@@ -152,9 +152,9 @@ class ChunkCache(_FetchedCache):
         chunk, layer, storage = self._chunk, self._layer, self._storage
         place = (layer, chunk.slab_id, chunk.slot)
         if self._shape.window is not None:
-            k, v = storage.extend_ring(*place, chunk.start, keys[0], values[0])
+            k, v = storage.extend_ring(*place, chunk.start, keys[0, :], values[0, :])
         else:
-            storage.write_chunk(*place, chunk.start, keys[0], values[0])
+            storage.write_chunk(*place, chunk.start, keys[0, :], values[0, :])
             k, v = storage.read_row(*place, chunk.start + keys.shape[2])
         self.offset = chunk.start + keys.shape[2]
         self._fetched = k[None], v[None]
