@@ -1,6 +1,6 @@
-"""The products of one decode step, weights only, against the bandwidth of memory.
+"""The products of one decode step, weights only, against the bandwidth of memory; and attention.
 
-    python -m benchmarks blas [products] [--quick]
+    python -m benchmarks blas [products attention] [--quick]
 
 Each BLAS runs in a process of its own with one thread; times are CPU times, so that a busy
 neighbour hardly shows.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from statistics import median
 from time import process_time
 
 from benchmarks import reaper
@@ -22,6 +23,9 @@ LAYER = ((512, 512), (256, 512), (256, 512), (512, 512), (1536, 512), (1536, 512
 NUM_LAYERS = 8
 HEAD = (8192, 512)
 ROWS = (1, 2, 4, 8, 16, 32, 64)
+# Chunks of a prompt: new tokens, and the tokens before them. Heads as in that model.
+CHUNKS = ((20, 2000), (64, 1000), (512, 0), (512, 1536), (128, 3000))
+HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
 
 
 def products(effort: Effort) -> Findings:
@@ -38,6 +42,48 @@ def products(effort: Effort) -> Findings:
     return claims, {"openblas": openblas, "small_gemm": ours}
 
 
+def attention(effort: Effort) -> Findings:
+    """Nanoseconds a score of a chunk's attention: MLX's own, our plain operations, and C."""
+    found = _run("attention", 3 if effort.is_quick else 5 * effort.rounds)
+    claims = []
+    for new, before in CHUNKS:
+        label = f"{new} after {before}"
+        times = {name: found[f"{label}: {name}"] for name in ("mlx", "plain", "native")}
+        shown = "   ".join(f"{name} {ns:5.1f}" for name, ns in times.items())
+        console.print(f"  {label:14} {shown} ns a score")
+        claims.append(Claim(f"{label}: plain over C", times["plain"] / times["native"]))
+    return claims, found
+
+
+def _measure_attention(repeats: int) -> dict[str, float]:
+    from mlx_lm_server.runner import blas, host_memory
+
+    blas.preload(1)
+    host_memory.keep_freed_blocks()
+    import mlx.core as mx
+
+    from mlx_lm_server.runner.kernels import CpuKernel, FusedKernel
+
+    mx.set_default_device(mx.Device(mx.cpu))
+    ours = CpuKernel()
+    kernels = {"mlx": FusedKernel().chunk, "plain": ours.plain_chunk, "native": ours.chunk}
+    found = {}
+    for new, before in CHUNKS:
+        k, v = mx.random.normal((2, KV_HEADS, before + new, HEAD_DIM))
+        q = mx.random.normal((HEADS, new, HEAD_DIM))
+        mx.eval(k, v, q)
+        times: dict[str, list[float]] = {name: [] for name in kernels}
+        for _ in range(repeats + 1):
+            for name, kernel in kernels.items():
+                begun = process_time()
+                mx.eval(kernel(q, k, v, HEAD_DIM**-0.5, before))
+                times[name].append(process_time() - begun)
+        num_scores = HEADS * new * (before + (new + 1) / 2)
+        for name, taken in times.items():
+            found[f"{new} after {before}: {name}"] = median(taken[1:]) / num_scores * 1e9
+    return found
+
+
 def _run(name: str, repeats: int) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.products", "--child", name, str(repeats)]
     child = reaper.start(command, stdout=subprocess.PIPE)
@@ -49,6 +95,10 @@ def _run(name: str, repeats: int) -> dict[str, float]:
 
 
 def _measure(name: str, repeats: int) -> dict[str, float]:
+    return _measure_attention(repeats) if name == "attention" else _measure_products(name, repeats)
+
+
+def _measure_products(name: str, repeats: int) -> dict[str, float]:
     from mlx_lm_server.runner import blas, host_memory
 
     blas.preload(1, with_small_gemm=name == "small_gemm")
@@ -78,7 +128,7 @@ def _measure(name: str, repeats: int) -> dict[str, float]:
     return found
 
 
-PARTS = {"products": products}
+PARTS = {"products": products, "attention": attention}
 
 
 if __name__ == "__main__":
