@@ -72,13 +72,13 @@ has_small_gemm = pytest.mark.skipif(
 @has_small_gemm
 def test_products_of_every_shape_are_right() -> None:
     """Rows, columns and depths around the tiles' edges, and those that go to the whole BLAS."""
-    for rows in (1, 2, 3, 7, 8, 9, 17, 33, 64, 65):
+    for rows in (1, 2, 3, 7, 8, 9, 17, 33, 48, 64, 65, 113, 192, 193):
         for columns, depth in ((512, 512), (7, 64), (200, 128), (1537, 48), (13, 512), (5, 40)):
             x, w = mx.random.normal((rows, depth)), mx.random.normal((columns, depth))
             wide = mx.random.normal((depth, 64))
             for product, left, right in ((x @ w.T, x, w.T), (x @ wide, x, wide)):
                 expected = np.array(left, np.float64) @ np.array(right, np.float64)
-                assert np.abs(np.array(product) - expected).max() < 1e-4
+                assert np.abs(np.array(product) - expected).max() < 3e-4
 
 
 @has_small_gemm

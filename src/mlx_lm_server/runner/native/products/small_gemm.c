@@ -14,8 +14,9 @@
  * numbers; the result is not scaled (code_products.py).
  *
  * nt keeps a tile of TILE_ROWS x TILE_COLS sums in registers, each a vector along k, and walks B in
- * blocks that stay in the second-level cache while all tiles of rows pass over them. Blocks of B
- * are shared out to threads that spin for a moment and then sleep.
+ * blocks that stay in the second-level cache while all tiles of rows pass over them. From
+ * MIN_WIDE_ROWS on the rows lie across vectors instead: A is transposed first, numbers of B are
+ * broadcast, and no sum runs across a vector. Blocks of B are shared out to threads.
  */
 #include <math.h>
 #include <stdatomic.h>
@@ -28,6 +29,8 @@
 #include "vectors.h"
 
 enum { TILE_ROWS = WIDTH == 16 ? 8 : 4, TILE_COLS = 3 };
+enum { WIDE_VECS = WIDTH == 16 ? 3 : 2, WIDE_COLS = WIDTH == 16 ? 8 : 4, WIDE_BLOCK = 96 };
+enum { FETCH_AHEAD = 128 };
 
 /* What B consists of, and how the caller says so. */
 enum { FLOATS, BYTES, NIBBLES };
@@ -39,8 +42,8 @@ enum { FLOATS, BYTES, NIBBLES };
 #define ATTENTION_ALPHA 0x1p-116f
 
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
-enum { MAX_ROWS = 64, MAX_NN_ROWS = 16, MAX_NN_COLS = 256, NN_VECS = 4, NN_ROWS = 4 };
-enum { MIN_ALIGNED_ROWS = 8, MIN_ALIGNED_COLS = 128 };
+enum { MAX_ROWS = 192, MAX_NN_ROWS = 16, MAX_NN_COLS = 256, NN_VECS = 4, NN_ROWS = 4 };
+enum { MIN_ALIGNED_ROWS = 8, MIN_ALIGNED_COLS = 128, MIN_WIDE_ROWS = 9, MIN_WIDE_COLS = 128 };
 enum { BLOCK_BYTES = 192 * 1024 };
 /* Below this many multiplications a product is not worth waking a thread for. */
 enum { MIN_SHARED_WORK = 400 * 1000 };
@@ -148,6 +151,7 @@ typedef struct {
   long lda, ldb;
   float *c;
   long ldc;
+  int is_wide;     /* A is packed for wide tiles */
   int block;       /* columns of C in one block */
   atomic_int next; /* the next block that nobody has taken */
 } product;
@@ -171,11 +175,96 @@ static void nt_block(const product *p, int first, int following) {
     }
 }
 
+/* ---- the same with rows across vectors, once they fill one: no sum across a vector */
+
+/* Rows go in groups of so many vectors, alike in size. */
+static int group_vecs(int rows) {
+  int vecs = (rows + WIDTH - 1) / WIDTH, groups = (vecs + WIDE_VECS - 1) / WIDE_VECS;
+  return (vecs + groups - 1) / groups;
+}
+
+/* sums[column][row] of one group of rows, which is packed, [depth][vecs * WIDTH]. A line of each
+ * column is fetched FETCH_AHEAD numbers before it is read, at last those of the next tile. */
+INLINE void wide_tile(int vecs, int cols, long depth, const float *a, const float *b, long ldb,
+                      float *out) {
+  vec sums[WIDE_COLS][WIDE_VECS];
+  UNROLL
+  for (int n = 0; n < cols; n++)
+    UNROLL
+    for (int v = 0; v < vecs; v++) sums[n][v] = vec_zero();
+  for (long k = 0; k < depth; k += WIDTH) {
+    const float *ahead = b + k + FETCH_AHEAD;
+    if (k + FETCH_AHEAD >= depth) ahead += cols * ldb - depth;
+    UNROLL
+    for (int n = 0; n < cols; n++) _mm_prefetch((const char *)(ahead + n * ldb), _MM_HINT_T0);
+    for (long i = k; i < k + WIDTH; i++) {
+      vec row[WIDE_VECS];
+      UNROLL
+      for (int v = 0; v < vecs; v++) row[v] = vec_load(a + (i * vecs + v) * WIDTH);
+      UNROLL
+      for (int n = 0; n < cols; n++) {
+        vec weight = vec_fill(b[n * ldb + i]);
+        UNROLL
+        for (int v = 0; v < vecs; v++) sums[n][v] = vec_fma(weight, row[v], sums[n][v]);
+      }
+    }
+  }
+  UNROLL
+  for (int n = 0; n < cols; n++)
+    UNROLL
+    for (int v = 0; v < vecs; v++) vec_store(out + (n * vecs + v) * WIDTH, sums[n][v]);
+}
+
+/* From [column][lane] to rows of C. */
+static void store_columns(int vecs, int rows, int cols, const float *sums, float *c, long ldc) {
+  for (int m = 0; m < rows; m += WIDTH)
+    for (int n = 0; n < cols; n += WIDTH) {
+      int width = MIN(WIDTH, cols - n), height = MIN(WIDTH, rows - m);
+      vec square[WIDTH];
+      for (int i = 0; i < WIDTH; i++)
+        square[i] = vec_load(sums + MIN(n + i, cols - 1) * vecs * WIDTH + m);
+      transpose(square);
+      for (int i = 0; i < height; i++) {
+        float *place = c + (m + i) * ldc + n, row[WIDTH];
+        vec_store(width == WIDTH ? place : row, square[i]);
+        if (width < WIDTH) memcpy(place, row, sizeof(float) * width);
+      }
+    }
+}
+
+INLINE void wide_columns(int vecs, int rows, int cols, long depth, const float *a, const float *b,
+                         long ldb, float *c, long ldc) {
+  float sums[WIDE_BLOCK * WIDE_VECS * WIDTH];
+  int n = 0;
+  for (; n + WIDE_COLS <= cols; n += WIDE_COLS)
+    wide_tile(vecs, WIDE_COLS, depth, a, b + n * ldb, ldb, sums + n * vecs * WIDTH);
+  for (; n < cols; n++) wide_tile(vecs, 1, depth, a, b + n * ldb, ldb, sums + n * vecs * WIDTH);
+  store_columns(vecs, rows, cols, sums, c, ldc);
+}
+
+static void wide_block(const product *p, int first) {
+  int last = MIN(first + p->block, p->cols), vecs = group_vecs(p->rows);
+  for (int n = first; n < last; n += WIDE_BLOCK)
+    for (int m = 0; m < p->rows; m += vecs * WIDTH) {
+      int rows = MIN(vecs * WIDTH, p->rows - m), cols = MIN(WIDE_BLOCK, last - n);
+      const float *a = p->a + m * p->depth, *b = p->b + n * p->ldb;
+      float *c = p->c + m * p->ldc + n;
+      switch (vecs) {
+        case 1: wide_columns(1, rows, cols, p->depth, a, b, p->ldb, c, p->ldc); break;
+        case 2: wide_columns(2, rows, cols, p->depth, a, b, p->ldb, c, p->ldc); break;
+#if WIDTH == 16
+        case 3: wide_columns(3, rows, cols, p->depth, a, b, p->ldb, c, p->ldc); break;
+#endif
+      }
+    }
+}
+
 static void nt_blocks(void *work) {
   product *p = work;
   for (int first = take_block(p), following; first < p->cols; first = following) {
     following = take_block(p);
-    nt_block(p, first, following);
+    if (p->is_wide) wide_block(p, first);
+    else nt_block(p, first, following);
   }
 }
 
@@ -266,26 +355,50 @@ static int codes_product(int format, int is_plain, int trans_b, int m, int n, in
 static int block_columns(int cols, long depth) {
   long fitting = BLOCK_BYTES / (depth * (long)sizeof(float));
   long share = cols / (4 * num_threads()); /* a few blocks for each thread */
-  long block = MIN(fitting, share) / TILE_COLS * TILE_COLS;
-  return block < 4 * TILE_COLS ? 4 * TILE_COLS : (int)block;
+  long unit = TILE_COLS * WIDTH, block = MIN(fitting, share) / unit * unit;
+  return block < unit ? unit : (int)block;
 }
 
-/* A copy of the rows that starts at a cache line: a vector that lies across two costs two loads.
- * It belongs to the calling thread and lives until its next product. */
-static void align_rows(product *p) {
-  static __thread float *copy;
+/* Memory of the calling thread, at the start of a cache line; it lives until the next call. */
+static float *scratch(size_t num_floats) {
+  static __thread float *memory;
   static __thread size_t capacity;
-  size_t size = sizeof(float) * p->rows * p->depth;
-  if (size > capacity) {
-    free(copy);
-    copy = aligned_alloc(64, (size + 63) / 64 * 64);
-    capacity = copy ? size : 0;
+  if (num_floats > capacity) {
+    free(memory);
+    memory = aligned_alloc(64, (num_floats * sizeof(float) + 63) / 64 * 64);
+    capacity = memory ? num_floats : 0;
   }
+  return memory;
+}
+
+/* Rows that start at a cache line: a vector that lies across two costs two loads. */
+static void align_rows(product *p) {
+  float *copy = scratch((size_t)p->rows * p->depth);
   if (!copy) return;
   for (int m = 0; m < p->rows; m++)
     memcpy(copy + m * p->depth, p->a + m * p->lda, sizeof(float) * p->depth);
   p->a = copy;
   p->lda = p->depth;
+}
+
+/* Groups of rows, each [depth][lanes]; lanes beyond the last row repeat it. */
+static void pack_rows(product *p) {
+  int vecs = group_vecs(p->rows), lanes = vecs * WIDTH;
+  int num_groups = (p->rows + lanes - 1) / lanes;
+  float *packed = scratch((size_t)num_groups * lanes * p->depth);
+  if (!packed) return;
+  for (int m = 0; m < num_groups * lanes; m += WIDTH) {
+    float *column = packed + m / lanes * lanes * p->depth + m % lanes;
+    for (long k = 0; k < p->depth; k += WIDTH) {
+      vec square[WIDTH];
+      for (int i = 0; i < WIDTH; i++)
+        square[i] = vec_load(p->a + MIN(m + i, p->rows - 1) * p->lda + k);
+      transpose(square);
+      for (int i = 0; i < WIDTH; i++) vec_store(column + (k + i) * lanes, square[i]);
+    }
+  }
+  p->a = packed;
+  p->is_wide = 1;
 }
 
 static void fill_nan(int m, int n, float *c, int ldc) {
@@ -319,8 +432,9 @@ void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float
   }
   int is_plain = order == ROW_MAJOR && trans_a == NO_TRANS && alpha == 1.0f && beta == 0.0f && k > 0;
   if (is_plain && trans_b == TRANS && m <= MAX_ROWS && k % WIDTH == 0) {
-    product p = {m, n, k, a, b, lda, ldb, c, ldc, block_columns(n, k), 0};
-    if (m >= MIN_ALIGNED_ROWS && n >= MIN_ALIGNED_COLS) align_rows(&p);
+    product p = {m, n, k, a, b, lda, ldb, c, ldc, 0, block_columns(n, k), 0};
+    if (m >= MIN_WIDE_ROWS && n >= MIN_WIDE_COLS) pack_rows(&p);
+    else if (m >= MIN_ALIGNED_ROWS && n >= MIN_ALIGNED_COLS) align_rows(&p);
     if ((double)m * n * k < MIN_SHARED_WORK) nt_blocks(&p);
     else share_out(nt_blocks, &p);
   } else if (is_plain && trans_b == NO_TRANS && m <= MAX_NN_ROWS && n <= MAX_NN_COLS && n % WIDTH == 0) {

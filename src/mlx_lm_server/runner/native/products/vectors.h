@@ -22,6 +22,13 @@ typedef __m512 vec;
 #define vec_of_bytes(x) _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x))
 #define load_bytes(p) _mm_loadu_si128((const __m128i *)(p))
 #define load_half_bytes(p) _mm_loadl_epi64((const __m128i *)(p))
+/* The wider steps of `transpose`: of four numbers each, every second one of a, then of b. */
+#define vec_even_quarters(a, b) _mm512_shuffle_f32x4(a, b, 0x88)
+#define vec_odd_quarters(a, b) _mm512_shuffle_f32x4(a, b, 0xdd)
+#define vec_unpack_low(a, b) _mm512_unpacklo_ps(a, b)
+#define vec_unpack_high(a, b) _mm512_unpackhi_ps(a, b)
+#define vec_low_pairs(a, b) _mm512_shuffle_ps(a, b, 0x44)
+#define vec_high_pairs(a, b) _mm512_shuffle_ps(a, b, 0xee)
 static inline __m128 fold(vec v) {
   __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v),
                               _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(v), 1)));
@@ -46,6 +53,12 @@ typedef __m256 vec;
 #define vec_of_bytes(x) _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(x))
 #define load_bytes(p) _mm_loadl_epi64((const __m128i *)(p))
 #define load_half_bytes(p) _mm_loadu_si32(p)
+#define vec_even_quarters(a, b) _mm256_permute2f128_ps(a, b, 0x20)
+#define vec_odd_quarters(a, b) _mm256_permute2f128_ps(a, b, 0x31)
+#define vec_unpack_low(a, b) _mm256_unpacklo_ps(a, b)
+#define vec_unpack_high(a, b) _mm256_unpackhi_ps(a, b)
+#define vec_low_pairs(a, b) _mm256_shuffle_ps(a, b, 0x44)
+#define vec_high_pairs(a, b) _mm256_shuffle_ps(a, b, 0xee)
 static inline __m128 fold(vec v) {
   return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
 }
@@ -58,3 +71,31 @@ static inline __m128 fold(vec v) {
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 /* The sums live in registers only if the loops over them vanish. */
 #define UNROLL _Pragma("GCC unroll 8")
+
+/* Rows become columns, in squares of four; then the squares change places. */
+INLINE void transpose(vec rows[WIDTH]) {
+  vec t[WIDTH];
+  for (int i = 0; i < WIDTH; i += 4) {
+    vec a = vec_unpack_low(rows[i], rows[i + 1]), b = vec_unpack_high(rows[i], rows[i + 1]);
+    vec c = vec_unpack_low(rows[i + 2], rows[i + 3]), d = vec_unpack_high(rows[i + 2], rows[i + 3]);
+    t[i] = vec_low_pairs(a, c), t[i + 1] = vec_high_pairs(a, c);
+    t[i + 2] = vec_low_pairs(b, d), t[i + 3] = vec_high_pairs(b, d);
+  }
+#if WIDTH == 16
+  vec u[WIDTH];
+  for (int i = 0; i < 4; i++) {
+    u[i] = vec_even_quarters(t[i], t[i + 4]), u[i + 4] = vec_odd_quarters(t[i], t[i + 4]);
+    u[i + 8] = vec_even_quarters(t[i + 8], t[i + 12]), u[i + 12] = vec_odd_quarters(t[i + 8], t[i + 12]);
+  }
+  for (int i = 0; i < 4; i++) {
+    rows[i] = vec_even_quarters(u[i], u[i + 8]), rows[i + 8] = vec_odd_quarters(u[i], u[i + 8]);
+    rows[i + 4] = vec_even_quarters(u[i + 4], u[i + 12]);
+    rows[i + 12] = vec_odd_quarters(u[i + 4], u[i + 12]);
+  }
+#else
+  for (int i = 0; i < 4; i++) {
+    rows[i] = vec_even_quarters(t[i], t[i + 4]);
+    rows[i + 4] = vec_odd_quarters(t[i], t[i + 4]);
+  }
+#endif
+}
