@@ -23,6 +23,7 @@ import mlx.core as mx
 from mlx_lm_server.runner import fast_math
 from mlx_lm_server.runner.kernels import AttentionKernel
 from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.rectangular import ChunkCache
 from mlx_lm_server.runner.step_layout import ChunkSpan, DecodeGroup, StepLayout
 
 
@@ -191,6 +192,10 @@ def install(use_arithmetic_swiglu: bool) -> None:
         owner = cache if isinstance(cache, LayerCache) else _owners.get(id(keys))
         if owner is not None:
             return owner.attend(queries, scale, mask, sinks)
+        if isinstance(cache, ChunkCache):
+            out = cache.attend(queries, keys, scale, mask, sinks)
+            if out is not None:
+                return out
         plain: mx.array = original(queries, keys, values, cache, scale, mask, sinks)
         return plain
 

@@ -89,8 +89,8 @@ class SplitForward:
         kernel: AttentionKernel | None,
         mask_dims: int = 4,
     ) -> None:
-        """With a kernel, decode rows attend slab by slab; else K and V are fetched for them, with
-        a mask of so many dimensions."""
+        """With a kernel, decode rows attend slab by slab and chunks where their K and V lie; else
+        K and V are fetched for them, with a mask of so many dimensions."""
         self._lm = lm
         self._state = state
         self._storage = storage
@@ -100,7 +100,7 @@ class SplitForward:
             LayerCache(n, storage, kernel) if kernel else DecodeRowsCache(n, storage, mask_dims)
             for n in layers
         ]
-        self._chunk_layers = [ChunkCache(n, storage) for n in layers]
+        self._chunk_layers = [ChunkCache(n, storage, kernel) for n in layers]
         self.states = RowStates(state.recurrent)
 
     def run(self, plan: StepPlan, ids: mx.array, kept: Collection[int] = ()) -> Outcome:

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lm_server.core.plan import PrefillChunk
+from mlx_lm_server.runner.kernels import AttentionKernel
 from mlx_lm_server.runner.kv_storage import KVStorage, read
 from mlx_lm_server.runner.step_layout import DecodeGroup, StepLayout
 
@@ -122,9 +123,13 @@ class DecodeRowsCache(_FetchedCache):
 class ChunkCache(_FetchedCache):
     """One layer's cache for one row's chunk `[1, L]`, in the manner of mlx-lm's own caches."""
 
-    def __init__(self, layer: int, storage: KVStorage) -> None:
+    def __init__(
+        self, layer: int, storage: KVStorage, kernel: AttentionKernel | None = None
+    ) -> None:
+        """With a kernel, K and V that the model hands on untouched are attended to by it."""
         self._layer = layer
         self._storage = storage
+        self._kernel = kernel
         self._shape = storage.layers[layer]
         self._chunk: PrefillChunk | None = None
         self.offset = 0
@@ -159,6 +164,22 @@ class ChunkCache(_FetchedCache):
         self.offset = chunk.start + keys.shape[2]
         self._fetched = k[None], v[None]
         return self._fetched
+
+    def attend(
+        self, queries: mx.array, keys: mx.array, scale: float, mask: Any, sinks: mx.array | None
+    ) -> mx.array | None:
+        """Queries `[1, heads, L, dim]` → outputs of the same shape; None where the keys are not
+        those that were fetched, or the mask is not the usual one."""
+        length = queries.shape[2]
+        is_usual = (mask is None and length == 1) or (isinstance(mask, str) and mask == "causal")
+        if self._kernel is None or self._fetched is None or not is_usual:
+            return None
+        k, v = self._fetched
+        if keys is not k:
+            return None
+        start = k.shape[2] - length
+        out = self._kernel.chunk(queries[0, :], k[0, :], v[0, :], scale, start, None, sinks)
+        return out[None]
 
 
 def _of_tokens(by_slot: mx.array, group: DecodeGroup) -> mx.array:
