@@ -5,6 +5,7 @@ python -m benchmarks restarts [ttft cost agent] [--quick]
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -98,12 +99,14 @@ def _client(server: Server) -> httpx.Client:
 
 
 def cost(effort: Effort) -> Findings:
-    """Streams beside which all that is computed is written, against streams without a disk."""
+    """Streams beside which all that is computed is written, against streams without a disk, both
+    with the same number of threads: at their start they may choose differently."""
     model = str(ensure_models()["float32"])
+    threads = ("--cpu-threads", str(len(os.sched_getaffinity(0))))
     with cache_folder() as folder:
         launches = (
-            on_disk(folder, "--ssd-policy", "write_through"),
-            processes.ours(model, name="in memory"),
+            on_disk(folder, "--ssd-policy", "write_through", *threads),
+            processes.ours(model, *threads, name="in memory"),
         )
         with servers(*launches) as running:
             workloads = ["clients8", "clients32", "ttft"]

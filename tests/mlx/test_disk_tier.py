@@ -11,11 +11,11 @@ import msgspec
 import pytest
 
 from mlx_lm_server.config import Config, TierConfig
-from mlx_lm_server.core import restores
+from mlx_lm_server.core import offloads, restores
 from mlx_lm_server.engine.disk_cache import DiskCache
 from mlx_lm_server.errors import ConfigError
 from mlx_lm_server.protocol import DiskTier
-from mlx_lm_server.runner.record_bytes import parts_of, read_array, to_bytes
+from mlx_lm_server.runner.record_bytes import Span, copy_spans, read_array, stacked_bytes
 from mlx_lm_server.server.boot import load_message
 from tests.observations import observes
 
@@ -112,14 +112,14 @@ def test_what_leaves_memory_comes_back_from_the_disk(family: str, tmp_path: Path
     first = ask(engine, "first", [*SYSTEM, *QUESTION])
     for number, other in enumerate(random_prompts(8, (500,) * 8, VOCAB_SIZE)):
         ask(engine, f"other-{number}", other)
-    assert engine.core.stats().cache_evictions_total
     wait_for_writer(engine)
     prompt = [*SYSTEM, *QUESTION, *first, *REPLY]
     cold.check(ask(engine, "again", prompt), prompt)
     assert engine.reports["again"].num_cached_tokens >= len(SYSTEM) // 16 * 16
-    tier = engine.core.stats().tier
-    assert tier is not None
-    assert tier.restored_tokens > 0
+    stats = engine.core.stats()
+    assert stats.cache_evictions_total
+    assert stats.tier is not None
+    assert stats.tier.restored_tokens > 0
     stop(engine)
 
 
@@ -144,6 +144,27 @@ def test_what_a_running_row_has_filled_is_written_through(tmp_path: Path) -> Non
     assert again.reports["b"].num_cached_tokens >= (len(OTHER) - 1) // 16 * 16
     stop(again)
     engine.finish()
+    stop(engine)
+
+
+def test_steps_write_in_place_what_is_written_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row fills a block in each step, and it is due at once."""
+    monkeypatch.setattr(offloads, "MAX_WAIT_STEPS", 1)
+    model = write_model("llama", tmp_path / "model")
+    engine = Restarts(model, tmp_path, block_size=8).start(writes_through=True)
+    prompts = random_prompts(3, [2000 + i for i in range(8)], VOCAB_SIZE)
+    for i, prompt in enumerate(prompts):
+        engine.add(f"long-{i}", prompt, msgspec.structs.replace(GREEDY, max_tokens=200))
+    while not all(engine.tokens.values()):
+        engine.step()
+    held = engine.core.stats().kv_used_bytes
+    disk = engine.core._disk
+    assert disk is not None
+    num_saves = disk._store.stats().counters.saves
+    assert engine.usual_peak_bytes() < held / 3
+    assert disk._store.stats().counters.saves >= num_saves + 15
     stop(engine)
 
 
@@ -244,10 +265,18 @@ def test_requests_that_wait_for_the_same_blocks_read_them_once(tmp_path: Path) -
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16, mx.uint32])
 def test_arrays_come_back_bit_by_bit(dtype: mx.Dtype) -> None:
     array = mx.random.normal((3, 2, 5, 8)).astype(mx.float32).view(mx.uint32).astype(dtype)
-    turned = array.swapaxes(1, 2)
-    assert mx.array_equal(read_array(to_bytes(turned)), turned).item()
-    stacked = mx.stack([read_array(tensor) for tensor in parts_of(array)])
-    assert mx.array_equal(stacked, array).item()
+    for arrays in ([array], [array, array[::-1]], [array.swapaxes(1, 2)]):
+        assert mx.array_equal(read_array(stacked_bytes(arrays)), mx.stack(arrays)).item()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.uint32])
+def test_spans_of_planes_are_copied_bit_by_bit(dtype: mx.Dtype) -> None:
+    planes = [mx.random.randint(0, 1 << 16, (3, 2, 20, 8)).astype(dtype) for _ in range(2)]
+    spans = [Span(0, 0, 20), Span(2, 16, 4), Span(1, 3, 1)]
+    for span, copy in zip(spans, copy_spans(planes, spans), strict=True):
+        stop = span.start + span.num_tokens
+        wanted = mx.stack([plane[span.slot, :, span.start : stop] for plane in planes])
+        assert mx.array_equal(read_array(copy), wanted).item()
 
 
 @observes("TierConfig.ssd_policy", "TierConfig.no_ssd")

@@ -24,7 +24,7 @@ from mlx_lm_server.runner import host_memory, loader
 from mlx_lm_server.runner.blas import Blas
 from mlx_lm_server.runner.loader import LoadedModel
 from mlx_lm_server.runner.model_runner import ModelRunner
-from mlx_lm_server.tier import Namespace, model_digest, namespace_digest
+from mlx_lm_server.tier import FILE_VERSION, Namespace, model_digest, namespace_digest
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +144,7 @@ def _disk_cache(order: LoadModel, loaded: LoadedModel, runner: ModelRunner) -> D
             "weights": loaded.weights,
             "mlx_lm": metadata.version("mlx-lm"),
             "rank": "0 of 1",
+            "file": FILE_VERSION,
         }
     except OSError as error:
         log.warning("the disk tier is off: the model's files cannot be read: %s", error)

@@ -12,7 +12,7 @@ what is copied at once stays small.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import cast
@@ -43,9 +43,10 @@ from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.record_bytes import (
     ArraySpec,
     RecordShapes,
-    parts_of,
+    Span,
+    copy_spans,
     read_array,
-    to_bytes,
+    stacked_bytes,
 )
 from mlx_lm_server.runner.row_states import RowStates
 from mlx_lm_server.tier import Kind, Record, Tensor
@@ -134,8 +135,16 @@ class BlockStore:
 
     def _gather(self, layer: int, places: Sequence[Place]) -> Iterator[mx.array]:
         """Per plane `[len(places), kv_heads, block_size, width]`."""
+        runs = [
+            (segment_id, [place.number for place in run])
+            for segment_id, run in groupby(places, key=lambda place: place.segment_id)
+        ]
         for number in range(len(self._storage.layers[layer].planes)):
-            yield self._gather_plane(layer, number, places)
+            parts = [
+                _take(self._segments[segment_id][self._full.index(layer)][number], numbers)
+                for segment_id, numbers in runs
+            ]
+            yield parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
     def _save_blocks(self, op: SaveBlocks) -> None:
         first = op.first_block
@@ -185,60 +194,37 @@ class BlockStore:
     # ---- what the tier is given and gives back
 
     def _offload_blocks(self, op: OffloadBlocks) -> None:
-        self._offload(op.labels, lambda layer, number: self._gather_plane(layer, number, op.places))
+        labelled = zip(op.places, op.labels, strict=True)
+        for segment_id, run in groupby(labelled, key=lambda item: item[0].segment_id):
+            blocks = list(run)
+            spans = [Span(place.number, 0, len(label.token_ids)) for place, label in blocks]
+            labels = [label for _, label in blocks]
+            planes = dict(zip(self._full, self._segments[segment_id], strict=True))
+            self._offload(planes, spans, labels)
 
     def _offload_tokens(self, op: OffloadTokens) -> None:
-        # A run of blocks of one slot is a view; indices would be gathered one by one.
-        runs: list[tuple[int, int, int]] = []  # slot, first block, number of blocks
-        for slot, number in zip(op.slots, op.numbers, strict=True):
-            if runs and runs[-1][0] == slot and sum(runs[-1][1:]) == number:
-                runs[-1] = (slot, runs[-1][1], runs[-1][2] + 1)
-            else:
-                runs.append((slot, number, 1))
+        spots = zip(op.slots, op.numbers, strict=True)
+        spans = [Span(slot, number * self._size, self._size) for slot, number in spots]
+        planes = {layer: self._storage.slabs[op.slab_id].planes[layer] for layer in self._full}
+        self._offload(planes, spans, op.labels)
 
-        def blocks_of(layer: int, number: int) -> mx.array:
-            plane = self._storage.slabs[op.slab_id].planes[layer][number]
-            parts = []
-            for slot, first, count in runs:
-                start = first * self._size
-                tokens = plane[slot, :, start : start + count * self._size]
-                shape = (plane.shape[1], count, self._size, plane.shape[3])
-                parts.append(tokens.reshape(shape).swapaxes(0, 1))
-            return parts[0] if len(parts) == 1 else mx.concatenate(parts)
-
-        self._offload(op.labels, blocks_of)
-
-    def _offload(self, labels: Sequence[Label], blocks_of: Callable[[int, int], mx.array]) -> None:
-        """`blocks_of` gives the blocks of a layer's plane, `[len(labels), kv_heads, block_size,
-        width]`. Copies are made now, in order with what is written before and after; their bytes
-        are read when they are computed."""
-        stacks = [
-            mx.stack([blocks_of(layer, number) for layer, number in group], axis=1)
+    def _offload(
+        self, planes: Mapping[int, Planes], spans: Sequence[Span], labels: Sequence[Label]
+    ) -> None:
+        """Copies of spans, by layer, of the planes as they are now: made between what is written
+        before and after, when nothing runs."""
+        groups = [
+            [_unchanged(planes[layer][number]) for layer, number in group]
             for group in self.shapes.plane_groups
-        ]  # [blocks, planes, kv_heads, size, width]
+        ]
 
         def give() -> None:
-            whole = [parts_of(stack) for stack in stacks]
+            mx.eval(groups)
+            tensors = [copy_spans(group, spans) for group in groups]
             for number, label in enumerate(labels):
-                num_tokens = len(label.token_ids)
-                if num_tokens == self._size:
-                    tensors = [parts[number] for parts in whole]
-                else:
-                    tensors = [to_bytes(stack[number, :, :, :num_tokens]) for stack in stacks]
-                self._give(label, tensors)
+                self._give(label, [copies[number] for copies in tensors])
 
-        self._storage.stages.add(stacks, give)
-
-    def _gather_plane(self, layer: int, number: int, places: Sequence[Place]) -> mx.array:
-        """Blocks of one plane, `[len(places), kv_heads, block_size, width]`."""
-        parts = [
-            _take(
-                self._segments[segment_id][self._full.index(layer)][number],
-                [place.number for place in run],
-            )
-            for segment_id, run in groupby(places, key=lambda place: place.segment_id)
-        ]
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+        self._storage.stages.add_reading(give)
 
     def _offload_state(self, op: OffloadState) -> None:
         kept = self._states[op.state_id]
@@ -250,8 +236,8 @@ class BlockStore:
 
         def give() -> None:
             groups = self.shapes.grouped(specs)
-            stacks = (mx.stack([arrays[n] for n in group]) for group in groups)
-            self._give(op.label, [to_bytes(stack) for stack in stacks])
+            tensors = [stacked_bytes([arrays[n] for n in group]) for group in groups]
+            self._give(op.label, tensors)
 
         self._storage.stages.add(arrays, give)
 
@@ -351,6 +337,11 @@ class BlockStore:
         self._storage.stages.add(written)
         if self._row_states:
             self._row_states.write(op.row, state.recurrent)
+
+
+def _unchanged(plane: mx.array) -> mx.array:
+    """The plane as it is now, whatever is written to it later."""
+    return plane.reshape(plane.shape)
 
 
 def _take(plane: mx.array, numbers: Sequence[int]) -> mx.array:

@@ -7,6 +7,7 @@ state   per kind of array   [arrays, …]
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
@@ -103,25 +104,51 @@ class RecordShapes:
         ]
 
 
-def to_bytes(array: mx.array) -> Tensor:
-    """A copy, with nothing of the array in it."""
-    raw = mx.contiguous(array).reshape(-1).view(mx.uint8)
-    data = bytes(cast(Any, raw))
-    return Tensor(DTYPE_NAMES[array.dtype], tuple(array.shape), data)
+def stacked_bytes(arrays: Sequence[mx.array]) -> Tensor:
+    """A copy of arrays of one shape, with nothing of them in it."""
+    first = arrays[0]
+    data = b"".join(map(_bytes_of, arrays))
+    return Tensor(DTYPE_NAMES[first.dtype], (len(arrays), *first.shape), data)
 
 
-def parts_of(array: mx.array) -> list[Tensor]:
-    """The entries of the first axis, each a tensor, all in one copy."""
-    whole = to_bytes(array)
-    data, length = memoryview(whole.data), whole.nbytes // array.shape[0]
-    return [
-        Tensor(whole.dtype, whole.shape[1:], data[start : start + length])
-        for start in range(0, whole.nbytes, length)
-    ]
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens of a slot of a plane: a slot of a slab, or a block of the pool."""
+
+    slot: int
+    start: int
+    num_tokens: int
+
+
+def copy_spans(planes: Sequence[mx.array], spans: Sequence[Span]) -> list[Tensor]:
+    """Each span of planes of one shape, `[slots, kv_heads, places, width]`, as a tensor
+    `[planes, kv_heads, num_tokens, width]`. The planes are computed: a run of tokens is copied
+    once, from where it lies to where it stays."""
+    _, kv_heads, places, width = planes[0].shape
+    sources = [_bytes_of(plane) for plane in planes]
+    token_bytes = width * planes[0].itemsize
+    head_bytes = places * token_bytes
+    copies = []
+    for span in spans:
+        first = span.slot * kv_heads * head_bytes + span.start * token_bytes
+        starts = range(first, first + kv_heads * head_bytes, head_bytes)
+        length = span.num_tokens * token_bytes
+        data = b"".join(source[at : at + length] for source in sources for at in starts)
+        shape = (len(planes), kv_heads, span.num_tokens, width)
+        copies.append(Tensor(DTYPE_NAMES[planes[0].dtype], shape, data))
+    return copies
+
+
+def _bytes_of(array: mx.array) -> memoryview:
+    """The elements of an array in order; of one that is computed, where they lie."""
+    if not array.size:
+        return memoryview(b"")
+    view = memoryview(cast(Any, array))  # a buffer, which its types do not say
+    return (view if view.c_contiguous else memoryview(cast(Any, mx.contiguous(array)))).cast("B")
 
 
 def read_array(tensor: Tensor) -> mx.array:
-    raw = mx.array(cast(Any, memoryview(tensor.data)))  # takes buffers, which its types do not say
+    raw = mx.array(cast(Any, memoryview(tensor.data)))
     return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
 

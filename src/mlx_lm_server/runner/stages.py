@@ -9,6 +9,7 @@ and all of them before that forward is submitted.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
@@ -18,13 +19,18 @@ class Stages:
     """Used on the engine's main thread only."""
 
     def __init__(self) -> None:
-        self._stages: list[tuple[list[mx.array], Callable[[], None] | None]] = []
+        self._stages: deque[tuple[list[mx.array], Callable[[], None] | None]] = deque()
 
     def add(self, written: Sequence[mx.array], then: Callable[[], None] | None = None) -> None:
         """The operations that gave these arrays make a stage, after which `then` is called.
         Nothing of the arrays themselves is held: an empty slice depends on them all the same."""
         if written:
             self._stages.append(([array[:0] for array in written], then))
+
+    def add_reading(self, read: Callable[[], None]) -> None:
+        """`read` may hold arrays that later stages write in place: it is called when the stages
+        before it have ended, and let go before the next is submitted."""
+        self._stages.append(([], read))
 
     def __bool__(self) -> bool:
         return bool(self._stages)
@@ -35,8 +41,8 @@ class Stages:
             mx.async_eval(self._stages[0][0])
 
     def run(self) -> None:
-        stages, self._stages = self._stages, []
-        for ends, then in stages:
+        while self._stages:
+            ends, then = self._stages.popleft()
             mx.eval(ends)
             ends.clear()
             if then is not None:

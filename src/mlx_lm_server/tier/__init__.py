@@ -6,6 +6,7 @@ token and never an error. No mlx here: the engine's thread extracts bytes and gi
 
 from __future__ import annotations
 
+from mlx_lm_server.tier.codec import FILE_VERSION
 from mlx_lm_server.tier.counters import Counters
 from mlx_lm_server.tier.layout import Namespace
 from mlx_lm_server.tier.model_digest import model_digest, namespace_digest
@@ -14,6 +15,7 @@ from mlx_lm_server.tier.settings import Durability, Policy, TierSettings
 from mlx_lm_server.tier.ssd_store import SsdStore, TierStats
 
 __all__ = [
+    "FILE_VERSION",
     "Counters",
     "Durability",
     "Kind",

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
+from hashlib import sha256
 from typing import Any
 
 import msgspec
 
 from mlx_lm_server.tier.records import DTYPE_BITS, NAME_BYTES, Kind, Record, Tensor
 
-VERSION = "1"
+FILE_VERSION = "2"
 CHECKSUM_BYTES = 16
 MAX_HEADER_BYTES = 1 << 20
 LENGTH_BYTES = 8
@@ -121,7 +121,7 @@ def read_header(head: bytes) -> RecordHeader:
         entries = msgspec.json.decode(text, type=dict[str, Any])
         about = msgspec.convert(entries.pop("__metadata__"), _Metadata)
         tensors = msgspec.convert(list(entries.values()), list[_TensorEntry])
-        if about.version != VERSION:
+        if about.version != FILE_VERSION:
             raise CorruptRecordError(f"version {about.version}")
         return _parsed(about, tensors, start)
     except (ValueError, KeyError, RecursionError, msgspec.DecodeError) as error:
@@ -139,7 +139,7 @@ def header_end(head: bytes) -> int | None:
 def _header(record: Record) -> bytes:
     about = {
         "checksum": _NO_CHECKSUM.decode(),
-        "version": VERSION,
+        "version": FILE_VERSION,
         "name": record.name.hex(),
         "kind": record.kind,
         "parent": record.parent.hex(),
@@ -187,7 +187,7 @@ def _parsed(about: _Metadata, entries: list[_TensorEntry], start: int) -> Record
 
 
 def _checksum(header: bytearray, data: Sequence[memoryview]) -> bytes:
-    digest = blake2b(header, digest_size=CHECKSUM_BYTES)
+    digest = sha256(header)
     for piece in data:
         digest.update(piece)
-    return digest.digest()
+    return digest.digest()[:CHECKSUM_BYTES]

@@ -11,7 +11,13 @@ import safetensors
 from tier_fakes import as_bytes, make_record
 
 from mlx_lm_server.tier import Tensor
-from mlx_lm_server.tier.codec import CorruptRecordError, decode, encode, read_header
+from mlx_lm_server.tier.codec import (
+    FILE_VERSION,
+    CorruptRecordError,
+    decode,
+    encode,
+    read_header,
+)
 
 
 def encoded(record: object) -> bytes:
@@ -84,7 +90,10 @@ def test_any_bytes_are_refused_without_another_error() -> None:
 
 
 def test_another_version_is_refused() -> None:
-    contents = encoded(make_record(8)).replace(b'"version":"1"', b'"version":"2"')
+    ours = f'"version":"{FILE_VERSION}"'.encode()
+    contents = encoded(make_record(8))
+    assert ours in contents
+    contents = contents.replace(ours, b'"version":"0"')
     with pytest.raises(CorruptRecordError, match="version"):
         decode(contents)
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +163,17 @@ def test_the_engine_is_woken_when_a_read_ends(tmp_path: Path) -> None:
     wait_until(lambda: bool(woken))
     assert [read.records for read in store.poll()] == [()]
     store.close(5.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a policy of Linux")
+def test_the_io_thread_takes_no_core_from_one_that_computes(tmp_path: Path) -> None:
+    mine, before = os.sched_getscheduler(0), threading.enumerate()
+    store = open_store(tmp_path)
+    (thread,) = set(threading.enumerate()) - set(before)
+    assert thread.native_id is not None
+    assert os.sched_getscheduler(thread.native_id) == os.SCHED_BATCH
+    assert os.sched_getscheduler(0) == mine
+    store.close(5)
 
 
 def test_namespaces_share_nothing_and_say_what_they_are(tmp_path: Path) -> None:
