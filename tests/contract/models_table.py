@@ -8,6 +8,7 @@ that runs when a model is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -94,7 +95,9 @@ def main(names: Sequence[str]) -> None:
     attention.install(fast_math.is_slow_cpu())
     print(HEAD.format(version=mlx_lm.__version__))
     for family in names or families():
-        print(examine(family), flush=True)
+        with contextlib.redirect_stdout(sys.stderr):  # some families print what they miss
+            row = examine(family)
+        print(row, flush=True)
 
 
 if __name__ == "__main__":
