@@ -32,7 +32,7 @@ HEAD = """\
 
 How each family of mlx-lm {version} is served. Made by `python -m tests.contract.models_table`, with
 tiny random weights; a model of your own is examined in the same way when it is loaded, and
-`/health` shows the answer.
+`/health` shows the answer. `make newest` makes it with the newest mlx-lm and says what moved.
 
 - **packed**: all tokens of a step in one forward, decode rows and prompt chunks alike.
 - **split**: the decode rows of a step in one forward, each prompt chunk in its own.
