@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 BACKEND ?= cpu
 ARGS   ?=
 
-.PHONY: help run test check bench fmt clean
+.PHONY: help run test check newest bench fmt clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -33,6 +33,9 @@ check: $(VENV)/.installed-dev  ## lint, types, import directions, tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest $(ARGS)
+
+newest:  ## test the families of models against the newest mlx-lm, in a scratch environment
+	$(PYTHON) -m tests.contract.newest --backend $(BACKEND) $(ARGS)
 
 bench: $(VENV)/.installed-dev  ## print the numbers that the README claims
 	$(BIN)/python -m benchmarks $(ARGS)

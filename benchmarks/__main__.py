@@ -9,6 +9,7 @@ import sys
 
 from benchmarks import (
     engine_loop,
+    families,
     fields,
     kv_bits,
     layouts,
@@ -23,6 +24,7 @@ from benchmarks.parts import console, run_parts
 
 SCRIPTS = {
     "engine": engine_loop,
+    "families": families,
     "fields": fields,
     "layouts": layouts,
     "blas": products,

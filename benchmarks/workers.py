@@ -12,7 +12,7 @@ import msgspec
 import psutil
 
 from benchmarks import reaper
-from benchmarks.contenders.load import Load, Measured
+from benchmarks.contenders.load import About, Load, Measured
 from benchmarks.processes import pin
 from mlx_lm_server.server.engine_process import ENGINE_ENVIRONMENT
 
@@ -33,7 +33,7 @@ class Worker:
         self._child = reaper.start(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
-        self._line()
+        self.about = msgspec.json.decode(self._line(), type=About)
 
     def measure(self, load: Load) -> Measured:
         assert self._child.stdin is not None

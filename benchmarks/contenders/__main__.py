@@ -1,4 +1,5 @@
-"""A contender in its own process: one JSON load a line in, one JSON result a line out.
+"""A contender in its own process: what it is on a line, then one JSON load a line in and one JSON
+result a line out.
 
 python -m benchmarks.contenders NAME --model FOLDER [--threads N]
 """
@@ -12,7 +13,7 @@ import sys
 
 import msgspec
 
-from benchmarks.contenders.load import Load, measure
+from benchmarks.contenders.load import About, Load, measure
 from mlx_lm_server.runner import blas
 
 CONTENDERS = {
@@ -42,7 +43,7 @@ def main() -> None:
     module, attribute = CONTENDERS[given.name]
     make = getattr(importlib.import_module(f"benchmarks.contenders.{module}"), attribute)
     contender = make(given.model, given.threads, chosen)
-    answers.write(b"ready\n")
+    answers.write(msgspec.json.encode(About(str(chosen), contender.runs)) + b"\n")
     for line in sys.stdin.buffer:
         load = msgspec.json.decode(line, type=Load)
         answers.write(msgspec.json.encode(measure(contender, load, mx)) + b"\n")

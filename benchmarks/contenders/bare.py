@@ -26,6 +26,8 @@ SLAB = 0
 class BareLoop:
     """All rows in one slab from the start, one forward and one argmax a step, read a step late."""
 
+    runs = "packed"
+
     def __init__(self, model: str, threads: int | None, _blas: Blas) -> None:
         host_memory.keep_freed_blocks()
         order = LoadModel(model, num_threads=threads)
@@ -75,6 +77,7 @@ class BareLoop:
 class PlainLoop:
     """mlx-lm's model and cache, untouched."""
 
+    runs = "batched"
     kv_bytes_per_token = 0
 
     def __init__(self, model: str, threads: int | None, _blas: Blas) -> None:

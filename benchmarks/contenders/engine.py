@@ -19,6 +19,7 @@ class Engine:
     def __init__(self, model: str, threads: int | None, blas: Blas) -> None:
         order = LoadModel(model, num_threads=threads, itl_goal_s=self.itl_goal_s)
         self._core, ready = assemble(order, blas, lambda _stage, _fraction: None)
+        self.runs = ready.batching
         self.kv_bytes_per_token = ready.kv_bytes_per_token
 
     def generate(self, load: Load) -> Iterator[list[int]]:

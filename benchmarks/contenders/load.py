@@ -81,9 +81,17 @@ class Measured(msgspec.Struct, frozen=True):
         return self.total_tokens / self.total_s
 
 
+class About(msgspec.Struct, frozen=True):
+    """What a contender says before its first load: its BLAS, and how it runs rows together."""
+
+    blas: str
+    runs: str
+
+
 class Contender(Protocol):
     """Runs loads; a bare loop may ignore sampling. `kv_bytes_per_token` 0 where it is unknown."""
 
+    runs: str
     kv_bytes_per_token: int
 
     def generate(self, load: Load) -> Iterator[list[int]]:

@@ -8,6 +8,7 @@ that runs when a model is loaded.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ HEAD = """\
 
 How each family of mlx-lm {version} is served. Made by `python -m tests.contract.models_table`, with
 tiny random weights; a model of your own is examined in the same way when it is loaded, and
-`/health` shows the answer.
+`/health` shows the answer. `make newest` makes it with the newest mlx-lm and says what moved.
 
 - **packed**: all tokens of a step in one forward, decode rows and prompt chunks alike.
 - **split**: the decode rows of a step in one forward, each prompt chunk in its own.
@@ -94,7 +95,9 @@ def main(names: Sequence[str]) -> None:
     attention.install(fast_math.is_slow_cpu())
     print(HEAD.format(version=mlx_lm.__version__))
     for family in names or families():
-        print(examine(family), flush=True)
+        with contextlib.redirect_stdout(sys.stderr):  # some families print what they miss
+            row = examine(family)
+        print(row, flush=True)
 
 
 if __name__ == "__main__":

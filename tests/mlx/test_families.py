@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from .driver import GREEDY, EngineDriver, random_prompts
+from .hand_plans import HandPlans, HandRow
 from .reference import ReferenceStep, assert_same_tokens, run_jobs
 from .tiny_models import VOCAB_SIZE, write_model
 
@@ -55,9 +56,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def reference(models: dict[str, Path]) -> Reference:
     """mlx-lm's own tokens for all models, from one process."""
     common = {"float32": True, "num_tokens": GREEDY.max_tokens}
-    jobs = {f: common | {"model": str(models[f]), "prompts": PROMPTS} for f in models}
-    for kind in KINDS:
-        jobs[f"{kind}-long"] = common | {"model": str(models[kind]), "prompts": LONG_PROMPTS}
+    jobs = {}
+    for f in models:
+        jobs[f] = common | {"model": str(models[f]), "prompts": PROMPTS}
+        jobs[f"{f}-long"] = common | {"model": str(models[f]), "prompts": LONG_PROMPTS}
     return dict(zip(jobs, run_jobs(list(jobs.values())), strict=True))
 
 
@@ -97,3 +99,22 @@ def test_prompts_cut_into_chunks_give_the_same_tokens(
     if chunk >= 16:
         _assert_all(engine.run(LONG_PROMPTS), reference[f"{family}-long"])
     _assert_all(engine.run(SHORT_PROMPTS), reference[family][:3])
+
+
+@pytest.mark.parametrize("family", sorted({*FAMILIES, *KINDS}))
+def test_all_sizes_of_chunks_and_tokens_taken_back_leave_every_row_its_tokens(
+    family: str, models: dict[str, Path], reference: Reference
+) -> None:
+    """Rows that run alone are not asked to give tokens back."""
+    plans = HandPlans(models[family], max_rows=5)
+    can_take_back = plans.runner.batching != "alone"
+    rows = [
+        HandRow(0, 0, LONG_PROMPTS[0], 512, takes_back=can_take_back),
+        HandRow(1, 0, PROMPTS[3], 16, takes_back=can_take_back),
+        HandRow(1, 1, PROMPTS[2], 7),
+        HandRow(1, 2, PROMPTS[1], 1, takes_back=can_take_back),
+        HandRow(0, 1, LONG_PROMPTS[1], 7),
+    ]
+    plans.run(rows, GREEDY.max_tokens)
+    long, short = reference[f"{family}-long"], reference[family]
+    _assert_all([row.tokens for row in rows], [long[0], short[3], short[2], short[1], long[1]])

@@ -92,13 +92,17 @@ def write_model(
     bits: int | None = None,
     seed: int = 0,
     has_wide_heads: bool = False,
+    dtype: mx.Dtype = mx.float32,
+    changes: dict[str, Any] | None = None,
 ) -> Path:
     """A model folder with config.json and model.safetensors; quantised where `bits` is given."""
     folder.mkdir(parents=True, exist_ok=True)
     config = _COMMON | CONFIGS[family] if family in CONFIGS else tiny_config(family)
     if has_wide_heads:
         config |= WIDE_HEADS[family]
+    config |= changes or {}
     model = _random_model(config, seed)
+    model.set_dtype(dtype)
     if bits is not None:
         nn.quantize(model, group_size=32, bits=bits)
         config["quantization"] = {"group_size": 32, "bits": bits}

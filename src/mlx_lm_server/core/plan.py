@@ -13,6 +13,11 @@ Blocks of tokens that no row holds any more lie in the *pool*, in segments: per 
 one array `[num_blocks, kv_heads, block_size, head_dim]`. Checkpoints of state that is not kept by
 token (recurrent state, windows) lie beside them, one by one.
 
+A row goes on from where its work says: a `position` or `start` before the end of what the row holds
+takes the tokens from there on back. Layers with a window allow that for `RING_SPARE` tokens
+(runner/kv_storage.py); recurrent state has to be saved before such tokens and loaded after them. A
+row that runs alone gives nothing back.
+
 All operations of a plan are executed before its forward, in this order: `saves` (what rows leave
 behind, from where they lay until now; what goes to the tier and comes from it), `kv_ops` (slabs and
 slots), `loads` (what rows need not compute).
