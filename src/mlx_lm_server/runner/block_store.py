@@ -128,23 +128,22 @@ class BlockStore:
                 written = []
                 for layer in layers:
                     planes = self._segments[segment_id][self._full.index(layer)]
-                    for plane, blocks in zip(planes, self._gather(layer, sources), strict=True):
-                        plane[numbers] = blocks
+                    for plane, parts in zip(planes, self._gather(layer, sources), strict=True):
+                        plane[numbers] = _joined(parts)
                         written.append(plane)
                 self._storage.stages.add(written)
 
-    def _gather(self, layer: int, places: Sequence[Place]) -> Iterator[mx.array]:
-        """Per plane `[len(places), kv_heads, block_size, width]`."""
+    def _gather(self, layer: int, places: Sequence[Place]) -> Iterator[list[mx.array]]:
+        """Per plane the blocks in their order, each part `[n, kv_heads, block_size, width]`."""
         runs = [
             (segment_id, [place.number for place in run])
             for segment_id, run in groupby(places, key=lambda place: place.segment_id)
         ]
         for number in range(len(self._storage.layers[layer].planes)):
-            parts = [
+            yield [
                 _take(self._segments[segment_id][self._full.index(layer)][number], numbers)
                 for segment_id, numbers in runs
             ]
-            yield parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
     def _save_blocks(self, op: SaveBlocks) -> None:
         first = op.first_block
@@ -297,31 +296,33 @@ class BlockStore:
             written = []
             for layer in layers:
                 planes = self._storage.slabs[op.slab_id].planes[layer]
-                for number, blocks in enumerate(self._gather(layer, op.places)):
-                    planes[number] = self._with_blocks(planes[number], blocks, op)
+                for number, parts in enumerate(self._gather(layer, op.places)):
+                    planes[number] = self._with_blocks(planes[number], parts, op)
                 written += planes
             self._storage.stages.add(written)
 
-    def _with_blocks(self, plane: mx.array, blocks: mx.array, op: LoadBlocks) -> mx.array:
-        """The plane of a slab with the blocks `[n, kv_heads, block_size, width]` written to it, in
-        place. Whole blocks go to a view of the plane in blocks, so that they are copied once."""
+    def _with_blocks(self, plane: mx.array, parts: list[mx.array], op: LoadBlocks) -> mx.array:
+        """The plane of a slab with the blocks written to it, in place. Whole blocks go to a view of
+        the plane in blocks, so that they are copied once."""
         start = op.start
         if start % self._size == 0 == plane.shape[2] % self._size:
             first, stop = start // self._size, op.stop // self._size
             num_slots, kv_heads, capacity, width = plane.shape
             shape = (num_slots, kv_heads, capacity // self._size, self._size, width)
-            whole = blocks[: stop - first].swapaxes(0, 1)
+            whole, parts = _split(parts, stop - first)
             if op.slab_id in self._storage.fresh and num_slots == 1 and first == 0:
                 # The zeros of the plane itself are never computed.
                 rest = mx.zeros((*shape[:2], shape[2] - stop, *shape[3:]), plane.dtype)
-                view = mx.concatenate([whole[None], rest], axis=2)
+                blocks = [part.swapaxes(0, 1)[None] for part in whole]
+                view = mx.concatenate([*blocks, rest], axis=2)
             else:
                 view = plane.reshape(shape)
-                view[op.slot, :, first:stop] = whole
-            plane, blocks = view.reshape(plane.shape), blocks[stop - first :]
-            start = stop * self._size
+                for part in whole:
+                    view[op.slot, :, first : first + len(part)] = part.swapaxes(0, 1)
+                    first += len(part)
+            plane, start = view.reshape(plane.shape), stop * self._size
         if start < op.stop:
-            tokens = blocks.swapaxes(0, 1).reshape(blocks.shape[1], -1, blocks.shape[3])
+            tokens = _joined(parts).swapaxes(0, 1).reshape(plane.shape[1], -1, plane.shape[3])
             before = start % self._size
             plane[op.slot, :, start : op.stop] = tokens[:, before : before + op.stop - start]
         return plane
@@ -342,6 +343,24 @@ class BlockStore:
 def _unchanged(plane: mx.array) -> mx.array:
     """The plane as it is now, whatever is written to it later."""
     return plane.reshape(plane.shape)
+
+
+def _joined(parts: list[mx.array]) -> mx.array:
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+
+def _split(parts: Sequence[mx.array], count: int) -> tuple[list[mx.array], list[mx.array]]:
+    """The first `count` blocks of all parts, and the others."""
+    before: list[mx.array] = []
+    after: list[mx.array] = []
+    for part in parts:
+        taken = min(count, len(part))
+        count -= taken
+        if taken:
+            before.append(part[:taken])
+        if taken < len(part):
+            after.append(part[taken:])
+    return before, after
 
 
 def _take(plane: mx.array, numbers: Sequence[int]) -> mx.array:
