@@ -57,7 +57,8 @@ def _expected(
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "length", "start", "key_dim", "value_dim"),
     [
-        (8, 4, 1, 0, 64, 64),
+        (8, 4, 2, 0, 64, 64),
+        (8, 4, 1, 9, 64, 64),
         (8, 4, 20, 300, 64, 64),
         (8, 2, 130, 65, 64, 64),
         (14, 2, 9, 127, 64, 64),
@@ -91,8 +92,8 @@ def test_a_prompt_cut_anywhere_gives_the_same_bits() -> None:
     k, v = _slice_of_slab(2, length, 64), _slice_of_slab(2, length, 64)
     whole = chunk_attention.attend(q, k, v, SCALE, 0)
     for size in (1, 7, 64, 100):
-        parts = []
-        for first in range(0, length, size):
+        parts = [] if size > 1 else [whole[:, :1]]
+        for first in range(len(parts), length, size):
             end = min(length, first + size)
             parts.append(
                 chunk_attention.attend(q[:, first:end], k[:, :end], v[:, :end], SCALE, first)
@@ -130,6 +131,15 @@ def test_the_kernel_uses_it_and_does_without_where_its_tiles_do_not_fit() -> Non
             mx.random.normal((2, 30, dim)),
         )
         out = kernel.chunk(q, k, v, SCALE, 20)
-        assert chunk_attention.can_attend(dim, dim) == is_native
+        assert chunk_attention.can_attend(k, v) == is_native
         assert np.abs(np.array(out) - _expected(q, k, v, 20, None, None)).max() < 1e-5
         assert mx.array_equal(out, kernel.plain_chunk(q, k, v, SCALE, 20)) != is_native
+
+
+def test_a_single_key_whose_heads_lie_apart_is_left_to_plain_operations() -> None:
+    kernel = CpuKernel()
+    tokens = mx.random.normal((1, 4, 64))
+    k = mx.contiguous(tokens.swapaxes(0, 1))
+    assert not chunk_attention.can_attend(k, k)
+    out = kernel.chunk(_queries(8, 1, 64), k, k, SCALE, 0)
+    assert mx.allclose(out, mx.repeat(k, 2, axis=0), atol=1e-6)

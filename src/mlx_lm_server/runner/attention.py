@@ -20,7 +20,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lm_server.runner import fast_math
+from mlx_lm_server.runner import fast_math, native_rows
 from mlx_lm_server.runner.kernels import AttentionKernel
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.rectangular import ChunkCache
@@ -202,6 +202,7 @@ def install(use_arithmetic_swiglu: bool) -> None:
     scaled_dot_product_attention.is_packed = True  # type: ignore[attr-defined]
     base.scaled_dot_product_attention = scaled_dot_product_attention
     if use_arithmetic_swiglu:
+        native_rows.install()
         plain_swiglu = activations.swiglu
 
         def swiglu(gate: mx.array, x: mx.array) -> mx.array:

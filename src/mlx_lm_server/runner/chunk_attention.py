@@ -17,9 +17,17 @@ ATTENTION_ALPHA = 2.0**-116
 DIM_MULTIPLE = 8
 
 
-def can_attend(key_dim: int, value_dim: int) -> bool:
-    """Whether the tiles of the code in C fit."""
-    return key_dim % DIM_MULTIPLE == 0 and value_dim % DIM_MULTIPLE == 0
+def is_native() -> bool:
+    """Whether our library stands in front of the BLAS: the address of a matrix is not the zeros
+    that the product would be."""
+    return bool(mx.any(_addresses(mx.ones((1, 1, DIM_MULTIPLE))).view(mx.int32) != 0))
+
+
+def can_attend(k: mx.array, v: mx.array) -> bool:
+    """Whether the tiles of the code in C fit. A single key does not: it counts as contiguous
+    whatever its strides say, and by them a product would be given a copy of it."""
+    dims = k.shape[-1], v.shape[-1]
+    return k.shape[1] > 1 and all(dim % DIM_MULTIPLE == 0 for dim in dims)
 
 
 def attend(

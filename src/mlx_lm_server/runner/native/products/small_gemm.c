@@ -25,6 +25,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "rows.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -36,10 +37,12 @@ enum { FETCH_AHEAD = 128 };
 enum { FLOATS, BYTES, NIBBLES };
 #define NIBBLES_ALPHA 0x1p-104f
 #define BYTES_ALPHA 0x1p-108f
-/* The address of A instead of a product; and attention, for which A is what attention.h calls
- * `packed` and B the values. */
+/* What is no product at all: the address of A; attention, for which A is what attention.h calls
+ * `packed` and B the values; and the functions of rows.h, for which B is what is `packed`. */
 #define ADDRESS_ALPHA 0x1p-112f
 #define ATTENTION_ALPHA 0x1p-116f
+#define RMS_NORM_ALPHA 0x1p-120f
+#define ROTATION_ALPHA 0x1p-124f
 
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
 enum { MAX_ROWS = 192, MAX_NN_ROWS = 16, MAX_NN_COLS = 256, NN_VECS = 4, NN_ROWS = 4 };
@@ -416,16 +419,19 @@ static void other_product(int is_plain, int trans_b, int m, int n, int k, float 
   } else if (alpha == ADDRESS_ALPHA) {
     is_done = is_plain && (size_t)n * sizeof *c == sizeof a;
     if (is_done) memcpy(c, &a, sizeof a);
-  } else if (is_plain && trans_b == NO_TRANS && ldb == n && ldc == n && can_attend(a, n)) {
-    attend(a, b, k, n, c);
-    is_done = 1;
+  } else if (is_plain && trans_b == NO_TRANS && ldb == n && ldc == n) {
+    is_done = alpha == ATTENTION_ALPHA ? can_attend(a, n) : k == n && lda == k;
+    if (!is_done) return fill_nan(m, n, c, ldc);
+    if (alpha == ATTENTION_ALPHA) attend(a, b, k, n, c);
+    if (alpha == RMS_NORM_ALPHA) rms_norm(a, m, n, b, c);
+    if (alpha == ROTATION_ALPHA) rotate(a, m, n, b, c);
   }
   if (!is_done) fill_nan(m, n, c, ldc);
 }
 
 void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha,
                  const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc) {
-  if (alpha >= ATTENTION_ALPHA && alpha <= NIBBLES_ALPHA) {
+  if (alpha >= ROTATION_ALPHA && alpha <= NIBBLES_ALPHA) {
     int is_plain = order == ROW_MAJOR && trans_a == NO_TRANS && k > 0;
     other_product(is_plain, trans_b, m, n, k, alpha, a, lda, b, ldb, c, ldc);
     return;

@@ -1,0 +1,13 @@
+/* What is done to each row of a matrix by itself. */
+#pragma once
+#pragma GCC visibility push(hidden)
+
+/* Root mean square norm (Zhang & Sennrich 2019): `packed` is epsilon, then `dim` weights. */
+void rms_norm(const float *x, long num_rows, long dim, const float *packed, float *out);
+
+/* Rotary position embedding (Su et al. 2021) of one position: `packed` is how many numbers of a row
+ * are rotated, the cosines of half as many angles, and their sines. The first half of these numbers
+ * is paired with the second. */
+void rotate(const float *x, long num_rows, long dim, const float *packed, float *out);
+
+#pragma GCC visibility pop

@@ -1,0 +1,141 @@
+"""RMS norm and rotary embedding in C, each in one operation, for CPUs in float32.
+
+MLX's CPU back end makes them of seven and fifteen operations. For the few rows of a decode step an
+operation costs more to hand over than to compute: two threads, an allocation, a wake-up. They
+travel as products do (docs/adr/0008): the matrix on the right is a view with the shape of a square
+one over a few numbers, `alpha` says what is meant, and only `native/products` may read it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_lm_server.runner import chunk_attention
+
+RMS_NORM_ALPHA = 2.0**-120
+ROTATION_ALPHA = 2.0**-124
+ZERO = mx.array(0.0)
+# Norms of all layers, and rotations of one step; more of them are those of models that are gone.
+MAX_NORMS, MAX_TABLES = 4096, 8
+
+
+class NativeRows:
+    """Stands in for `mx.fast.rms_norm` and `mx.fast.rope`; hands on what it does not know."""
+
+    def __init__(self) -> None:
+        self._plain_norm: Callable[..., mx.array] = mx.fast.rms_norm
+        self._plain_rope: Callable[..., mx.array] = mx.fast.rope
+        # By the identity of what they are made of, which they keep alive.
+        self._norms: dict[tuple[int, float], tuple[mx.array, mx.array]] = {}
+        self._tables: dict[tuple[object, ...], tuple[mx.array, mx.array | None, mx.array]] = {}
+
+    def rms_norm(self, x: mx.array, weight: mx.array | None, eps: float, **stream: Any) -> mx.array:
+        """`mx.fast.rms_norm`, over the last axis."""
+        is_ours = weight is not None and x.dtype == weight.dtype == mx.float32 and x.size > 0
+        if weight is None or not is_ours or stream or weight.shape != x.shape[-1:]:
+            return self._plain_norm(x, weight, eps, **stream)
+        dim = x.shape[-1]
+        rows = x if x.ndim == 2 else x.reshape(-1, dim)
+        out = mx.addmm(ZERO, rows, self._norm(weight, eps), alpha=RMS_NORM_ALPHA, beta=0.0)
+        return out if x.ndim == 2 else out.reshape(x.shape)
+
+    def rope(
+        self,
+        a: mx.array,
+        dims: int,
+        *,
+        traditional: bool,
+        base: float | None,
+        scale: float,
+        offset: int | mx.array,
+        freqs: mx.array | None = None,
+        **stream: Any,
+    ) -> mx.array:
+        """`mx.fast.rope` of packed tokens `[T, heads, 1, dim]`, each with an offset of its own."""
+        is_packed = a.ndim == 4 and a.shape[2] == 1 and a.dtype == mx.float32 and a.size > 0
+        is_odd = traditional or dims % 2 or stream
+        if (
+            not isinstance(offset, mx.array)
+            or offset.shape != a.shape[:1]
+            or not is_packed
+            or is_odd
+        ):
+            return self._plain_rope(
+                a,
+                dims,
+                traditional=traditional,
+                base=base,
+                scale=scale,
+                offset=offset,
+                freqs=freqs,
+                **stream,
+            )
+        num_tokens, heads, _, dim = a.shape
+        table = self._table(offset, dims, dim, base, scale, freqs)
+        rows = a.reshape(num_tokens, heads, dim)
+        out = mx.addmm(ZERO, rows, table, alpha=ROTATION_ALPHA, beta=0.0)
+        return out.reshape(a.shape)
+
+    def _norm(self, weight: mx.array, eps: float) -> mx.array:
+        key = id(weight), eps
+        if key not in self._norms:
+            if len(self._norms) >= MAX_NORMS:
+                self._norms.clear()
+            packed = mx.concatenate([mx.array([eps]), weight])
+            posing = mx.as_strided(packed, (weight.size, weight.size), (weight.size, 1))
+            mx.eval(posing)
+            self._norms[key] = weight, posing
+        return self._norms[key][1]
+
+    def _table(
+        self,
+        offset: mx.array,
+        dims: int,
+        dim: int,
+        base: float | None,
+        scale: float,
+        freqs: mx.array | None,
+    ) -> mx.array:
+        """For each token what `rotate` calls `packed`, posing as `[T, dim, dim]`."""
+        key = id(offset), dims, dim, base, scale, id(freqs)
+        if key not in self._tables:
+            if len(self._tables) >= MAX_TABLES:
+                self._tables.clear()
+            half = dims // 2
+            if freqs is not None:
+                turns = mx.reciprocal(freqs)
+            else:
+                assert base is not None
+                turns = mx.exp(mx.arange(half) * (-math.log(base) / half))
+            angles = (offset.astype(mx.float32) * scale)[:, None] * turns
+            count = mx.full((offset.size, 1), float(dims))
+            packed = mx.concatenate([count, mx.cos(angles), mx.sin(angles)], axis=1)
+            posing = mx.as_strided(packed, (offset.size, dim, dim), (dims + 1, dim, 1))
+            self._tables[key] = offset, freqs, posing
+        return self._tables[key][2]
+
+
+def install() -> None:
+    """Put them in the place of MLX's, where the library in C is there and gives the same."""
+    if isinstance(getattr(mx.fast.rms_norm, "__self__", None), NativeRows):
+        return
+    ours = NativeRows()
+    if chunk_attention.is_native() and _is_right(ours):
+        mx.fast.rms_norm = ours.rms_norm
+        mx.fast.rope = ours.rope
+
+
+def _is_right(ours: NativeRows) -> bool:
+    x, weight = mx.sin(mx.arange(40.0)).reshape(5, 8), mx.cos(mx.arange(8.0))
+    offset = mx.array([0, 3, 7, 100, 2000])
+    how: dict[str, Any] = {"traditional": False, "base": 1e4, "scale": 1.0, "offset": offset}
+    rows = x.reshape(5, 1, 1, 8)
+    pairs = (
+        (ours.rms_norm(x, weight, 1e-5), mx.fast.rms_norm(x, weight, 1e-5)),
+        (ours.rope(rows, 6, **how), mx.fast.rope(rows, 6, **how)),
+    )
+    return all(bool(mx.allclose(a, b, atol=1e-4)) for a, b in pairs)

@@ -1,0 +1,65 @@
+"""RMS norm and rotary embedding in C give what MLX's own operations give."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_lm_server.runner import native
+from mlx_lm_server.runner.native_rows import NativeRows
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("cc") or not {"avx2", "fma"} <= native.cpu_flags(),
+    reason="needs a C compiler and a CPU with AVX2",
+)
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[Any, Any]:
+    """MLX's own, whose place the module's have taken when the tests began."""
+    installed = mx.fast.rms_norm.__self__
+    assert isinstance(installed, NativeRows)
+    return installed._plain_norm, installed._plain_rope
+
+
+@pytest.mark.parametrize("shape", [(5, 512), (3, 1, 512), (7, 8, 1, 64), (2, 3, 100), (1, 1)])
+def test_norms_are_the_same(shape: tuple[int, ...], plain: tuple[Any, Any]) -> None:
+    x, weight = 3 * mx.random.normal(shape), mx.random.normal(shape[-1:])
+    assert mx.allclose(mx.fast.rms_norm(x, weight, 1e-6), plain[0](x, weight, 1e-6), atol=1e-5)
+
+
+def test_rows_that_lie_apart_are_normed_too(plain: tuple[Any, Any]) -> None:
+    x, weight = mx.random.normal((64, 6, 10)).swapaxes(0, 2)[:, 1:5], mx.random.normal((64,))
+    assert mx.allclose(mx.fast.rms_norm(x, weight, 1e-6), plain[0](x, weight, 1e-6), atol=1e-5)
+
+
+@pytest.mark.parametrize("is_by_base", [True, False])
+@pytest.mark.parametrize(
+    ("num_tokens", "heads", "dim", "dims"),
+    [(1, 1, 64, 64), (7, 8, 64, 64), (5, 4, 64, 32), (300, 2, 128, 128), (3, 1, 100, 6)],
+)
+def test_rotations_are_the_same(
+    num_tokens: int, heads: int, dim: int, dims: int, is_by_base: bool, plain: tuple[Any, Any]
+) -> None:
+    x, offset = mx.random.normal((num_tokens, heads, 1, dim)), 37 * mx.arange(num_tokens)
+    how: dict[str, Any] = {"traditional": False, "offset": offset, "base": 1e6, "scale": 1.0}
+    if not is_by_base:
+        how |= {"base": None, "scale": 0.5, "freqs": mx.arange(1.0, dims // 2 + 1)}
+    expected = plain[1](x, dims, **how)
+    assert mx.allclose(mx.fast.rope(x, dims, **how), expected, atol=1e-4)
+    kept = mx.fast.rope(x, dims, **how)  # with what the first call has kept
+    assert mx.allclose(kept, expected, atol=1e-4)
+
+
+def test_what_it_does_not_know_is_left_to_mlx(plain: tuple[Any, Any]) -> None:
+    x = mx.random.normal((2, 4, 3, 64))
+    how: dict[str, Any] = {"base": 1e4, "scale": 1.0}
+    for odd in ({"traditional": True, "offset": 3}, {"traditional": False, "offset": 5}):
+        assert mx.array_equal(mx.fast.rope(x, 64, **how, **odd), plain[1](x, 64, **how, **odd))
+    half, weight = x.astype(mx.bfloat16), mx.ones((64,), mx.bfloat16)
+    assert mx.array_equal(mx.fast.rms_norm(half, weight, 1e-5), plain[0](half, weight, 1e-5))
+    assert mx.array_equal(mx.fast.rms_norm(x, None, 1e-5), plain[0](x, None, 1e-5))
