@@ -9,6 +9,7 @@ one over a few numbers, `alpha` says what is meant, and only `native/products` m
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,11 @@ import mlx.core as mx
 
 from mlx_lm_server.runner import chunk_attention
 
-RMS_NORM_ALPHA = 2.0**-120
+RMS_NORM_EXPONENT = -120
 ROTATION_ALPHA = 2.0**-124
 ZERO = mx.array(0.0)
-# Norms of all layers, and rotations of one step; more of them are those of models that are gone.
-MAX_NORMS, MAX_TABLES = 4096, 8
+# Rotations of one step; more of them are those of steps that are over.
+MAX_TABLES = 8
 
 
 class NativeRows:
@@ -30,7 +31,6 @@ class NativeRows:
         self._plain_norm: Callable[..., mx.array] = mx.fast.rms_norm
         self._plain_rope: Callable[..., mx.array] = mx.fast.rope
         # By the identity of what they are made of, which they keep alive.
-        self._norms: dict[tuple[int, float], tuple[mx.array, mx.array]] = {}
         self._tables: dict[tuple[object, ...], tuple[mx.array, mx.array | None, mx.array]] = {}
 
     def rms_norm(self, x: mx.array, weight: mx.array | None, eps: float, **stream: Any) -> mx.array:
@@ -40,7 +40,8 @@ class NativeRows:
             return self._plain_norm(x, weight, eps, **stream)
         dim = x.shape[-1]
         rows = x if x.ndim == 2 else x.reshape(-1, dim)
-        out = mx.addmm(ZERO, rows, self._norm(weight, eps), alpha=RMS_NORM_ALPHA, beta=0.0)
+        posing = mx.as_strided(weight, (dim, dim), (dim, 1))
+        out = mx.addmm(ZERO, rows, posing, alpha=_alpha_with(eps), beta=0.0)
         return out if x.ndim == 2 else out.reshape(x.shape)
 
     def rope(
@@ -80,17 +81,6 @@ class NativeRows:
         out = mx.addmm(ZERO, rows, table, alpha=ROTATION_ALPHA, beta=0.0)
         return out.reshape(a.shape)
 
-    def _norm(self, weight: mx.array, eps: float) -> mx.array:
-        key = id(weight), eps
-        if key not in self._norms:
-            if len(self._norms) >= MAX_NORMS:
-                self._norms.clear()
-            packed = mx.concatenate([mx.array([eps]), weight])
-            posing = mx.as_strided(packed, (weight.size, weight.size), (weight.size, 1))
-            mx.eval(posing)
-            self._norms[key] = weight, posing
-        return self._norms[key][1]
-
     def _table(
         self,
         offset: mx.array,
@@ -117,6 +107,12 @@ class NativeRows:
             posing = mx.as_strided(packed, (offset.size, dim, dim), (dims + 1, dim, 1))
             self._tables[key] = offset, freqs, posing
         return self._tables[key][2]
+
+
+def _alpha_with(eps: float) -> float:
+    """Epsilon travels in the fraction of `alpha`, to 15 bits of its own."""
+    (bits,) = struct.unpack("<i", struct.pack("<f", eps))
+    return math.ldexp(1 + (bits >> 8) / 2**23, RMS_NORM_EXPONENT)
 
 
 def install() -> None:

@@ -5,8 +5,8 @@
 
 #include "vectors.h"
 
-void rms_norm(const float *x, long num_rows, long dim, const float *packed, float *out) {
-  const float *weights = packed + 1;
+void rms_norm(const float *x, long num_rows, long dim, const float *weights, float epsilon,
+              float *out) {
   for (; num_rows > 0; num_rows--, x += dim, out += dim) {
     vec squares[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
     long i = 0;
@@ -20,7 +20,7 @@ void rms_norm(const float *x, long num_rows, long dim, const float *packed, floa
     vec_store(lanes, vec_add(vec_add(squares[0], squares[1]), vec_add(squares[2], squares[3])));
     for (int j = 0; j < WIDTH; j++) sum += lanes[j];
     for (; i < dim; i++) sum += x[i] * x[i];
-    float scale = 1.0f / sqrtf(sum / dim + packed[0]);
+    float scale = 1.0f / sqrtf(sum / dim + epsilon);
     for (i = 0; i < dim; i++) out[i] = x[i] * scale * weights[i];
   }
 }

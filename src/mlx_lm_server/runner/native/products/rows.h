@@ -2,8 +2,9 @@
 #pragma once
 #pragma GCC visibility push(hidden)
 
-/* Root mean square norm (Zhang & Sennrich 2019): `packed` is epsilon, then `dim` weights. */
-void rms_norm(const float *x, long num_rows, long dim, const float *packed, float *out);
+/* Root mean square norm (Zhang & Sennrich 2019). */
+void rms_norm(const float *x, long num_rows, long dim, const float *weights, float epsilon,
+              float *out);
 
 /* Rotary position embedding (Su et al. 2021) of one position: `packed` is how many numbers of a row
  * are rotated, the cosines of half as many angles, and their sines. The first half of these numbers

@@ -41,7 +41,7 @@ enum { FLOATS, BYTES, NIBBLES };
  * `packed` and B the values; and the functions of rows.h, for which B is what is `packed`. */
 #define ADDRESS_ALPHA 0x1p-112f
 #define ATTENTION_ALPHA 0x1p-116f
-#define RMS_NORM_ALPHA 0x1p-120f
+#define RMS_NORM_ALPHA 0x1p-120f /* and up to twice that: the fraction is epsilon's upper bits */
 #define ROTATION_ALPHA 0x1p-124f
 
 enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
@@ -409,6 +409,15 @@ static void fill_nan(int m, int n, float *c, int ldc) {
     for (long j = 0; j < n; j++) c[i * ldc + j] = NAN;
 }
 
+static float epsilon_in(float alpha) {
+  uint32_t bits;
+  memcpy(&bits, &alpha, sizeof bits);
+  bits <<= 8; /* 23 bits of fraction become the upper ones of a number without a sign */
+  bits &= 0x7fffffff;
+  memcpy(&alpha, &bits, sizeof bits);
+  return alpha;
+}
+
 /* What the caller says by `alpha`. */
 static void other_product(int is_plain, int trans_b, int m, int n, int k, float alpha, const float *a,
                           int lda, const float *b, int ldb, float *c, int ldc) {
@@ -423,7 +432,8 @@ static void other_product(int is_plain, int trans_b, int m, int n, int k, float 
     is_done = alpha == ATTENTION_ALPHA ? can_attend(a, n) : k == n && lda == k;
     if (!is_done) return fill_nan(m, n, c, ldc);
     if (alpha == ATTENTION_ALPHA) attend(a, b, k, n, c);
-    if (alpha == RMS_NORM_ALPHA) rms_norm(a, m, n, b, c);
+    if (alpha >= RMS_NORM_ALPHA && alpha < 2 * RMS_NORM_ALPHA)
+      rms_norm(a, m, n, b, epsilon_in(alpha), c);
     if (alpha == ROTATION_ALPHA) rotate(a, m, n, b, c);
   }
   if (!is_done) fill_nan(m, n, c, ldc);
