@@ -101,6 +101,14 @@ def test_a_prompt_cut_anywhere_gives_the_same_bits() -> None:
         assert mx.array_equal(mx.concatenate(parts, axis=1), whole)
 
 
+def test_more_scores_than_mlx_can_count_are_done_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = _queries(4, 50, 64)
+    k, v = _slice_of_slab(2, 90, 64), _slice_of_slab(2, 90, 64)
+    whole = chunk_attention.attend(q, k, v, SCALE, 40)
+    monkeypatch.setattr(chunk_attention, "MAX_SCORES", 4 * 90 * 13)
+    assert mx.array_equal(chunk_attention.attend(q, k, v, SCALE, 40), whole)
+
+
 def test_scores_far_apart_leave_no_trace() -> None:
     """A key that outweighs all others beyond what float32 can say, first, last and in between."""
     for place in (0, 63, 64, 150):

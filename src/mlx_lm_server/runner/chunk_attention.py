@@ -15,6 +15,8 @@ import mlx.core as mx
 ADDRESS_ALPHA = 2.0**-112
 ATTENTION_ALPHA = 2.0**-116
 DIM_MULTIPLE = 8
+# MLX counts the numbers of a batch of matrices with 31 bits.
+MAX_SCORES = 2**31 - 1
 
 
 def is_native() -> bool:
@@ -41,6 +43,28 @@ def attend(
 ) -> mx.array:
     """`AttentionKernel.chunk`, where `can_attend`. Each head's rows of k must lie one after the
     other, or MLX would hand on the address of a copy that is gone when it is read."""
+    heads, length, _ = q.shape
+    num_scores = heads * k.shape[1]
+    at_once = max(1, MAX_SCORES // num_scores)
+    if length <= at_once:
+        return _attend_at_once(q, k, v, scale, start, window, sinks)
+    parts = []
+    for first in range(0, length, at_once):
+        some, end = q[:, first : first + at_once], start + min(length, first + at_once)
+        keys, values = k[:, :end], v[:, :end]
+        parts.append(_attend_at_once(some, keys, values, scale, start + first, window, sinks))
+    return mx.concatenate(parts, axis=1)
+
+
+def _attend_at_once(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    start: int,
+    window: int | None,
+    sinks: mx.array | None,
+) -> mx.array:
     heads, length, key_dim = q.shape
     kv_heads, num_keys, value_dim = v.shape
     share = heads // kv_heads

@@ -22,6 +22,8 @@ ROTATION_ALPHA = 2.0**-124
 ZERO = mx.array(0.0)
 # Rotations of one step; more of them are those of steps that are over.
 MAX_TABLES = 8
+# MLX counts the numbers of a batch of matrices with 31 bits.
+MAX_NUMBERS = 2**31 - 1
 
 
 class NativeRows:
@@ -58,7 +60,7 @@ class NativeRows:
     ) -> mx.array:
         """`mx.fast.rope` of packed tokens `[T, heads, 1, dim]`, each with an offset of its own."""
         is_packed = a.ndim == 4 and a.shape[2] == 1 and a.dtype == mx.float32 and a.size > 0
-        is_odd = traditional or dims % 2 or stream
+        is_odd = traditional or dims % 2 or stream or a.shape[0] * a.shape[-1] ** 2 > MAX_NUMBERS
         if (
             not isinstance(offset, mx.array)
             or offset.shape != a.shape[:1]
