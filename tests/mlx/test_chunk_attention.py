@@ -139,7 +139,7 @@ def test_the_kernel_uses_it_and_does_without_where_its_tiles_do_not_fit() -> Non
             mx.random.normal((2, 30, dim)),
         )
         out = kernel.chunk(q, k, v, SCALE, 20)
-        assert chunk_attention.can_attend(k, v) == is_native
+        assert chunk_attention.can_attend(q, k, v) == is_native
         assert np.abs(np.array(out) - _expected(q, k, v, 20, None, None)).max() < 1e-5
         assert mx.array_equal(out, kernel.plain_chunk(q, k, v, SCALE, 20)) != is_native
 
@@ -148,6 +148,7 @@ def test_a_single_key_whose_heads_lie_apart_is_left_to_plain_operations() -> Non
     kernel = CpuKernel()
     tokens = mx.random.normal((1, 4, 64))
     k = mx.contiguous(tokens.swapaxes(0, 1))
-    assert not chunk_attention.can_attend(k, k)
-    out = kernel.chunk(_queries(8, 1, 64), k, k, SCALE, 0)
+    q = _queries(8, 1, 64)
+    assert not chunk_attention.can_attend(q, k, k)
+    out = kernel.chunk(q, k, k, SCALE, 0)
     assert mx.allclose(out, mx.repeat(k, 2, axis=0), atol=1e-6)

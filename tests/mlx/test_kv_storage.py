@@ -131,6 +131,20 @@ def test_decode_steps_write_in_place_and_peak_memory_stays_flat(kernel: Attentio
     assert mx.get_peak_memory() - before < slab_bytes / 4
 
 
+@pytest.mark.parametrize("length", [31, 32])
+def test_a_chunk_that_fills_its_slab_attends_like_any_other(length: int) -> None:
+    """MLX takes what covers a whole array for the array, with the strides that it has."""
+    kernel = CpuKernel()
+    for _ in range(5):
+        storage = storage_with(CreateSlab(0, 1, 32))
+        k, v, q = random_tokens(length)
+        plan = plan_of(chunk(0, 0, 0, length))
+        out = forward(storage, kernel, plan, k, v, q)
+        mx.eval(out)
+        repeated = (mx.repeat(x, HEADS // KV_HEADS, axis=1) for x in (k, v))
+        assert mx.allclose(out, plain_attention(q, *repeated), atol=1e-5)
+
+
 def test_the_last_blocks_of_a_long_row_are_saved_without_a_copy_of_the_row() -> None:
     storage = storage_with(CreateSlab(0, 1, 4096))
     store = BlockStore(storage, None, 16)

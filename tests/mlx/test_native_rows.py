@@ -32,9 +32,20 @@ def test_norms_are_the_same(shape: tuple[int, ...], plain: tuple[Any, Any]) -> N
     assert mx.allclose(mx.fast.rms_norm(x, weight, 1e-6), plain[0](x, weight, 1e-6), atol=1e-5)
 
 
-def test_rows_that_lie_apart_are_normed_too(plain: tuple[Any, Any]) -> None:
-    x, weight = mx.random.normal((64, 6, 10)).swapaxes(0, 2)[:, 1:5], mx.random.normal((64,))
-    assert mx.allclose(mx.fast.rms_norm(x, weight, 1e-6), plain[0](x, weight, 1e-6), atol=1e-5)
+def test_rows_that_lie_otherwise_are_normed_too(plain: tuple[Any, Any]) -> None:
+    block, weight = mx.random.normal((64, 6, 10)), mx.random.normal((64,))
+    for x in (
+        block.swapaxes(0, 2)[:, 1:5],
+        block[:, :, 0].T,
+        block[:, 0, 0][None],
+        block[:, :1, 0].swapaxes(0, 1),
+        block[None, :, :, 0].swapaxes(1, 2),
+    ):
+        expected = plain[0](x, weight, 1e-6)
+        assert mx.allclose(mx.fast.rms_norm(x, weight, 1e-6), expected, atol=1e-5)
+    apart = mx.random.normal((128,))[::2]
+    x = mx.random.normal((3, 64))
+    assert mx.allclose(mx.fast.rms_norm(x, apart, 1e-6), plain[0](x, apart, 1e-6), atol=1e-5)
 
 
 @pytest.mark.parametrize("is_by_base", [True, False])

@@ -193,7 +193,7 @@ def install(use_arithmetic_swiglu: bool) -> None:
         if owner is not None:
             return owner.attend(queries, scale, mask, sinks)
         if isinstance(cache, ChunkCache):
-            out = cache.attend(queries, keys, scale, mask, sinks)
+            out = cache.attend(queries, keys, values, scale, mask, sinks)
             if out is not None:
                 return out
         plain: mx.array = original(queries, keys, values, cache, scale, mask, sinks)

@@ -25,11 +25,12 @@ def is_native() -> bool:
     return bool(mx.any(_addresses(mx.ones((1, 1, DIM_MULTIPLE))).view(mx.int32) != 0))
 
 
-def can_attend(k: mx.array, v: mx.array) -> bool:
+def can_attend(q: mx.array, k: mx.array, v: mx.array) -> bool:
     """Whether the tiles of the code in C fit. A single key does not: it counts as contiguous
     whatever its strides say, and by them a product would be given a copy of it."""
     dims = k.shape[-1], v.shape[-1]
-    return k.shape[1] > 1 and all(dim % DIM_MULTIPLE == 0 for dim in dims)
+    is_float32 = q.dtype == k.dtype == v.dtype == mx.float32
+    return is_float32 and k.shape[1] > 1 and all(dim % DIM_MULTIPLE == 0 for dim in dims)
 
 
 def attend(

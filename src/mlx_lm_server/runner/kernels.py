@@ -145,7 +145,7 @@ class CpuKernel:
         window: int | None = None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        if self._has_native_chunks and chunk_attention.can_attend(k, v):
+        if self._has_native_chunks and chunk_attention.can_attend(q, k, v):
             return chunk_attention.attend(q, k, v, scale, start, window, sinks)
         return self.plain_chunk(q, k, v, scale, start, window, sinks)
 

@@ -249,6 +249,10 @@ class KVStorage:
         places = slice(start, start + keys.shape[1])
         new_planes = self.layers[layer].to_planes(keys, values)
         for plane, new in zip(self._planes(layer, slab_id), new_planes, strict=True):
+            if (
+                new.size == plane.size
+            ):  # then MLX would take the new array for the plane, as it lies
+                new = mx.contiguous(new)
             plane[slot, :, places] = new
 
     def read_slots(

@@ -20,8 +20,6 @@ from mlx_lm_server.runner import chunk_attention
 RMS_NORM_EXPONENT = -120
 ROTATION_ALPHA = 2.0**-124
 ZERO = mx.array(0.0)
-# Rotations of one step; more of them are those of steps that are over.
-MAX_TABLES = 8
 # MLX counts the numbers of a batch of matrices with 31 bits.
 MAX_NUMBERS = 2**31 - 1
 
@@ -32,8 +30,9 @@ class NativeRows:
     def __init__(self) -> None:
         self._plain_norm: Callable[..., mx.array] = mx.fast.rms_norm
         self._plain_rope: Callable[..., mx.array] = mx.fast.rope
-        # By the identity of what they are made of, which they keep alive.
-        self._tables: dict[tuple[object, ...], tuple[mx.array, mx.array | None, mx.array]] = {}
+        # Of the forward at hand: tables by the identity of what they are made of, which they keep.
+        self._offset: mx.array | None = None
+        self._tables: dict[tuple[object, ...], tuple[mx.array | None, mx.array]] = {}
 
     def rms_norm(self, x: mx.array, weight: mx.array | None, eps: float, **stream: Any) -> mx.array:
         """`mx.fast.rms_norm`, over the last axis."""
@@ -42,7 +41,7 @@ class NativeRows:
             return self._plain_norm(x, weight, eps, **stream)
         dim = x.shape[-1]
         rows = x if x.ndim == 2 else x.reshape(-1, dim)
-        posing = mx.as_strided(weight, (dim, dim), (dim, 1))
+        posing = mx.as_strided(mx.contiguous(weight), (dim, dim), (dim, 1))
         out = mx.addmm(ZERO, rows, posing, alpha=_alpha_with(eps), beta=0.0)
         return out if x.ndim == 2 else out.reshape(x.shape)
 
@@ -93,10 +92,10 @@ class NativeRows:
         freqs: mx.array | None,
     ) -> mx.array:
         """For each token what `rotate` calls `packed`, posing as `[T, dim, dim]`."""
-        key = id(offset), dims, dim, base, scale, id(freqs)
+        if self._offset is not offset:
+            self._offset, self._tables = offset, {}
+        key = dims, dim, base, scale, id(freqs)
         if key not in self._tables:
-            if len(self._tables) >= MAX_TABLES:
-                self._tables.clear()
             half = dims // 2
             if freqs is not None:
                 turns = mx.reciprocal(freqs)
@@ -107,8 +106,8 @@ class NativeRows:
             count = mx.full((offset.size, 1), float(dims))
             packed = mx.concatenate([count, mx.cos(angles), mx.sin(angles)], axis=1)
             posing = mx.as_strided(packed, (offset.size, dim, dim), (dims + 1, dim, 1))
-            self._tables[key] = offset, freqs, posing
-        return self._tables[key][2]
+            self._tables[key] = freqs, posing
+        return self._tables[key][1]
 
 
 def _alpha_with(eps: float) -> float:

@@ -166,16 +166,22 @@ class ChunkCache(_FetchedCache):
         return self._fetched
 
     def attend(
-        self, queries: mx.array, keys: mx.array, scale: float, mask: Any, sinks: mx.array | None
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Any,
+        sinks: mx.array | None,
     ) -> mx.array | None:
-        """Queries `[1, heads, L, dim]` → outputs of the same shape; None where the keys are not
+        """Queries `[1, heads, L, dim]` → outputs of the same shape; None where K and V are not
         those that were fetched, or the mask is not the usual one."""
         length = queries.shape[2]
         is_usual = (mask is None and length == 1) or (isinstance(mask, str) and mask == "causal")
         if self._kernel is None or self._fetched is None or not is_usual:
             return None
         k, v = self._fetched
-        if keys is not k:
+        if keys is not k or values is not v:
             return None
         start = k.shape[2] - length
         out = self._kernel.chunk(queries[0, :], k[0, :], v[0, :], scale, start, None, sinks)

@@ -418,6 +418,14 @@ static float epsilon_in(float alpha) {
   return alpha;
 }
 
+/* Rows that lie as columns, as rows; NULL without memory for them. */
+static float *transposed(int m, int k, const float *a, int lda) {
+  float *rows = malloc(sizeof(float) * m * k);
+  for (long i = 0; rows && i < m; i++)
+    for (long j = 0; j < k; j++) rows[i * k + j] = a[j * lda + i];
+  return rows;
+}
+
 /* What the caller says by `alpha`. */
 static void other_product(int is_plain, int trans_b, int m, int n, int k, float alpha, const float *a,
                           int lda, const float *b, int ldb, float *c, int ldc) {
@@ -443,6 +451,12 @@ void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float
                  const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc) {
   if (alpha >= ROTATION_ALPHA && alpha <= NIBBLES_ALPHA) {
     int is_plain = order == ROW_MAJOR && trans_a == NO_TRANS && k > 0;
+    if (order == ROW_MAJOR && trans_a == TRANS && alpha < ATTENTION_ALPHA) {
+      float *rows = transposed(m, k, a, lda);
+      other_product(rows != NULL, trans_b, m, n, k, alpha, rows, k, b, ldb, c, ldc);
+      free(rows);
+      return;
+    }
     other_product(is_plain, trans_b, m, n, k, alpha, a, lda, b, ldb, c, ldc);
     return;
   }
