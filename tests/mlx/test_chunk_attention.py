@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lm_server.runner import chunk_attention, native
+from mlx_lm_server.runner import chunk_attention, native, native_products
 from mlx_lm_server.runner.kernels import CpuKernel
 
 pytestmark = pytest.mark.skipif(
@@ -105,7 +105,7 @@ def test_more_scores_than_mlx_can_count_are_done_in_parts(monkeypatch: pytest.Mo
     q = _queries(4, 50, 64)
     k, v = _slice_of_slab(2, 90, 64), _slice_of_slab(2, 90, 64)
     whole = chunk_attention.attend(q, k, v, SCALE, 40)
-    monkeypatch.setattr(chunk_attention, "MAX_SCORES", 4 * 90 * 13)
+    monkeypatch.setattr(native_products, "MAX_NUMBERS", 4 * 90 * 13)
     assert mx.array_equal(chunk_attention.attend(q, k, v, SCALE, 40), whole)
 
 

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_lm_server.runner import native_products
 from mlx_lm_server.runner.kv_quantisation import PackedKV, Quantisation
 
 # By the bits of a code, how small_gemm is told that the matrix on the right consists of them.
-ALPHAS = {8: 2.0**-108, 4: 2.0**-104}
+ALPHAS = {8: native_products.BYTES_ALPHA, 4: native_products.NIBBLES_ALPHA}
 
 
 class CodeProducts:
@@ -69,7 +70,7 @@ class NativeCodeProducts(CodeProducts):
         return self._product(x, _posing_as_floats(packed), packed)
 
     def _product(self, x: mx.array, codes: mx.array, packed: PackedKV) -> mx.array:
-        return mx.addmm(mx.array(0.0), x, codes, alpha=ALPHAS[packed.quantisation.bits], beta=0.0)
+        return native_products.run(x, codes, ALPHAS[packed.quantisation.bits])
 
 
 def _posing_as_floats(packed: PackedKV) -> mx.array:

@@ -249,11 +249,7 @@ class KVStorage:
         places = slice(start, start + keys.shape[1])
         new_planes = self.layers[layer].to_planes(keys, values)
         for plane, new in zip(self._planes(layer, slab_id), new_planes, strict=True):
-            if (
-                new.size == plane.size
-            ):  # then MLX would take the new array for the plane, as it lies
-                new = mx.contiguous(new)
-            plane[slot, :, places] = new
+            _put(plane, slot, places, new)
 
     def read_slots(
         self, layer: int, slab_id: int, num_slots: int, length: int
@@ -289,7 +285,7 @@ class KVStorage:
             if num_before:
                 whole = mx.concatenate([plane[slot, :][:, before], new], axis=1)
             last = mx.depends([new[:, -kept:]], [whole])[0]
-            plane[slot, :, places] = last
+            _put(plane, slot, places, last)
             seen.append(mx.contiguous(whole))
         self._written_unread.add((slab_id, layer))
         return shape.read_planes(seen)
@@ -314,6 +310,13 @@ def _places(tokens: range, ring: int) -> slice | mx.array:
     if first + len(tokens) <= ring:
         return slice(first, first + len(tokens))
     return mx.array([token % ring for token in tokens], mx.int32)
+
+
+def _put(plane: mx.array, slot: int, places: slice | mx.array, tokens: mx.array) -> None:
+    """Write tokens `[kv_heads, n, width]` to a slot, in place."""
+    if tokens.size == plane.size:  # then MLX would take them for the plane, as they lie
+        tokens = mx.contiguous(tokens)
+    plane[slot, :, places] = tokens
 
 
 def _with_slots(array: mx.array, num_slots: int) -> mx.array:

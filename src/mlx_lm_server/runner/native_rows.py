@@ -1,27 +1,21 @@
-"""RMS norm and rotary embedding in C, each in one operation, for CPUs in float32.
+"""RMS norm and rotary embedding in C, each in one operation, for x86 CPUs in float32.
 
 MLX's CPU back end makes them of seven and fifteen operations. For the few rows of a decode step an
 operation costs more to hand over than to compute: two threads, an allocation, a wake-up. They
-travel as products do (docs/adr/0008): the matrix on the right is a view with the shape of a square
-one over a few numbers, `alpha` says what is meant, and only `native/products` may read it.
+travel as products (native_products.py, docs/adr/0008): the matrix on the right is a view with the
+shape of a square one over a few numbers.
 """
 
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_lm_server.runner import chunk_attention
-
-RMS_NORM_EXPONENT = -120
-ROTATION_ALPHA = 2.0**-124
-ZERO = mx.array(0.0)
-# MLX counts the numbers of a batch of matrices with 31 bits.
-MAX_NUMBERS = 2**31 - 1
+from mlx_lm_server.runner import native_products
+from mlx_lm_server.runner.native_products import MAX_NUMBERS, RMS_NORM_ALPHA, ROTATION_ALPHA
 
 
 class NativeRows:
@@ -40,10 +34,8 @@ class NativeRows:
         if weight is None or not is_ours or stream or weight.shape != x.shape[-1:]:
             return self._plain_norm(x, weight, eps, **stream)
         dim = x.shape[-1]
-        rows = x if x.ndim == 2 else x.reshape(-1, dim)
         posing = mx.as_strided(mx.contiguous(weight), (dim, dim), (dim, 1))
-        out = mx.addmm(ZERO, rows, posing, alpha=_alpha_with(eps), beta=0.0)
-        return out if x.ndim == 2 else out.reshape(x.shape)
+        return native_products.run(x.reshape(-1, dim), posing, _alpha_with(eps)).reshape(x.shape)
 
     def rope(
         self,
@@ -79,8 +71,7 @@ class NativeRows:
         num_tokens, heads, _, dim = a.shape
         table = self._table(offset, dims, dim, base, scale, freqs)
         rows = a.reshape(num_tokens, heads, dim)
-        out = mx.addmm(ZERO, rows, table, alpha=ROTATION_ALPHA, beta=0.0)
-        return out.reshape(a.shape)
+        return native_products.run(rows, table, ROTATION_ALPHA).reshape(a.shape)
 
     def _table(
         self,
@@ -112,8 +103,7 @@ class NativeRows:
 
 def _alpha_with(eps: float) -> float:
     """Epsilon travels in the fraction of `alpha`, to 15 bits of its own."""
-    (bits,) = struct.unpack("<i", struct.pack("<f", eps))
-    return math.ldexp(1 + (bits >> 8) / 2**23, RMS_NORM_EXPONENT)
+    return RMS_NORM_ALPHA * (1 + (native_products.bits_of(eps) >> 8) / 2**23)
 
 
 def install() -> None:
@@ -121,7 +111,7 @@ def install() -> None:
     if isinstance(getattr(mx.fast.rms_norm, "__self__", None), NativeRows):
         return
     ours = NativeRows()
-    if chunk_attention.is_native() and _is_right(ours):
+    if native_products.is_there() and _is_right(ours):
         mx.fast.rms_norm = ours.rms_norm
         mx.fast.rope = ours.rope
 
