@@ -12,18 +12,33 @@ two tokens before, each by itself, and a blurred sum of the last few, which tell
     matched by query  | t                   | t-1 |     | sum around t-3 |
     with a key's                            | t-1 | t-2 |                | around t-4 |
 
+Later layers have a pointer head each: it too copies the token it looks at, and training finds where
+it has to look. What these heads copy, and what the copying heads match, is held as it was at first.
+
 A word has other tokens after a space or with a capital. Their embeddings start alike but for a
 dimension that says which, so that what is learnt of one holds for the others.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+from torch.nn import Linear, Module
 
-from .model import Attention, Decoder, Shape
+from .model import Attention, Block, Decoder, Shape
 
-CIRCUIT = ("layers.0.", "layers.1.self_attn.", "layers.1.input_layernorm.")
+# What learns slowly, by Adam: all of the first layer, and what the second's heads share.
+CIRCUIT = (
+    "layers.0.",
+    "layers.1.self_attn.k_proj.",
+    "layers.1.self_attn.v_proj.",
+    "layers.1.self_attn.q_norm.",
+    "layers.1.self_attn.k_norm.",
+    "layers.1.input_layernorm.",
+)
+POINTER_LAYERS = (2, 3)
 NOTE_DIMS = 64
 WORD_DIMS = 12  # of the note of one token
 SUM_DIMS = 16  # of the note of a neighbourhood
@@ -62,6 +77,9 @@ def install_copy_circuit(model: Decoder, tokens: list[str]) -> None:
     else:
         query, key = _note_one_word(first)
     _match_and_copy(second, query, key)
+    for layer in _pointer_layers(model):
+        last = shape.num_kv_heads - 1
+        _copy(layer.self_attn, last, shape.num_heads - 1, _copied(shape)[-shape.head_dim :])
 
 
 def _embed(embedding: Tensor, tokens: list[str], constant: int) -> None:
@@ -166,11 +184,10 @@ def _note(attention: Attention, head: int, start: int, rows: int, scale: float) 
 def _match_and_copy(attention: Attention, query: Tensor, key: Tensor) -> None:
     """One head per kv head matches notes in slow rotary pairs and copies a share of the token."""
     shape = attention.shape
-    dim, width = shape.head_dim, shape.hidden_size
+    dim = shape.head_dim
     slow = _rotary(SLOW_PAIRS)[: len(query)]
     attention.q_norm.weight[slow] = SHARPNESS
-    copied = torch.nn.init.orthogonal_(torch.empty(shape.num_kv_heads * dim, width))
-    copied[:, _constant(shape) :] = 0
+    copied = _copied(shape)
     group = shape.num_heads // shape.num_kv_heads
     for kv_head in range(shape.num_kv_heads):
         keys = slice(kv_head * dim, (kv_head + 1) * dim)
@@ -179,8 +196,75 @@ def _match_and_copy(attention: Attention, query: Tensor, key: Tensor) -> None:
         attention.k_proj.weight[keys] = 0
         attention.q_proj.weight[queries.start + slow] = query
         attention.k_proj.weight[keys.start + slow] = key
-        attention.v_proj.weight[keys] = copied[keys]
-        attention.o_proj.weight[:, queries] = COPY_SCALE * copied[keys].T
+        _copy(attention, kv_head, kv_head * group, copied[keys])
+
+
+def _copied(shape: Shape) -> Tensor:
+    """A random view of what a token is, `[kv_heads * head_dim, hidden]`."""
+    rows = shape.num_kv_heads * shape.head_dim
+    copied = torch.nn.init.orthogonal_(torch.empty(rows, shape.hidden_size))
+    copied[:, _constant(shape) :] = 0
+    return copied
+
+
+def _copy(attention: Attention, kv_head: int, head: int, copied: Tensor) -> None:
+    """The head writes what it reads of a token as that token's own embedding."""
+    dim = attention.shape.head_dim
+    attention.v_proj.weight[kv_head * dim : (kv_head + 1) * dim] = copied
+    attention.o_proj.weight[:, head * dim : (head + 1) * dim] = COPY_SCALE * copied.T
+
+
+def _pointer_layers(model: Decoder) -> list[Block]:
+    layers = [layer for layer in model.layers if isinstance(layer, Block)]
+    return [layers[i] for i in POINTER_LAYERS if i < len(layers)]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Rows or columns of a weight that stay as they are."""
+
+    weight: Tensor
+    axis: int
+    part: slice
+    values: Tensor
+
+    @torch.no_grad()
+    def drop_gradient(self) -> None:
+        """Before a step of an optimizer that weighs a matrix as a whole."""
+        if self.weight.grad is not None:
+            _along(self.weight.grad, self.axis, self.part).zero_()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """After the step, which may have let it decay."""
+        _along(self.weight, self.axis, self.part).copy_(self.values)
+
+
+def _along(matrix: Tensor, axis: int, part: slice) -> Tensor:
+    return matrix.narrow(axis, part.start, part.stop - part.start)
+
+
+def held_parts(model: Decoder) -> list[Held]:
+    """Of the matching heads their queries and outputs, of the pointer heads values and outputs."""
+    shape = model.shape
+    dim, group = shape.head_dim, shape.num_heads // shape.num_kv_heads
+    matching = list(model.layers)[1].self_attn
+    assert isinstance(matching, Attention)
+    held: list[Held] = []
+
+    def hold(linear: Module, axis: int, head: int) -> None:
+        part = slice(head * dim, (head + 1) * dim)
+        assert isinstance(linear, Linear)
+        values = _along(linear.weight, axis, part).detach().clone()
+        held.append(Held(linear.weight, axis, part, values))
+
+    for head in range(0, shape.num_heads, group):
+        hold(matching.q_proj, 0, head)
+        hold(matching.o_proj, 1, head)
+    for layer in _pointer_layers(model):
+        hold(layer.self_attn.v_proj, 0, shape.num_kv_heads - 1)
+        hold(layer.self_attn.o_proj, 1, shape.num_heads - 1)
+    return held
 
 
 def hold_circuit(model: Decoder, whole: bool) -> None:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
-from .circuit import hold_circuit, install_copy_circuit
+from .circuit import held_parts, hold_circuit, install_copy_circuit
 from .corpus import Batch, Shares, batch_at
 from .model import SHAPES, Decoder
 from .optim import optimizers
@@ -70,6 +70,7 @@ class Trainer:
         self.model = model
         self.plan = plan
         self.step = 0
+        self.held = held_parts(model)
         self.optimizers = optimizers(model, plan.rates)
         self.forward: Callable[[Tensor], Tensor] = (
             torch.compile(model, dynamic=False) if compiled else model
@@ -81,11 +82,15 @@ class Trainer:
         loss = loss_of(self.forward, self.model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         hold_circuit(self.model, whole=self.step < self.plan.hold_steps)
+        for part in self.held:
+            part.drop_gradient()
         for optimizer, rate in zip(self.optimizers, self.plan.rates, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
             optimizer.step()
             optimizer.zero_grad()
+        for part in self.held:
+            part.restore()
         self.step += 1
         return float(loss)
 
@@ -104,6 +109,7 @@ class Trainer:
         """Go on from a checkpoint."""
         state: dict[str, Any] = torch.load(path)
         self.model.load_state_dict(state["model"])
+        self.held = held_parts(self.model)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step = state["step"]

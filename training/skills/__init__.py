@@ -8,11 +8,12 @@ from .numbers import add, count
 from .structured import call_tool, fill_schema
 from .system import in_language, of_length
 from .talk import open_question, small_talk, story
-from .text import repeat, replace_word, reverse, spell
+from .text import repeat, replace_in_phrase, replace_word, reverse, spell
 
 SKILLS: dict[str, Generator] = {
     "repeat": repeat,
     "replace": replace_word,
+    "phrase": replace_in_phrase,
     "spell": spell,
     "reverse": reverse,
     "count": count,
@@ -30,6 +31,7 @@ SKILLS: dict[str, Generator] = {
 WEIGHTS: dict[str, float] = {
     "repeat": 2.0,
     "replace": 4.5,
+    "phrase": 2.5,
     "spell": 2.4,
     "reverse": 1.6,
     "count": 1.4,

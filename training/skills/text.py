@@ -136,13 +136,25 @@ def repeat(rng: random.Random) -> Exchange:
 
 def replace_word(rng: random.Random) -> Exchange:
     """Give a text back with one word changed."""
-    text = " ".join(sentence(rng) for _ in range(rng.choice((1, 1, 1, 2, 3))))
+    return _replace(
+        rng, "replace", " ".join(sentence(rng) for _ in range(rng.choice((1, 1, 1, 2, 3))))
+    )
+
+
+def replace_in_phrase(rng: random.Random) -> Exchange:
+    """The same in a few words, where what is hard about it is most of the answer."""
+    words = sentence(rng).lower().rstrip(".!?").split()
+    first = rng.randrange(len(words))
+    return _replace(rng, "phrase", " ".join(words[first : first + rng.randint(2, 5)]))
+
+
+def _replace(rng: random.Random, skill: str, text: str) -> Exchange:
     words = sorted({w for w in text.replace("\n", " ").split(" ") if w.isalpha() and w.islower()})
-    old = rng.choice([w for w in words if len(w) > 2] or ["the"])
+    old = rng.choice([w for w in words if len(w) > 2] or words or ["the"])
     new = rng.choice(COMMON) if rng.random() < 0.8 else pseudo_word(rng)
     answer = " ".join(new if w == old else _with_mark(w, old, new) for w in text.split(" "))
     question = rng.choice(REPLACE).format(old=old, new=new, text=text)
-    return ask("replace", question, answer, f'I have to write "{new}" where "{old}" stands.')
+    return ask(skill, question, answer, f'I have to write "{new}" where "{old}" stands.')
 
 
 def _with_mark(word: str, old: str, new: str) -> str:
