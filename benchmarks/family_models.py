@@ -7,14 +7,13 @@ Their configurations are those of the tests' tiny models with larger numbers.
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tests.contract.tiny_configs import tiny_config
 
-from benchmarks.models import SEED, VOCAB_SIZE, default_folder, write_tokenizer
+from benchmarks.models import SEED, VOCAB_SIZE, default_folder, ensure
 
 FAMILIES = (
     "cohere2",
@@ -93,8 +92,7 @@ _OVERRIDES: dict[str, dict[str, Any]] = {
 def ensure_family(family: str, folder: Path | None = None) -> Path:
     """The model's folder, built where it is not there."""
     path = (folder or default_folder()) / f"{family}-v{VERSION}-float32"
-    if not (path / "config.json").exists():
-        _build(family, path)
+    ensure(path, partial(_write_model, family))
     return path
 
 
@@ -115,18 +113,7 @@ def _enlarged(config: dict[str, Any], large: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _build(family: str, path: Path) -> None:
-    """Atomic, so that a build cut off leaves nothing that looks whole."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    write_tokenizer(scratch)
-    _write_weights(family, scratch)
-    shutil.rmtree(path, ignore_errors=True)
-    scratch.rename(path)
-
-
-def _write_weights(family: str, path: Path) -> None:
+def _write_model(family: str, path: Path) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_map
     from mlx_lm.utils import _get_classes

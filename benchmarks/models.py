@@ -14,6 +14,8 @@ import itertools
 import json
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,18 +69,20 @@ def ensure_models(folder: Path | None = None) -> dict[str, Path]:
     folder = folder or default_folder()
     paths = {name: folder / f"qwen3-30m-v{VERSION}-{name}" for name in VARIANTS}
     for name, path in paths.items():
-        if not (path / "config.json").exists():
-            build(name, path)
+        ensure(path, partial(write_weights, quantization=VARIANTS[name]))
     return paths
 
 
-def build(variant: str, path: Path) -> None:
-    """Write one variant; atomic, so that a build cut off leaves nothing that looks whole."""
+def ensure(path: Path, write_model: Callable[[Path], None]) -> None:
+    """Build a model with our tokenizer where it is not there; atomic, so that a build cut off
+    leaves nothing that looks whole."""
+    if (path / "config.json").exists():
+        return
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     write_tokenizer(scratch)
-    write_weights(scratch, VARIANTS[variant])
+    write_model(scratch)
     shutil.rmtree(path, ignore_errors=True)
     scratch.rename(path)
 

@@ -24,8 +24,6 @@ from mlx_lm_server.runner.model_runner import ModelRunner
 from .driver import GREEDY
 from .tiny_models import VOCAB_SIZE
 
-__all__ = ["HandPlans", "HandRow"]
-
 SLABS = (CreateSlab(0, 2, 640), CreateSlab(1, 4, 192))
 TAKE_BACK_EVERY = 3
 

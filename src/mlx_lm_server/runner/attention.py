@@ -15,15 +15,17 @@ V (Gemma 4) is known by the arrays it was handed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_lm_server.runner import fast_math, native_rows
+from mlx_lm_server.runner import fast_math, native_rows, span_attention
 from mlx_lm_server.runner.kernels import AttentionKernel
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.rectangular import ChunkCache
+from mlx_lm_server.runner.span_attention import Part
 from mlx_lm_server.runner.step_layout import ChunkSpan, DecodeGroup, StepLayout
 
 
@@ -81,13 +83,10 @@ class LayerCache:
         """Write K and V of the packed tokens, `[T, kv_heads, 1, head_dim]`, to their slabs."""
         layout = self.layout
         for group in layout.decodes:
+            num_places = self._storage.num_places(self._layer, group.slab_id)
+            places = layout.places_in(group, self._shape.kv_heads, num_places)
             self._storage.write_tokens(
-                self._layer,
-                group.slab_id,
-                group.slots,
-                layout.positions_in(group, self._shape.ring),
-                keys[group.tokens, :, 0],
-                values[group.tokens, :, 0],
+                self._layer, group.slab_id, places, keys[group.tokens], values[group.tokens]
             )
         for span in layout.chunks:
             chunk = (keys[span.tokens, :, 0].swapaxes(0, 1), values[span.tokens, :, 0])
@@ -120,6 +119,13 @@ class LayerCache:
         if mask is not None and not isinstance(mask, WindowMask):
             raise UnknownMask("it makes its own attention masks")
         window = self._shape.window if mask is None else mask.window
+        if (
+            self._kernel.reads_in_place
+            and self._shape.is_plain_float32
+            and queries.dtype == mx.float32
+        ):
+            parts = self._parts()
+            return span_attention.attend(queries[:, :, 0], parts, scale, window, sinks)[:, :, None]
         outputs = [
             self._attend_decodes(group, queries, scale, window, sinks)
             for group in self.layout.decodes
@@ -129,6 +135,18 @@ class LayerCache:
             for number, span in enumerate(self.layout.chunks)
         ]
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
+
+    def _parts(self) -> Iterator[Part]:
+        """Where K and V lie of what the forward's tokens see."""
+        is_ring = self._shape.window is not None
+        for slab_id, spans in self.layout.spans(with_chunks=not is_ring).items():
+            keys, values = self._storage.slabs[slab_id].planes[self._layer]
+            yield Part(keys, values, spans)
+        for (k, v), chunk in zip(
+            self._chunk_kv, self.layout.chunks if is_ring else (), strict=True
+        ):
+            start = k.shape[1] - chunk.num_tokens
+            yield Part(k[None], v[None], (chunk.span._replace(slot=0, start=start),))
 
     def _attend_decodes(
         self,

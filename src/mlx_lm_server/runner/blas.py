@@ -77,7 +77,7 @@ def preload(num_threads: int | None = None, *, with_small_gemm: bool = True) -> 
     library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
     if small_gemm is not None:
         full = ctypes.cast(library.cblas_sgemm, ctypes.c_void_p)
-        small_gemm.small_gemm_init(full, num_threads, SMALL_GEMM_SPIN_US)
+        small_gemm.products_init(full, num_threads, SMALL_GEMM_SPIN_US)
     return Blas(_name_of(library, small_gemm is not None), path).with_threads(num_threads)
 
 
@@ -168,7 +168,7 @@ def _scripts_folder() -> str:
 
 def _load_small_gemm() -> ctypes.CDLL | None:
     """Products with few rows; None where the CPU has no AVX2 or the machine no C compiler. It must
-    not be called before `small_gemm_init`."""
+    not be called before `products_init`."""
     if not {"avx2", "fma"} <= native.cpu_flags():
         return None
     return native.load("products", ctypes.RTLD_GLOBAL)

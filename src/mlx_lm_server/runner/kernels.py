@@ -6,9 +6,10 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_lm_server.runner import chunk_attention, code_products, fast_math
+from mlx_lm_server.runner import code_products, fast_math, native_products, span_attention
 from mlx_lm_server.runner.kv_quantisation import PackedKV, is_metal
 from mlx_lm_server.runner.kv_storage import Stored, read
+from mlx_lm_server.runner.span_attention import Part, Span
 
 # Queries that share one pass over the keys on a CPU, and how many bytes of scores are worked on at
 # once, so that they stay in its second-level cache.
@@ -34,6 +35,10 @@ class AttentionKernel(Protocol):
     """The two shapes of attention. Q is `[…, heads, …]`, K and V `[…, kv_heads, …]`; `sinks`
     `[heads]` are logits of keys without a value, which take part in the softmax only. Single
     tokens attend to K and V as they are stored, chunks to what has been read."""
+
+    @property
+    def reads_in_place(self) -> bool:
+        """Whether float32 K and V may stay in their slabs, for `span_attention`."""
 
     def decode(
         self,
@@ -64,6 +69,8 @@ class AttentionKernel(Protocol):
 class FusedKernel:
     """MLX's own fused attention: Metal, CUDA, and CPUs with a fast exp. On Metal quantised K and V
     are multiplied as they are; elsewhere `mx.quantized_matmul` takes longer than reading them."""
+
+    reads_in_place = False
 
     def decode(
         self,
@@ -104,13 +111,13 @@ class CpuKernel:
 
     Against MLX's fallback it skips what lies above the causal diagonal and before the window,
     folds the query heads of a KV head into one matrix, divides after the product with V, and has a
-    vectorised exp. Chunks are done in C where it can be compiled.
+    vectorised exp. Where it can be compiled, C code takes its place for all but quantised K and V.
     """
 
     def __init__(self) -> None:
         self._exp_below = fast_math.BoundedCompile(_exp_below)
         self._products = code_products.choose_products()
-        self._has_native_chunks = _are_native_chunks_right(self)
+        self.reads_in_place = native_products.is_there() and _are_spans_right(self)
 
     def decode(
         self,
@@ -145,8 +152,10 @@ class CpuKernel:
         window: int | None = None,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        if self._has_native_chunks and chunk_attention.can_attend(q, k, v):
-            return chunk_attention.attend(q, k, v, scale, start, window, sinks)
+        if self.reads_in_place and span_attention.can_attend(q, k, v):
+            part = Part(k[None], v[None], (Span(0, 0, q.shape[1], start),))
+            out = span_attention.attend(q.swapaxes(0, 1), [part], scale, window, sinks)
+            return out.swapaxes(0, 1)
         return self.plain_chunk(q, k, v, scale, start, window, sinks)
 
     def plain_chunk(
@@ -271,15 +280,15 @@ def _sees(start: int, length: int, first: int, end: int, window: int | None) -> 
     return ages >= 0 if window is None else (ages >= 0) & (ages < window)
 
 
-def _are_native_chunks_right(kernel: CpuKernel) -> bool:
-    """Whether `chunk_attention` gives what plain operations give. There are fewer keys than a query
-    has numbers, so that a BLAS that takes it for a product stays inside the arrays."""
+def _are_spans_right(kernel: CpuKernel) -> bool:
+    """Whether `span_attention` gives what plain operations give."""
     heads, kv_heads, num_keys, dim = 4, 2, 40, 64
     numbers = mx.sin(mx.arange((heads + 2 * kv_heads) * num_keys * dim)).reshape(-1, num_keys, dim)
     q, k, v = numbers[:heads, :7], numbers[heads : heads + kv_heads], numbers[heads + kv_heads :]
-    ours = chunk_attention.attend(q, k, v, dim**-0.5, num_keys - 7)
+    part = Part(k[None], v[None], (Span(0, 0, 7, num_keys - 7),))
+    ours = span_attention.attend(q.swapaxes(0, 1), [part], dim**-0.5)
     plain = kernel.plain_chunk(q, k, v, dim**-0.5, num_keys - 7)
-    return bool(mx.allclose(ours, plain, rtol=1e-4, atol=1e-5))
+    return bool(mx.allclose(ours.swapaxes(0, 1), plain, rtol=1e-4, atol=1e-5))
 
 
 def choose_kernel(dtype: mx.Dtype) -> AttentionKernel:

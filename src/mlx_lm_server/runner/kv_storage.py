@@ -73,6 +73,10 @@ class LayerShape:
     quantisation: Quantisation | None = None
 
     @property
+    def is_plain_float32(self) -> bool:
+        return self.quantisation is None and self.dtype == mx.float32
+
+    @property
     def kv_bits(self) -> int:
         return 16 if self.quantisation is None else self.quantisation.bits
 
@@ -229,18 +233,20 @@ class KVStorage:
     # ---- what a layer reads and writes
 
     def write_tokens(
-        self,
-        layer: int,
-        slab_id: int,
-        slots: mx.array,
-        places: mx.array,
-        keys: mx.array,
-        values: mx.array,
+        self, layer: int, slab_id: int, places: mx.array, keys: mx.array, values: mx.array
     ) -> None:
-        """One token of each of n slots: keys and values `[n, kv_heads, dim]`."""
+        """One token of each of some slots, `[n, kv_heads, …, dim]`, to places that count from the
+        slab's beginning on: `[n * kv_heads]`."""
+        planes = self._planes(layer, slab_id)
         new_planes = self.layers[layer].to_planes(keys, values)
-        for plane, new in zip(self._planes(layer, slab_id), new_planes, strict=True):
-            plane[slots, :, places] = new
+        for number, (plane, new) in enumerate(zip(planes, new_planes, strict=True)):
+            flat = plane.reshape(-1, plane.shape[-1])
+            flat[places] = new.reshape(-1, plane.shape[-1])
+            planes[number] = flat.reshape(plane.shape)
+
+    def num_places(self, layer: int, slab_id: int) -> int:
+        """Of each slot."""
+        return self._planes(layer, slab_id)[0].shape[2]
 
     def write_chunk(
         self, layer: int, slab_id: int, slot: int, start: int, keys: mx.array, values: mx.array

@@ -3,7 +3,8 @@
 MLX's CPU back end makes them of seven and fifteen operations. For the few rows of a decode step an
 operation costs more to hand over than to compute: two threads, an allocation, a wake-up. They
 travel as products (native_products.py, docs/adr/0008): the matrix on the right is a view with the
-shape of a square one over a few numbers.
+shape of a square one, over the cosines and sines of a rotation or over nothing. The weights of a
+norm come as what is added to the product.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class NativeRows:
     def __init__(self) -> None:
         self._plain_norm: Callable[..., mx.array] = mx.fast.rms_norm
         self._plain_rope: Callable[..., mx.array] = mx.fast.rope
+        self._nothing: dict[int, mx.array] = {}
         # Of the forward at hand: tables by the identity of what they are made of, which they keep.
         self._offset: mx.array | None = None
         self._tables: dict[tuple[object, ...], tuple[mx.array | None, mx.array]] = {}
@@ -34,8 +36,11 @@ class NativeRows:
         if weight is None or not is_ours or stream or weight.shape != x.shape[-1:]:
             return self._plain_norm(x, weight, eps, **stream)
         dim = x.shape[-1]
-        posing = mx.as_strided(mx.contiguous(weight), (dim, dim), (dim, 1))
-        return native_products.run(x.reshape(-1, dim), posing, _alpha_with(eps)).reshape(x.shape)
+        if dim not in self._nothing:
+            self._nothing[dim] = mx.as_strided(mx.array([0.0]), (dim, dim), (dim, 1))
+            mx.eval(self._nothing[dim])
+        rows, nothing = x.reshape(-1, dim), self._nothing[dim]
+        return native_products.run(rows, nothing, _alpha_with(eps), weight).reshape(x.shape)
 
     def rope(
         self,

@@ -14,8 +14,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lm_server.core.plan import PrefillChunk
+from mlx_lm_server.runner import span_attention
 from mlx_lm_server.runner.kernels import AttentionKernel
 from mlx_lm_server.runner.kv_storage import KVStorage, read
+from mlx_lm_server.runner.span_attention import Part, Span
 from mlx_lm_server.runner.step_layout import DecodeGroup, StepLayout
 
 
@@ -99,13 +101,10 @@ class DecodeRowsCache(_FetchedCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """`[R, kv_heads, 1, dim]` → `[R, kv_heads, length, dim]`."""
         for group in self.layout.decodes:
+            num_places = self._storage.num_places(self._layer, group.slab_id)
+            places = self.layout.places_in(group, self._shape.kv_heads, num_places)
             self._storage.write_tokens(
-                self._layer,
-                group.slab_id,
-                group.slots,
-                self.layout.positions_in(group, self._shape.ring),
-                keys[group.tokens, :, 0],
-                values[group.tokens, :, 0],
+                self._layer, group.slab_id, places, keys[group.tokens], values[group.tokens]
             )
         parts = [self._fetch(group) for group in self.layout.decodes]
         k, v = (_joined(list(rows)) for rows in zip(*parts, strict=True))
@@ -183,7 +182,13 @@ class ChunkCache(_FetchedCache):
         k, v = self._fetched
         if keys is not k or values is not v:
             return None
-        start = k.shape[2] - length
+        chunk, start = self._chunk, k.shape[2] - length
+        assert chunk is not None
+        if self._kernel.reads_in_place and self._shape.is_plain_float32 and not self._shape.window:
+            planes = self._storage.slabs[chunk.slab_id].planes[self._layer]
+            part = Part(planes[0], planes[1], (Span(chunk.slot, 0, length, start),))
+            by_token = queries.transpose(2, 1, 0, 3)
+            return span_attention.attend(by_token, [part], scale, None, sinks).transpose(2, 1, 0, 3)
         out = self._kernel.chunk(queries[0, :], k[0, :], v[0, :], scale, start, None, sinks)
         return out[None]
 

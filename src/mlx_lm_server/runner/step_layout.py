@@ -17,6 +17,7 @@ from itertools import groupby
 import mlx.core as mx
 
 from mlx_lm_server.core.plan import DecodeRow, PrefillChunk, StepPlan
+from mlx_lm_server.runner.span_attention import Span
 
 # Lengths of the KV read by decode rows are rounded up to this many tokens, so that the same
 # shapes (and compiled functions) serve many steps.
@@ -37,8 +38,6 @@ class DecodeGroup:
     num_tokens: int
     num_slots: int
     length: int
-    slots: mx.array  # [num_tokens] int32
-    positions: mx.array  # [num_tokens] int32
     visible: mx.array | None  # [num_slots, 1, 1, length] bool; None where every position is
     bias: mx.array | None  # the same as 0 and -inf in float32, for the CPU
     queries: mx.array | None
@@ -48,6 +47,13 @@ class DecodeGroup:
     @property
     def tokens(self) -> slice:
         return slice(self.first_token, self.first_token + self.num_tokens)
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        places = [(slot, last) for slot, last in enumerate(self.last_positions) if last >= 0]
+        return tuple(
+            Span(slot, self.first_token + i, 1, last) for i, (slot, last) in enumerate(places)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,10 @@ class ChunkSpan:
     def end(self) -> int:
         return self.start + self.num_tokens
 
+    @property
+    def span(self) -> Span:
+        return Span(self.slot, self.first_token, self.num_tokens, self.start)
+
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
@@ -88,19 +98,33 @@ class StepLayout:
     chunks: tuple[ChunkSpan, ...]
     with_bias: bool = False
     _views: dict[tuple[int, int, int | None], WindowView] = field(default_factory=dict)
-    _places: dict[tuple[int, int], mx.array] = field(default_factory=dict)
+    _places: dict[tuple[int, int, int], mx.array] = field(default_factory=dict)
+    _spans: dict[bool, dict[int, tuple[Span, ...]]] = field(default_factory=dict)
 
     @property
     def ends(self) -> mx.array:
         return self.offsets + 1
 
-    def positions_in(self, group: DecodeGroup, ring: int | None) -> mx.array:
-        """Where in a ring, or in a whole slab, the group's new tokens go: `[num_tokens]`."""
-        if ring is None:
-            return group.positions
-        key = (group.slab_id, ring)
+    def spans(self, with_chunks: bool) -> dict[int, tuple[Span, ...]]:
+        """The decode rows of each slab, and its chunks."""
+        if with_chunks not in self._spans:
+            found = {group.slab_id: group.spans for group in self.decodes}
+            for chunk in self.chunks if with_chunks else ():
+                found[chunk.slab_id] = (*found.get(chunk.slab_id, ()), chunk.span)
+            self._spans[with_chunks] = found
+        return self._spans[with_chunks]
+
+    def places_in(self, group: DecodeGroup, kv_heads: int, num_places: int) -> mx.array:
+        """Where the group's new tokens go in a slab `[slots, kv_heads, places]`, counted from its
+        beginning: `[num_tokens * kv_heads]`. With fewer places than tokens it consists of rings."""
+        key = (group.slab_id, kv_heads, num_places)
         if key not in self._places:
-            self._places[key] = group.positions % ring
+            places = [
+                (span.slot * kv_heads + head) * num_places + span.start % num_places
+                for span in group.spans
+                for head in range(kv_heads)
+            ]
+            self._places[key] = mx.array(places, mx.uint32)
         return self._places[key]
 
     def view_of(
@@ -161,8 +185,6 @@ def _decode_group(
         num_tokens=len(rows),
         num_slots=num_slots,
         length=length,
-        slots=mx.array(slots, mx.int32),
-        positions=mx.array([d.position for d in rows], mx.int32),
         visible=visible,
         bias=mx.where(visible, 0.0, -mx.inf) if with_bias and visible is not None else None,
         queries=None if is_dense else _token_of_slot(slots, num_slots),

@@ -1,15 +1,16 @@
-/* Attention of a chunk without its scores ever leaving the cache ("FlashAttention", Dao et al. 2022,
- * with the running maximum of Milakov & Gimelshein 2018).
+/* Attention without its scores ever leaving the cache ("FlashAttention", Dao et al. 2022, with the
+ * running maximum of Milakov & Gimelshein 2018).
  *
- * The query heads that share K and V are folded: rows of the product are pairs of a position and a
- * head, and a block of rows lies *across* vectors, one row in each lane:
+ * The query heads that share K and V are folded: rows of the product are pairs of a token and a head,
+ * and a block of rows lies *across* vectors, one row in each lane:
  *
  *     scores[key][row]  = sum_d  keys[key][d]   * queries[d][row]      x: a number, y: a vector
  *     sums[d][row]      = sum_t  values[t][d]   * weights[t][row]
  *
  * So K and V are read where they lie, in one pass per block, and the softmax needs no sum across a
  * vector. Tiles of keys begin at multiples of TILE_KEYS whatever the block, and a row's numbers do not
- * depend on the rows beside it: a chunk gives the same bits however a prompt is cut.
+ * depend on the rows beside it: a token gets the same bits alone, beside others, and in a chunk that
+ * is cut anywhere.
  */
 #include "attention.h"
 
@@ -25,31 +26,32 @@
 enum { TILE_KEYS = 64, MAX_VECS = WIDTH == 16 ? 4 : 2, MAX_LANES = MAX_VECS * WIDTH };
 /* Tiles take so many keys, or numbers of a value, at once: the sums and a row of y fill the registers. */
 #define COUNT_OF(vecs) (WIDTH == 16 ? ((vecs) > 2 ? 4 : 8) : ((vecs) > 1 ? 4 : 8))
-enum { DIM_MULTIPLE = 8 };
 /* What a row has not seen; finite, so that it can be subtracted from itself. */
 #define UNSEEN -1e30f
 /* Weights below exp of this are 0: they vanish beside the largest, which is 1, and a product with a
  * number that small may be a denormal one, which costs a hundred cycles. */
 #define LOWEST_EXPONENT -60.0f
-/* Below this many multiplications waking a thread costs more than it saves. */
-enum { MIN_SHARED_WORK = 400 * 1000 };
-
-/* What `packed` begins with. */
+/* What is common to all rows. */
 typedef struct {
-  const float *keys;
-  int32_t num_queries, share, start, window, key_dim, has_sinks; /* window 0: none */
+  int32_t num_spans, kv_heads, share, key_dim, value_dim, capacity, window; /* window 0: none */
+  int32_t sinks_at, first_row; /* 0: no sinks; where the queries begin */
   float scale;
-  int32_t unused;
-} chunk_head;
+} facts;
+
+/* Tokens side by side in the batch and in a slot; the first one comes after `start` tokens. */
+typedef struct {
+  int32_t slot, first_token, num_tokens, start;
+} span;
 
 typedef struct {
-  chunk_head head;
-  const float *sinks, *queries, *values;
-  long num_keys, value_dim;
-  float *out;
+  facts facts;
+  const span *spans;
+  const float *sinks, *keys, *values;
+  float *rows; /* [tokens][kv_heads][share][width] */
+  long width;
   int lanes;       /* rows in a block */
-  atomic_int next; /* the next row that nobody has taken */
-} chunk;
+  atomic_int next; /* the next block that nobody has taken */
+} attention;
 
 /* One block of rows on its way through the keys. Arrays `[…][lanes]`. */
 typedef struct {
@@ -59,6 +61,10 @@ typedef struct {
 } block;
 
 /* ---- vectors */
+
+enum { LINE = 16 }; /* floats in a line of the cache */
+
+INLINE void fetch(const float *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 
 /* exp of x <= 0, to 3e-7; after Cody & Waite 1980 with the terms of Cephes expf. */
 INLINE vec exp_of(vec x) {
@@ -78,9 +84,9 @@ INLINE vec exp_of(vec x) {
 }
 
 /* out[i][lane] = out[i][lane] * factor[lane] + sum_k x[i * x_step + k * x_next] * y[k][lane], for
- * `count` i's; without `factor` out is not read. */
+ * `count` i's; without `factor` out is not read. What stands `ahead` of x is fetched meanwhile. */
 INLINE void tile(int vecs, int count, long depth, const float *x, long x_step, long x_next,
-                 const float *y, const float *factor, float *out) {
+                 const float *y, const float *factor, float *out, long ahead) {
   vec sums[8][MAX_VECS];
   const long lanes = vecs * WIDTH;
   UNROLL
@@ -91,6 +97,10 @@ INLINE void tile(int vecs, int count, long depth, const float *x, long x_step, l
     vec row[MAX_VECS];
     UNROLL
     for (int v = 0; v < vecs; v++) row[v] = vec_load(y + k * lanes + v * WIDTH);
+    if (x_step == 1) fetch(x + ahead + k * x_next);
+    else if (k % LINE == 0)
+      UNROLL
+      for (int i = 0; i < count; i++) fetch(x + ahead + i * x_step + k);
     UNROLL
     for (int i = 0; i < count; i++) {
       vec number = vec_fill(x[i * x_step + k * x_next]);
@@ -110,14 +120,14 @@ INLINE void tile(int vecs, int count, long depth, const float *x, long x_step, l
 }
 
 INLINE void product(int vecs, long num, long depth, const float *x, long x_step, long x_next,
-                    const float *y, const float *factor, float *out) {
+                    const float *y, const float *factor, float *out, long ahead) {
   const int count = COUNT_OF(vecs);
   const long lanes = vecs * WIDTH;
   long i = 0;
   for (; i + count <= num; i += count)
-    tile(vecs, count, depth, x + i * x_step, x_step, x_next, y, factor, out + i * lanes);
+    tile(vecs, count, depth, x + i * x_step, x_step, x_next, y, factor, out + i * lanes, ahead);
   for (; i < num; i++)
-    tile(vecs, 1, depth, x + i * x_step, x_step, x_next, y, factor, out + i * lanes);
+    tile(vecs, 1, depth, x + i * x_step, x_step, x_next, y, factor, out + i * lanes, ahead);
 }
 
 /* ---- a block of rows */
@@ -152,20 +162,23 @@ INLINE void weigh(block *b, int vecs, int num, float *factor) {
 }
 
 /* Over the keys from `first` to `end`; from `seen` to `all` every row sees them. */
-INLINE void walk(const chunk *c, block *b, int vecs, long first, long seen, long all, long end) {
-  const long key_dim = c->head.key_dim, value_dim = c->value_dim;
+INLINE void walk(block *b, int vecs, const float *keys, long key_dim, const float *values,
+                 long value_dim, long first, long seen, long all, long end) {
   float factor[MAX_LANES];
   for (long t = first; t < end; t += TILE_KEYS) {
     int num = MIN(TILE_KEYS, end - t);
-    product(vecs, num, key_dim, c->head.keys + t * key_dim, key_dim, 1, b->queries, NULL, b->scores);
+    product(vecs, num, key_dim, keys + t * key_dim, key_dim, 1, b->queries, NULL, b->scores,
+            TILE_KEYS * key_dim);
     if (t < seen || t + num > all) mask(b, vecs * WIDTH, t, num);
     weigh(b, vecs, num, factor);
-    product(vecs, value_dim, num, c->values + t * value_dim, 1, value_dim, b->scores, factor, b->sums);
+    product(vecs, value_dim, num, values + t * value_dim, 1, value_dim, b->scores, factor, b->sums,
+            TILE_KEYS * value_dim);
   }
 }
 
-static void walk_block(const chunk *c, block *b, int vecs) {
-  long first = c->num_keys, seen = 0, all = c->num_keys, end = 0;
+static void walk_block(block *b, int vecs, const float *keys, long key_dim, const float *values,
+                       long value_dim) {
+  long first = INT32_MAX, seen = 0, all = INT32_MAX, end = 0;
   for (int j = 0; j < vecs * WIDTH; j++) {
     first = MIN(first, b->first_key[j]);
     seen = MAX(seen, b->first_key[j]);
@@ -173,98 +186,131 @@ static void walk_block(const chunk *c, block *b, int vecs) {
     end = MAX(end, b->end_key[j]);
   }
   first = first / TILE_KEYS * TILE_KEYS;
+#define WALK(vecs) walk(b, vecs, keys, key_dim, values, value_dim, first, seen, all, end)
   switch (vecs) {
-    case 1: walk(c, b, 1, first, seen, all, end); break;
-    case 2: walk(c, b, 2, first, seen, all, end); break;
+    case 1: WALK(1); break;
+    case 2: WALK(2); break;
 #if WIDTH == 16
-    case 3: walk(c, b, 3, first, seen, all, end); break;
-    case 4: walk(c, b, 4, first, seen, all, end); break;
+    case 3: WALK(3); break;
+    case 4: WALK(4); break;
 #endif
   }
 }
 
-/* Where a row's query begins among those of all heads; rows of one position lie side by side. */
-static long place_of(const chunk_head *head, long row) {
-  return row % head->share * head->num_queries + row / head->share;
+/* Of rows of a span and a KV head: those of one token lie side by side. */
+static float *row_of(const attention *a, const span *s, int kv_head, long row) {
+  long share = a->facts.share, token = s->first_token + row / share;
+  return a->rows + ((token * a->facts.kv_heads + kv_head) * share + row % share) * a->width;
 }
 
 /* Lanes beyond the last row repeat it. */
-static void load_rows(const chunk *c, block *b, long first, int num, int lanes) {
-  const chunk_head *head = &c->head;
+static void load_rows(const attention *a, block *b, const span *s, int kv_head, long first, int num,
+                      int lanes) {
+  const facts *f = &a->facts;
   for (int j = 0; j < lanes; j++) {
     long row = first + MIN(j, num - 1);
-    int position = head->start + (int)(row / head->share);
-    const float *query = c->queries + place_of(head, row) * head->key_dim;
-    for (int d = 0; d < head->key_dim; d++) b->queries[d * lanes + j] = query[d] * head->scale;
-    b->end_key[j] = position + 1;
-    b->first_key[j] = head->window ? MAX(0, position + 1 - head->window) : 0;
-    b->top[j] = head->has_sinks ? c->sinks[row % head->share] : UNSEEN;
-    b->total[j] = head->has_sinks ? 1.0f : 0.0f;
+    int end = s->start + (int)(row / f->share) + 1;
+    const float *query = row_of(a, s, kv_head, row);
+    for (int d = 0; d < f->key_dim; d++) b->queries[d * lanes + j] = query[d] * f->scale;
+    b->end_key[j] = end;
+    b->first_key[j] = f->window ? MAX(0, end - f->window) : 0;
+    b->top[j] = a->sinks ? a->sinks[kv_head * f->share + row % f->share] : UNSEEN;
+    b->total[j] = a->sinks ? 1.0f : 0.0f;
   }
-  memset(b->sums, 0, sizeof(float) * c->value_dim * lanes);
+  memset(b->sums, 0, sizeof(float) * f->value_dim * lanes);
 }
 
-static void store_rows(const chunk *c, const block *b, long first, int num, int lanes) {
+static void store_rows(const attention *a, const block *b, const span *s, int kv_head, long first,
+                       int num, int lanes) {
   for (int j = 0; j < num; j++) {
-    float *out = c->out + place_of(&c->head, first + j) * c->value_dim;
-    float share = 1.0f / b->total[j];
-    for (int d = 0; d < c->value_dim; d++) out[d] = b->sums[d * lanes + j] * share;
+    float *out = row_of(a, s, kv_head, first + j), share = 1.0f / b->total[j];
+    for (int d = 0; d < a->facts.value_dim; d++) out[d] = b->sums[d * lanes + j] * share;
   }
 }
 
-/* The arrays of the calling thread's block; they live as long as the thread. */
-static int reserve(block *b, long key_dim, long value_dim) {
-  static __thread float *arrays;
-  static __thread size_t capacity;
-  size_t size = sizeof(float) * MAX_LANES * (key_dim + TILE_KEYS + value_dim);
-  if (size > capacity) {
-    free(arrays);
-    arrays = aligned_alloc(64, (size + 63) / 64 * 64);
-    capacity = arrays ? size : 0;
+static void show_keys(block *b, int lanes, int first, int end) {
+  for (int j = 0; j < lanes; j++) b->first_key[j] = first, b->end_key[j] = end;
+}
+
+/* Token p lies in place p % capacity: what a single token sees of a ring may be in two pieces. */
+static void attend_block(const attention *a, block *b, const span *s, int kv_head, long first,
+                         int num) {
+  const facts *f = &a->facts;
+  const int vecs = (num + WIDTH - 1) / WIDTH, lanes = vecs * WIDTH;
+  const long place = ((long)s->slot * f->kv_heads + kv_head) * f->capacity;
+  const float *keys = a->keys + place * f->key_dim, *values = a->values + place * f->value_dim;
+  load_rows(a, b, s, kv_head, first, num, lanes);
+  int wrapped = 0;
+  if (s->num_tokens == 1) {
+    int begin = b->first_key[0] % f->capacity, end = begin + b->end_key[0] - b->first_key[0];
+    wrapped = MAX(0, end - f->capacity);
+    show_keys(b, lanes, begin, end - wrapped);
   }
+  walk_block(b, vecs, keys, f->key_dim, values, f->value_dim);
+  if (wrapped) {
+    show_keys(b, lanes, 0, wrapped);
+    walk_block(b, vecs, keys, f->key_dim, values, f->value_dim);
+  }
+  store_rows(a, b, s, kv_head, first, num, lanes);
+}
+
+/* ---- all of them */
+
+static int reserve(block *b, const facts *f) {
+  float *arrays = scratch((size_t)MAX_LANES * (f->key_dim + TILE_KEYS + f->value_dim));
   b->queries = arrays;
-  b->scores = arrays + MAX_LANES * key_dim;
+  b->scores = arrays + MAX_LANES * f->key_dim;
   b->sums = b->scores + MAX_LANES * TILE_KEYS;
   return arrays != NULL;
 }
 
-/* ---- a chunk */
+static long rows_in(const attention *a, const span *s) { return (long)s->num_tokens * a->facts.share; }
 
 static void attend_blocks(void *work) {
-  chunk *c = work;
-  long num_rows = (long)c->head.num_queries * c->head.share;
+  attention *a = work;
   block b;
-  if (!reserve(&b, c->head.key_dim, c->value_dim)) abort();
-  for (;;) {
-    long first = atomic_fetch_add_explicit(&c->next, c->lanes, memory_order_relaxed);
-    if (first >= num_rows) return;
-    int num = MIN(c->lanes, num_rows - first), vecs = (num + WIDTH - 1) / WIDTH;
-    load_rows(c, &b, first, num, vecs * WIDTH);
-    walk_block(c, &b, vecs);
-    store_rows(c, &b, first, num, vecs * WIDTH);
+  if (!reserve(&b, &a->facts)) abort();
+  long before = 0; /* blocks of the spans before */
+  for (int i = 0, number = atomic_fetch_add(&a->next, 1); i < a->facts.num_spans;) {
+    const span *s = a->spans + i;
+    long num_rows = rows_in(a, s), per_head = (num_rows + a->lanes - 1) / a->lanes;
+    if (number - before >= per_head * a->facts.kv_heads) {
+      before += per_head * a->facts.kv_heads;
+      i++;
+      continue;
+    }
+    long first = (number - before) % per_head * a->lanes;
+    int kv_head = (number - before) / per_head;
+    attend_block(a, &b, s, kv_head, first, MIN(a->lanes, num_rows - first));
+    number = atomic_fetch_add(&a->next, 1);
   }
 }
 
-int can_attend(const float *packed, long value_dim) {
-  chunk_head head;
-  memcpy(&head, packed, sizeof head);
-  return head.key_dim % DIM_MULTIPLE == 0 && value_dim % DIM_MULTIPLE == 0;
-}
-
 /* As many rows as the registers hold, fewer where some thread would get none. */
-static int lanes_for(long num_rows) {
-  long share = (num_rows + num_threads() - 1) / num_threads();
-  return MIN(MAX_LANES, (share + WIDTH - 1) / WIDTH * WIDTH);
+static int lanes_for(const attention *a) {
+  long most = 0;
+  for (int i = 0; i < a->facts.num_spans; i++) most = MAX(most, rows_in(a, a->spans + i));
+  long share = most * a->facts.num_spans * a->facts.kv_heads / num_threads();
+  return MAX(WIDTH, MIN(MAX_LANES, (share + WIDTH - 1) / WIDTH * WIDTH));
 }
 
-void attend(const float *packed, const float *values, long num_keys, long value_dim, float *out) {
-  chunk c = {.values = values, .num_keys = num_keys, .value_dim = value_dim, .out = out};
-  memcpy(&c.head, packed, sizeof c.head);
-  c.sinks = packed + sizeof c.head / sizeof(float);
-  c.queries = c.sinks + (c.head.has_sinks ? c.head.share : 0);
-  long num_rows = (long)c.head.num_queries * c.head.share;
-  double work = (double)num_rows * num_keys * (c.head.key_dim + value_dim);
-  c.lanes = work < MIN_SHARED_WORK ? MAX_LANES : lanes_for(num_rows);
-  if (work < MIN_SHARED_WORK) attend_blocks(&c);
-  else share_out(attend_blocks, &c);
+static double multiplications(const attention *a) {
+  const facts *f = &a->facts;
+  double scores = 0;
+  for (int i = 0; i < f->num_spans; i++) {
+    long end = a->spans[i].start + a->spans[i].num_tokens;
+    scores += (double)rows_in(a, a->spans + i) * (f->window ? MIN(end, f->window) : end);
+  }
+  return scores * f->kv_heads * (f->key_dim + f->value_dim);
+}
+
+void attend(const float *keys, const float *values, long width, float *told) {
+  attention a = {.keys = keys, .values = values, .width = width};
+  memcpy(&a.facts, told, sizeof a.facts);
+  a.spans = (const span *)(told + sizeof a.facts / sizeof *told);
+  a.sinks = a.facts.sinks_at ? told + a.facts.sinks_at : NULL;
+  a.rows = told + a.facts.first_row * width;
+  a.lanes = lanes_for(&a);
+  if (multiplications(&a) < MIN_SHARED_WORK) attend_blocks(&a);
+  else share_out(attend_blocks, &a);
 }

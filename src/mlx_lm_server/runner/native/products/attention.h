@@ -1,13 +1,11 @@
-/* Attention of a chunk of new tokens, for one head of K and V. */
+/* Attention of some of a batch's tokens. */
 #pragma once
 #pragma GCC visibility push(hidden)
 
-/* `packed` holds, float by float: a `chunk_head`; with sinks one logit for each query head; the
- * queries `[share, num_queries, key_dim]`. `values` and the keys have `num_keys` rows, of which query
- * i sees those up to `start + i`. Writes `[share, num_queries, value_dim]` to `out`. */
-void attend(const float *packed, const float *values, long num_keys, long value_dim, float *out);
-
-/* 0 where its tiles do not fit. */
-int can_attend(const float *packed, long value_dim);
+/* `told` are rows of `width` floats. The first hold, number by number, what attention.c calls `facts`,
+ * its spans, and with sinks one logit for each query head; then come the queries, one row for each
+ * token and head, which are overwritten by what these saw. `keys` and `values` are
+ * `[slots, kv_heads, capacity, dim]`. */
+void attend(const float *keys, const float *values, long width, float *told);
 
 #pragma GCC visibility pop

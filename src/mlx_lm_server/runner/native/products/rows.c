@@ -5,8 +5,7 @@
 
 #include "vectors.h"
 
-void rms_norm(const float *x, long num_rows, long dim, const float *weights, float epsilon,
-              float *out) {
+void rms_norm(const float *x, long num_rows, long dim, float epsilon, float *out) {
   for (; num_rows > 0; num_rows--, x += dim, out += dim) {
     vec squares[4] = {vec_zero(), vec_zero(), vec_zero(), vec_zero()};
     long i = 0;
@@ -21,7 +20,7 @@ void rms_norm(const float *x, long num_rows, long dim, const float *weights, flo
     for (int j = 0; j < WIDTH; j++) sum += lanes[j];
     for (; i < dim; i++) sum += x[i] * x[i];
     float scale = 1.0f / sqrtf(sum / dim + epsilon);
-    for (i = 0; i < dim; i++) out[i] = x[i] * scale * weights[i];
+    for (i = 0; i < dim; i++) out[i] *= x[i] * scale;
   }
 }
 

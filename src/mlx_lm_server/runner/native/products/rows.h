@@ -2,9 +2,8 @@
 #pragma once
 #pragma GCC visibility push(hidden)
 
-/* Root mean square norm (Zhang & Sennrich 2019). */
-void rms_norm(const float *x, long num_rows, long dim, const float *weights, float epsilon,
-              float *out);
+/* Root mean square norm (Zhang & Sennrich 2019); every row of `out` holds the weights at first. */
+void rms_norm(const float *x, long num_rows, long dim, float epsilon, float *out);
 
 /* Rotary position embedding (Su et al. 2021) of one position: `packed` is how many numbers of a row
  * are rotated, the cosines of half as many angles, and their sines. The first half of these numbers

@@ -1,31 +1,24 @@
-/* Matrix products with few rows, for x86 CPUs with AVX2 or AVX-512: cblas_sgemm in front of a BLAS.
- *
- * A BLAS copies ("packs") both operands before it multiplies. That pays for square matrices; with
+/* A BLAS copies ("packs") both operands before it multiplies. That pays for square matrices; with
  * the few rows of a decode step it costs more than the product, whose limit is reading the weights
- * once. This file takes products of at most MAX_ROWS rows, reads the large operand where it lies,
- * and hands everything else to the BLAS that `small_gemm_init` names.
+ * once. Here the large operand is read where it lies.
  *
  *   C[m, n] = sum_k A[m, k] * B[n, k]     "nt": x @ W.T, and queries @ keys.T
  *   C[m, n] = sum_k A[m, k] * B[k, n]     "nn": weights @ values, for narrow values
  *
  * B may also be quantised K and V: whole numbers of 8 or 4 bits, which become floats in registers, so
- * that a quarter or an eighth of the bytes is read. The interface of a BLAS has no word for that. The
- * caller says it by `alpha`, one of two numbers that no product has, and gives m, n, k and ldb in
- * numbers; the result is not scaled (code_products.py).
+ * that a quarter or an eighth of the bytes is read.
  *
  * nt keeps a tile of TILE_ROWS x TILE_COLS sums in registers, each a vector along k, and walks B in
  * blocks that stay in the second-level cache while all tiles of rows pass over them. From
  * MIN_WIDE_ROWS on the rows lie across vectors instead: A is transposed first, numbers of B are
  * broadcast, and no sum runs across a vector. Blocks of B are shared out to threads.
  */
-#include <math.h>
+#include "small_gemm.h"
+
 #include <stdatomic.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
-#include "attention.h"
-#include "rows.h"
 #include "threads.h"
 #include "vectors.h"
 
@@ -33,28 +26,9 @@ enum { TILE_ROWS = WIDTH == 16 ? 8 : 4, TILE_COLS = 3 };
 enum { WIDE_VECS = WIDTH == 16 ? 3 : 2, WIDE_COLS = WIDTH == 16 ? 8 : 4, WIDE_BLOCK = 96 };
 enum { FETCH_AHEAD = 128 };
 
-/* What B consists of, and how the caller says so. */
-enum { FLOATS, BYTES, NIBBLES };
-#define NIBBLES_ALPHA 0x1p-104f
-#define BYTES_ALPHA 0x1p-108f
-/* What is no product at all: the address of A; attention, for which A is what attention.h calls
- * `packed` and B the values; and the functions of rows.h, for which B is what is `packed`. */
-#define ADDRESS_ALPHA 0x1p-112f
-#define ATTENTION_ALPHA 0x1p-116f
-#define RMS_NORM_ALPHA 0x1p-120f /* and up to twice that: the fraction is epsilon's upper bits */
-#define ROTATION_ALPHA 0x1p-124f
-
-enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
 enum { MAX_ROWS = 192, MAX_NN_ROWS = 16, MAX_NN_COLS = 256, NN_VECS = 4, NN_ROWS = 4 };
 enum { MIN_ALIGNED_ROWS = 8, MIN_ALIGNED_COLS = 128, MIN_WIDE_ROWS = 9, MIN_WIDE_COLS = 128 };
 enum { BLOCK_BYTES = 192 * 1024 };
-/* Below this many multiplications a product is not worth waking a thread for. */
-enum { MIN_SHARED_WORK = 400 * 1000 };
-
-typedef void (*sgemm)(int, int, int, int, int, int, float, const float *, int, const float *, int,
-                      float, float *, int);
-
-static sgemm full_sgemm;
 
 /* ---- numbers of B */
 
@@ -338,40 +312,23 @@ INLINE void nt_codes(int format, int rows, int cols, long depth, const float *a,
     }
 }
 
-/* False where the matrices do not lie as the tiles need them. */
-static int codes_product(int format, int is_plain, int trans_b, int m, int n, int k, const float *a,
-                         int lda, const void *b, int ldb, float *c, int ldc) {
-  if (is_plain && trans_b == TRANS && k % WIDTH == 0) {
-    if (format == BYTES) nt_codes(BYTES, m, n, k, a, lda, b, ldb, c, ldc);
-    else nt_codes(NIBBLES, m, n, k, a, lda, b, ldb, c, ldc);
-  } else if (is_plain && trans_b == NO_TRANS && n % WIDTH == 0) {
-    if (format == BYTES) nn_product(BYTES, m, n, k, a, lda, b, ldb, c, ldc);
-    else nn_product(NIBBLES, m, n, k, a, lda, b, ldb, c, ldc);
-  } else {
-    return 0;
-  }
+int codes_product(int format, int b_is_rows, int m, int n, int k, const float *a, int lda,
+                  const void *b, int ldb, float *c, int ldc) {
+  if ((b_is_rows ? k : n) % WIDTH) return 0;
+  if (b_is_rows && format == BYTES) nt_codes(BYTES, m, n, k, a, lda, b, ldb, c, ldc);
+  else if (b_is_rows) nt_codes(NIBBLES, m, n, k, a, lda, b, ldb, c, ldc);
+  else if (format == BYTES) nn_product(BYTES, m, n, k, a, lda, b, ldb, c, ldc);
+  else nn_product(NIBBLES, m, n, k, a, lda, b, ldb, c, ldc);
   return 1;
 }
 
-/* ---- the door */
+/* ---- products with floats */
 
 static int block_columns(int cols, long depth) {
   long fitting = BLOCK_BYTES / (depth * (long)sizeof(float));
   long share = cols / (4 * num_threads()); /* a few blocks for each thread */
   long unit = TILE_COLS * WIDTH, block = MIN(fitting, share) / unit * unit;
   return block < unit ? unit : (int)block;
-}
-
-/* Memory of the calling thread, at the start of a cache line; it lives until the next call. */
-static float *scratch(size_t num_floats) {
-  static __thread float *memory;
-  static __thread size_t capacity;
-  if (num_floats > capacity) {
-    free(memory);
-    memory = aligned_alloc(64, (num_floats * sizeof(float) + 63) / 64 * 64);
-    capacity = memory ? num_floats : 0;
-  }
-  return memory;
 }
 
 /* Rows that start at a cache line: a vector that lies across two costs two loads. */
@@ -404,78 +361,18 @@ static void pack_rows(product *p) {
   p->is_wide = 1;
 }
 
-static void fill_nan(int m, int n, float *c, int ldc) {
-  for (long i = 0; i < m; i++)
-    for (long j = 0; j < n; j++) c[i * ldc + j] = NAN;
-}
-
-static float epsilon_in(float alpha) {
-  uint32_t bits;
-  memcpy(&bits, &alpha, sizeof bits);
-  bits <<= 8; /* 23 bits of fraction become the upper ones of a number without a sign */
-  bits &= 0x7fffffff;
-  memcpy(&alpha, &bits, sizeof bits);
-  return alpha;
-}
-
-/* Rows that lie as columns, as rows; NULL without memory for them. */
-static float *transposed(int m, int k, const float *a, int lda) {
-  float *rows = malloc(sizeof(float) * m * k);
-  for (long i = 0; rows && i < m; i++)
-    for (long j = 0; j < k; j++) rows[i * k + j] = a[j * lda + i];
-  return rows;
-}
-
-/* What the caller says by `alpha`. */
-static void other_product(int is_plain, int trans_b, int m, int n, int k, float alpha, const float *a,
-                          int lda, const float *b, int ldb, float *c, int ldc) {
-  int is_done = 0;
-  if (alpha == BYTES_ALPHA || alpha == NIBBLES_ALPHA) {
-    int format = alpha == BYTES_ALPHA ? BYTES : NIBBLES;
-    is_done = codes_product(format, is_plain, trans_b, m, n, k, a, lda, b, ldb, c, ldc);
-  } else if (alpha == ADDRESS_ALPHA) {
-    is_done = is_plain && (size_t)n * sizeof *c == sizeof a;
-    if (is_done) memcpy(c, &a, sizeof a);
-  } else if (is_plain && trans_b == NO_TRANS && ldb == n && ldc == n) {
-    is_done = alpha == ATTENTION_ALPHA ? can_attend(a, n) : k == n && lda == k;
-    if (!is_done) return fill_nan(m, n, c, ldc);
-    if (alpha == ATTENTION_ALPHA) attend(a, b, k, n, c);
-    if (alpha >= RMS_NORM_ALPHA && alpha < 2 * RMS_NORM_ALPHA)
-      rms_norm(a, m, n, b, epsilon_in(alpha), c);
-    if (alpha == ROTATION_ALPHA) rotate(a, m, n, b, c);
-  }
-  if (!is_done) fill_nan(m, n, c, ldc);
-}
-
-void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha,
-                 const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc) {
-  if (alpha >= ROTATION_ALPHA && alpha <= NIBBLES_ALPHA) {
-    int is_plain = order == ROW_MAJOR && trans_a == NO_TRANS && k > 0;
-    if (order == ROW_MAJOR && trans_a == TRANS && alpha < ATTENTION_ALPHA) {
-      float *rows = transposed(m, k, a, lda);
-      other_product(rows != NULL, trans_b, m, n, k, alpha, rows, k, b, ldb, c, ldc);
-      free(rows);
-      return;
-    }
-    other_product(is_plain, trans_b, m, n, k, alpha, a, lda, b, ldb, c, ldc);
-    return;
-  }
-  int is_plain = order == ROW_MAJOR && trans_a == NO_TRANS && alpha == 1.0f && beta == 0.0f && k > 0;
-  if (is_plain && trans_b == TRANS && m <= MAX_ROWS && k % WIDTH == 0) {
+int small_product(int b_is_rows, int m, int n, int k, const float *a, int lda, const float *b,
+                  int ldb, float *c, int ldc) {
+  if (b_is_rows && m <= MAX_ROWS && k % WIDTH == 0) {
     product p = {m, n, k, a, b, lda, ldb, c, ldc, 0, block_columns(n, k), 0};
     if (m >= MIN_WIDE_ROWS && n >= MIN_WIDE_COLS) pack_rows(&p);
     else if (m >= MIN_ALIGNED_ROWS && n >= MIN_ALIGNED_COLS) align_rows(&p);
     if ((double)m * n * k < MIN_SHARED_WORK) nt_blocks(&p);
     else share_out(nt_blocks, &p);
-  } else if (is_plain && trans_b == NO_TRANS && m <= MAX_NN_ROWS && n <= MAX_NN_COLS && n % WIDTH == 0) {
+  } else if (!b_is_rows && m <= MAX_NN_ROWS && n <= MAX_NN_COLS && n % WIDTH == 0) {
     nn_product(FLOATS, m, n, k, a, lda, b, ldb, c, ldc);
   } else {
-    full_sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
+    return 0;
   }
-}
-
-/* `full` is the cblas_sgemm of a whole BLAS; `num_threads` counts the caller. Call once. */
-void small_gemm_init(void *full, int num_threads, int spin_us) {
-  full_sgemm = (sgemm)full;
-  start_helpers(num_threads, spin_us);
+  return 1;
 }

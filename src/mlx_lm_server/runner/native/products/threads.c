@@ -9,7 +9,7 @@
 #include <linux/futex.h>
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stddef.h>
+#include <stdlib.h>
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
@@ -82,4 +82,15 @@ void start_helpers(int num_threads, int spin_us) {
     pthread_detach(thread);
     pool.num_helpers++;
   }
+}
+
+float *scratch(size_t num_floats) {
+  static __thread float *memory;
+  static __thread size_t capacity;
+  if (num_floats > capacity) {
+    free(memory);
+    memory = aligned_alloc(64, (num_floats * sizeof(float) + 63) / 64 * 64);
+    capacity = memory ? num_floats : 0;
+  }
+  return memory;
 }
