@@ -29,7 +29,7 @@ class Shape:
 
 VOCAB_SIZE = 3072
 NANO = Shape(VOCAB_SIZE, 256, 5, 4, 2, 704)
-DRAFT = Shape(VOCAB_SIZE, 128, 2, 2, 1, 384, rope_theta=1e6)
+DRAFT = Shape(VOCAB_SIZE, 128, 2, 2, 1, 640, rope_theta=1e6)
 SMOKE = Shape(VOCAB_SIZE, 128, 2, 1, 1, 128)
 LONGEST_WRITTEN_OUT = 256
 SHAPES = {"nano": NANO, "draft": DRAFT, "smoke": SMOKE}

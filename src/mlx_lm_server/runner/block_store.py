@@ -116,7 +116,7 @@ class BlockStore:
 
     def _new_segment(self, num_blocks: int) -> list[Planes]:
         layers = [self._storage.layers[n] for n in self._full]
-        return [[p.zeros(num_blocks, self._size) for p in layer.planes] for layer in layers]
+        return [[p.unwritten(num_blocks, self._size) for p in layer.planes] for layer in layers]
 
     def _move_blocks(self, op: MoveBlocks) -> None:
         by_target = groupby(op.moves, key=lambda move: move[1].segment_id)

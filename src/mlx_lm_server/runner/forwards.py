@@ -59,6 +59,7 @@ class PackedForward:
         self._lm = lm
         self._storage = storage
         self._needs_bias = isinstance(kernel, CpuKernel)
+        storage.needs_zeros = not _reads_in_place(kernel, storage)
         self._layers = [LayerCache(n, storage, kernel) for n in range(len(state.kv))]
         self._caches = state.nest(self._layers, [])
 
@@ -95,6 +96,7 @@ class SplitForward:
         self._state = state
         self._storage = storage
         self._needs_bias = isinstance(kernel, CpuKernel)
+        storage.needs_zeros = kernel is None or not _reads_in_place(kernel, storage)
         layers = range(len(state.kv))
         self._row_layers: list[Any] = [
             LayerCache(n, storage, kernel) if kernel else DecodeRowsCache(n, storage, mask_dims)
@@ -213,6 +215,11 @@ class _begun:
     def __exit__(self, *_exc: object) -> None:
         for cache in self._caches:
             cache.end()
+
+
+def _reads_in_place(kernel: AttentionKernel, storage: KVStorage) -> bool:
+    """Whether attention sees nothing but what was written."""
+    return kernel.reads_in_place and all(layer.is_plain_float32 for layer in storage.layers)
 
 
 def _layout(plan: StepPlan, storage: KVStorage, needs_bias: bool) -> StepLayout:

@@ -33,6 +33,7 @@ from mlx_lm_server.core.plan import (
     MoveRow,
     ResizeSlab,
 )
+from mlx_lm_server.runner import native_products
 from mlx_lm_server.runner.kv_quantisation import PackedKV, Quantisation
 from mlx_lm_server.runner.stages import Stages
 
@@ -59,6 +60,11 @@ class PlaneShape:
 
     def zeros(self, num_slots: int, places: int) -> mx.array:
         return mx.zeros((num_slots, self.kv_heads, places, self.width), self.dtype)
+
+    def unwritten(self, num_slots: int, places: int) -> mx.array:
+        """For those who read what they have written only."""
+        shape = (num_slots, self.kv_heads, places, self.width)
+        return native_products.unwritten(shape, self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +159,9 @@ class KVStorage:
     def __init__(self, layers: Sequence[LayerShape]) -> None:
         self.layers = list(layers)
         self.slabs: dict[int, Slab] = {}
-        self.fresh: set[int] = set()  # slabs that the plan at hand has made, all zeros so far
+        self.fresh: set[int] = set()  # slabs that the plan at hand has made
+        # Whether places that no token was written to may be multiplied by zero.
+        self.needs_zeros = True
         self.stages = Stages()
         self._written_unread: set[tuple[int, int]] = set()  # (slab_id, layer)
 
@@ -197,7 +205,8 @@ class KVStorage:
         slab = Slab(op.capacity)
         for layer in self.layers:
             places = layer.num_places(op.capacity)
-            slab.planes.append([plane.zeros(op.num_slots, places) for plane in layer.planes])
+            new = PlaneShape.zeros if self.needs_zeros else PlaneShape.unwritten
+            slab.planes.append([new(plane, op.num_slots, places) for plane in layer.planes])
         self.slabs[op.slab_id] = slab
         self.fresh.add(op.slab_id)
 
