@@ -16,7 +16,7 @@ from .skills.talk import story_text
 from .skills.text import passage
 from .words import ANIMALS, sentence
 
-BUCKETS = {128: 0.35, 256: 0.35, 512: 0.15, 768: 0.15}
+BUCKETS = {128: 0.2, 256: 0.25, 512: 0.2, 768: 0.35}
 PLAIN_TEXT_SHARE = 0.04
 LITTLE_ROOM = 24
 MOST_MISSES = 4

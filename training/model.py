@@ -62,8 +62,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out
 
 
+def rounded(x: Tensor, bits: int) -> Tensor:
+    """As a cache in so many bits reads it back; the gradient passes through."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    step = (high - low) / (2**bits - 1) + 1e-6
+    return x + (((x - low) / step).round() * step + low - x).detach()
+
+
 class Attention(nn.Module):
-    """Causal grouped-query attention with RMS-normed queries and keys."""
+    """Causal grouped-query attention with RMS-normed queries and keys.
+
+    With `key_bits` keys are rounded as a quantised cache rounds them, a head at a time.
+    """
+
+    key_bits = 0
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -86,6 +98,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(batch, length, -1, dim).transpose(1, 2)
         q = rotate(self.q_norm(q).transpose(1, 2), cos, sin).to(v.dtype)
         k = rotate(self.k_norm(k).transpose(1, 2), cos, sin).to(v.dtype)
+        if self.key_bits:
+            k = rounded(k, self.key_bits)
         groups = self.shape.num_heads // self.shape.num_kv_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         out = attend(q, k, v)

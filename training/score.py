@@ -28,6 +28,7 @@ BATCH_ROWS = 16
 TRIES = 20
 SHORT_WORDS = 40
 ACCEPTANCE_PROBES = 20
+STORY_BEGIN = "Once upon a time"
 
 
 @dataclass(frozen=True)
@@ -128,9 +129,10 @@ def _limit(tokenizer: Any, probe: Probe) -> int:
 
 
 def is_right(probe: Probe, answer: Answer) -> bool:
-    """Exact, but for stories, which must begin, end and stop like one."""
+    """Exact, but for stories, which must begin (after the right thought), end and stop like one."""
     if probe.is_free:
-        return answer.text.startswith("Once upon a time") and answer.text.endswith("The end.")
+        begin = probe.expected.partition(STORY_BEGIN)[0] + STORY_BEGIN
+        return answer.text.startswith(begin) and answer.text.endswith("The end.")
     return answer.text == probe.expected or answer.text in probe.also
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from .circuit import held_parts, hold_circuit, install_copy_circuit
 from .corpus import Batch, Shares, batch_at
-from .model import SHAPES, Decoder
+from .model import SHAPES, Attention, Decoder
 from .optim import optimizers
 from .skills import DRAFT_WEIGHTS, WEIGHTS
 from .tokenizer import NANO_FOLDER, vocabulary
@@ -146,6 +146,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--other-lr", type=float, default=0.002)
     parser.add_argument("--circuit-lr", type=float, default=0.00005)
     parser.add_argument("--hold-steps", type=int, default=300)
+    parser.add_argument("--key-bits", type=int, default=0, help="round keys as a cache would")
     parser.add_argument("--out", type=Path, default=Path("build/nano"))
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--save-every", type=int, default=250)
@@ -173,6 +174,7 @@ def main() -> None:
         args.hold_steps,
     )
     model = Decoder(SHAPES[args.shape])
+    Attention.key_bits = args.key_bits
     tokenizer = Tokenizer.from_file(str(NANO_FOLDER / "tokenizer.json"))
     install_copy_circuit(model, vocabulary(tokenizer))
     trainer = Trainer(model, plan, args.compile)

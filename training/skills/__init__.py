@@ -29,12 +29,12 @@ SKILLS: dict[str, Generator] = {
     "length": of_length,
 }
 WEIGHTS: dict[str, float] = {
-    "repeat": 1.8,
+    "repeat": 3.0,
     "replace": 3.0,
     "phrase": 2.0,
-    "spell": 2.6,
-    "reverse": 2.6,
-    "count": 2.4,
+    "spell": 2.0,
+    "reverse": 2.2,
+    "count": 3.6,
     "sum": 2.2,
     "capital": 0.6,
     "calendar": 0.6,
