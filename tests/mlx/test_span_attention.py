@@ -158,6 +158,17 @@ def test_a_token_looks_back_around_the_end_of_a_ring(last: int) -> None:
     assert np.abs(np.array(out) - _expected(q, k, v, last, window, None)).max() < 1e-5
 
 
+def test_a_window_larger_than_its_ring_sees_the_ring() -> None:
+    k, v = mx.random.normal((2, 1, 2, 28, 64))
+    q = _queries(4, 1, 64).swapaxes(0, 1)
+    outs = [
+        span_attention.attend(q, [Part(k, v, (Span(0, 0, 1, 40),))], SCALE, window)
+        for window in (28, 29, 4096)
+    ]
+    assert mx.array_equal(outs[0], outs[1])
+    assert mx.array_equal(outs[0], outs[2])
+
+
 def test_scores_far_apart_leave_no_trace() -> None:
     """A key that outweighs all others beyond what float32 can say, first, last and in between."""
     for place in (0, 63, 64, 150):

@@ -15,7 +15,6 @@ V (Gemma 4) is known by the arrays it was handed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from mlx_lm_server.runner import fast_math, native_rows, span_attention
 from mlx_lm_server.runner.kernels import AttentionKernel
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.rectangular import ChunkCache
-from mlx_lm_server.runner.span_attention import Part
+from mlx_lm_server.runner.span_attention import Part, Span
 from mlx_lm_server.runner.step_layout import ChunkSpan, DecodeGroup, StepLayout
 
 
@@ -119,13 +118,8 @@ class LayerCache:
         if mask is not None and not isinstance(mask, WindowMask):
             raise UnknownMask("it makes its own attention masks")
         window = self._shape.window if mask is None else mask.window
-        if (
-            self._kernel.reads_in_place
-            and self._shape.is_plain_float32
-            and queries.dtype == mx.float32
-        ):
-            parts = self._parts()
-            return span_attention.attend(queries[:, :, 0], parts, scale, window, sinks)[:, :, None]
+        if self._kernel.reads_in_place and self._shape.is_plain_float32:
+            return self._attend_in_place(queries, scale, window, sinks)
         outputs = [
             self._attend_decodes(group, queries, scale, window, sinks)
             for group in self.layout.decodes
@@ -136,17 +130,26 @@ class LayerCache:
         ]
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
-    def _parts(self) -> Iterator[Part]:
-        """Where K and V lie of what the forward's tokens see."""
+    def _attend_in_place(
+        self, queries: mx.array, scale: float, window: int | None, sinks: mx.array | None
+    ) -> mx.array:
+        """A chunk of a layer with a window sees more than its ring holds: it attends by itself."""
         is_ring = self._shape.window is not None
-        for slab_id, spans in self.layout.spans(with_chunks=not is_ring).items():
-            keys, values = self._storage.slabs[slab_id].planes[self._layer]
-            yield Part(keys, values, spans)
-        for (k, v), chunk in zip(
-            self._chunk_kv, self.layout.chunks if is_ring else (), strict=True
-        ):
-            start = k.shape[1] - chunk.num_tokens
-            yield Part(k[None], v[None], (chunk.span._replace(slot=0, start=start),))
+        apart = self.layout.chunks if is_ring else ()
+        end = apart[0].first_token if apart else self.layout.num_tokens
+        spans = self.layout.spans(with_chunks=not is_ring)
+        parts = [Part(*self._storage.keys_and_values(self._layer, n), s) for n, s in spans.items()]
+        outputs = []
+        if parts:
+            first = queries if end == self.layout.num_tokens else queries[:end]
+            outputs.append(span_attention.attend(first, parts, scale, window, sinks))
+        for (k, v), chunk in zip(self._chunk_kv, apart, strict=True):
+            span = Span(0, 0, chunk.num_tokens, k.shape[1] - chunk.num_tokens)
+            part = Part(k[None], v[None], (span,))
+            outputs.append(
+                span_attention.attend(queries[chunk.tokens], [part], scale, window, sinks)
+            )
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs)
 
     def _attend_decodes(
         self,

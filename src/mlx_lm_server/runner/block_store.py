@@ -39,6 +39,7 @@ from mlx_lm_server.core.plan import (
     SaveState,
 )
 from mlx_lm_server.core.tier import Label, Payload
+from mlx_lm_server.runner import native_products
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.record_bytes import (
     ArraySpec,
@@ -311,8 +312,9 @@ class BlockStore:
             shape = (num_slots, kv_heads, capacity // self._size, self._size, width)
             whole, parts = _split(parts, stop - first)
             if op.slab_id in self._storage.fresh and num_slots == 1 and first == 0:
-                # The zeros of the plane itself are never computed.
-                rest = mx.zeros((*shape[:2], shape[2] - stop, *shape[3:]), plane.dtype)
+                # The plane itself is never computed.
+                new = mx.zeros if self._storage.needs_zeros else native_products.unwritten
+                rest = new((*shape[:2], shape[2] - stop, *shape[3:]), plane.dtype)
                 blocks = [part.swapaxes(0, 1)[None] for part in whole]
                 view = mx.concatenate([*blocks, rest], axis=2)
             else:

@@ -58,8 +58,8 @@ class PackedForward:
     ) -> None:
         self._lm = lm
         self._storage = storage
-        self._needs_bias = isinstance(kernel, CpuKernel)
         storage.needs_zeros = not _reads_in_place(kernel, storage)
+        self._needs_bias = isinstance(kernel, CpuKernel) and storage.needs_zeros
         self._layers = [LayerCache(n, storage, kernel) for n in range(len(state.kv))]
         self._caches = state.nest(self._layers, [])
 
@@ -95,8 +95,8 @@ class SplitForward:
         self._lm = lm
         self._state = state
         self._storage = storage
-        self._needs_bias = isinstance(kernel, CpuKernel)
         storage.needs_zeros = kernel is None or not _reads_in_place(kernel, storage)
+        self._needs_bias = isinstance(kernel, CpuKernel) and storage.needs_zeros
         layers = range(len(state.kv))
         self._row_layers: list[Any] = [
             LayerCache(n, storage, kernel) if kernel else DecodeRowsCache(n, storage, mask_dims)

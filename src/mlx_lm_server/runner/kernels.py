@@ -111,7 +111,8 @@ class CpuKernel:
 
     Against MLX's fallback it skips what lies above the causal diagonal and before the window,
     folds the query heads of a KV head into one matrix, divides after the product with V, and has a
-    vectorised exp. Where it can be compiled, C code takes its place for all but quantised K and V.
+    vectorised exp. Where it can be compiled, C code does chunks, and single tokens whose K and V
+    are float32 in their slabs (`span_attention`, which the layers' caches call themselves).
     """
 
     def __init__(self) -> None:

@@ -305,6 +305,11 @@ class KVStorage:
         self._written_unread.add((slab_id, layer))
         return shape.read_planes(seen)
 
+    def keys_and_values(self, layer: int, slab_id: int) -> tuple[mx.array, mx.array]:
+        """All of a slab, of a layer that is not quantised: `[slots, kv_heads, places, dim]`."""
+        keys, values = self._planes(layer, slab_id)
+        return keys, values
+
     def take_unread(self) -> list[mx.array]:
         """Arrays that the forward wrote and does not read, so that they are computed with it."""
         arrays: list[mx.array] = []

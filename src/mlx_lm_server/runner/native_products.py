@@ -8,6 +8,7 @@ poses as a matrix; nothing but the library may read it.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 
@@ -33,6 +34,7 @@ def run(left: mx.array, right: mx.array, alpha: float, added: mx.array = _ZERO) 
     return mx.addmm(added, left, right, alpha=alpha, beta=1.0)
 
 
+@functools.cache
 def is_there() -> bool:
     """Whether our library stands in front of the BLAS: it answers NaN to what does not fit."""
     not_square = mx.ones((2, 1))
@@ -43,7 +45,7 @@ def unwritten(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     """An array of numbers that are whatever stood there, for those who read only what they have
     written: nothing goes through memory, and the system need not find the pages yet. Zeros where
     it cannot be made."""
-    if not is_there() or dtype.size != 4:
+    if dtype.size != 4 or not is_there():
         return mx.zeros(shape, dtype)
     nothing, width = _NOTHING.view(mx.float32), shape[-1]
     left = mx.as_strided(nothing, (math.prod(shape[:-1]), 8), (8, 1))

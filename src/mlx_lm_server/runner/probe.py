@@ -176,8 +176,11 @@ def _chunk(row: int, start: int, num_tokens: int, samples: bool = True) -> Prefi
 
 @contextmanager
 def _scratch(storage: KVStorage, *slabs: CreateSlab) -> Iterator[None]:
+    """The plans here may jump to places before which nobody wrote."""
+    needs_zeros, storage.needs_zeros = storage.needs_zeros, True
     for slab in slabs:
         storage.apply(slab)
+    storage.needs_zeros = needs_zeros
     try:
         yield
     finally:

@@ -185,8 +185,8 @@ class ChunkCache(_FetchedCache):
         chunk, start = self._chunk, k.shape[2] - length
         assert chunk is not None
         if self._kernel.reads_in_place and self._shape.is_plain_float32 and not self._shape.window:
-            planes = self._storage.slabs[chunk.slab_id].planes[self._layer]
-            part = Part(planes[0], planes[1], (Span(chunk.slot, 0, length, start),))
+            planes = self._storage.keys_and_values(self._layer, chunk.slab_id)
+            part = Part(*planes, (Span(chunk.slot, 0, length, start),))
             by_token = queries.transpose(2, 1, 0, 3)
             return span_attention.attend(by_token, [part], scale, None, sinks).transpose(2, 1, 0, 3)
         out = self._kernel.chunk(queries[0, :], k[0, :], v[0, :], scale, start, None, sinks)

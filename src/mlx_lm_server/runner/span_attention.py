@@ -58,7 +58,7 @@ def attend(
         rows = _attend_part(rows, heads, part, scale, window, sinks)
     if rows.shape[1] > value_dim:
         rows = rows[:, :value_dim]
-    return rows.reshape(*queries.shape[:-1], value_dim)
+    return rows.reshape(*queries.shape[:-1], value_dim).astype(queries.dtype)
 
 
 def _attend_part(

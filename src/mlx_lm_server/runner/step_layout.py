@@ -28,9 +28,9 @@ LENGTH_STEP = 32
 class DecodeGroup:
     """The decode rows of one slab.
 
-    Attention runs over the slab's first `num_slots` slots and `length` positions. `queries` maps
-    slots to tokens and `answers` tokens to slots; both are None where they are the same, which
-    they are unless a row of the slab sits this step out.
+    Plain operations run over the slab's first `num_slots` slots and `length` positions; attention
+    in C takes the `spans`. `queries` maps slots to tokens and `answers` tokens to slots; both are
+    None where they are the same, which they are unless a row of the slab sits this step out.
     """
 
     slab_id: int

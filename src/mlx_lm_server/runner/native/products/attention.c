@@ -10,7 +10,7 @@
  * So K and V are read where they lie, in one pass per block, and the softmax needs no sum across a
  * vector. Tiles of keys begin at multiples of TILE_KEYS whatever the block, and a row's numbers do not
  * depend on the rows beside it: a token gets the same bits alone, beside others, and in a chunk that
- * is cut anywhere.
+ * is cut anywhere, as long as no window has made its slot a ring.
  */
 #include "attention.h"
 
@@ -242,7 +242,8 @@ static void attend_block(const attention *a, block *b, const span *s, int kv_hea
   load_rows(a, b, s, kv_head, first, num, lanes);
   int wrapped = 0;
   if (s->num_tokens == 1) {
-    int begin = b->first_key[0] % f->capacity, end = begin + b->end_key[0] - b->first_key[0];
+    int seen = MIN(b->end_key[0] - b->first_key[0], f->capacity);
+    int begin = (b->end_key[0] - seen) % f->capacity, end = begin + seen;
     wrapped = MAX(0, end - f->capacity);
     show_keys(b, lanes, begin, end - wrapped);
   }
