@@ -28,7 +28,7 @@ BATCH_ROWS = 16
 TRIES = 20
 SHORT_WORDS = 40
 ACCEPTANCE_PROBES = 20
-STORY_BEGIN = "Once upon a time"
+END_OF_THOUGHT = "</think>\n\n"
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,12 @@ def _limit(tokenizer: Any, probe: Probe) -> int:
 
 
 def is_right(probe: Probe, answer: Answer) -> bool:
-    """Exact, but for stories, which must begin (after the right thought), end and stop like one."""
+    """Exact, but for stories, which must begin (after some thought), end and stop like one."""
     if probe.is_free:
-        begin = probe.expected.partition(STORY_BEGIN)[0] + STORY_BEGIN
-        return answer.text.startswith(begin) and answer.text.endswith("The end.")
+        thought, end_of_thought, story = answer.text.rpartition(END_OF_THOUGHT)
+        is_thinking = END_OF_THOUGHT in probe.expected
+        is_story = story.startswith("Once upon a time") and story.endswith("The end.")
+        return is_story and bool(end_of_thought) == is_thinking == thought.startswith("<think>")
     return answer.text == probe.expected or answer.text in probe.also
 
 
