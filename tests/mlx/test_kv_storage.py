@@ -26,6 +26,18 @@ from mlx_lm_server.runner.step_layout import layout_of
 HEADS, KV_HEADS, DIM = 4, 2, 16
 
 
+def plain_cpu_kernel() -> CpuKernel:
+    """As it is without a compiler."""
+    kernel = CpuKernel()
+    kernel.reads_in_place = False
+    return kernel
+
+
+KERNELS = pytest.mark.parametrize(
+    "kernel", [CpuKernel(), plain_cpu_kernel(), FusedKernel()], ids=["cpu", "plain", "fused"]
+)
+
+
 def storage_with(*ops: CreateSlab) -> KVStorage:
     storage = KVStorage([LayerShape(KV_HEADS, DIM, DIM)])
     for op in ops:
@@ -43,7 +55,7 @@ def forward(
 ) -> mx.array:
     capacities = {slab_id: slab.capacity for slab_id, slab in storage.slabs.items()}
     cache = LayerCache(0, storage, kernel)
-    cache.begin(layout_of(plan, capacities, isinstance(kernel, CpuKernel)))
+    cache.begin(layout_of(plan, capacities))
     cache.update_and_fetch(k, v)
     return cache.attend(q, DIM**-0.5)
 
@@ -72,7 +84,7 @@ def random_tokens(n: int) -> tuple[mx.array, mx.array, mx.array]:
     )
 
 
-@pytest.mark.parametrize("kernel", [CpuKernel(), FusedKernel()], ids=["cpu", "fused"])
+@KERNELS
 def test_a_row_cut_into_chunks_and_single_tokens_attends_as_a_whole(
     kernel: AttentionKernel,
 ) -> None:
@@ -116,7 +128,7 @@ def test_moves_and_resizes_keep_what_rows_hold() -> None:
     assert storage.nbytes == 2 * 16 * KV_HEADS * DIM * 4
 
 
-@pytest.mark.parametrize("kernel", [CpuKernel(), FusedKernel()], ids=["cpu", "fused"])
+@KERNELS
 def test_decode_steps_write_in_place_and_peak_memory_stays_flat(kernel: AttentionKernel) -> None:
     storage = storage_with(CreateSlab(0, 8, 4096))
     slab_bytes = storage.nbytes
@@ -172,12 +184,14 @@ def test_sinks_and_windows_give_the_same_on_both_kernels(start: int, window: int
     sinks = mx.random.normal((HEADS,)) * 3
     whole = [
         kernel.chunk(q, k, v, DIM**-0.5, start, window, sinks)
-        for kernel in (CpuKernel(), FusedKernel())
+        for kernel in (CpuKernel(), plain_cpu_kernel(), FusedKernel())
     ]
-    assert mx.allclose(*whole, atol=1e-5)
-    group = layout_of(plan_of(DecodeRow(0, 0, 0, keys - 1)), {0: keys}, True)
+    assert all(mx.allclose(out, whole[-1], atol=1e-5) for out in whole)
+    group = layout_of(plan_of(DecodeRow(0, 0, 0, keys - 1)), {0: keys})
     view = group.view_of(group.decodes[0], window, None)
-    for kernel, chunk_out in zip((CpuKernel(), FusedKernel()), whole, strict=True):
+    for kernel, chunk_out in zip(
+        (CpuKernel(), plain_cpu_kernel(), FusedKernel()), whole, strict=True
+    ):
         last = kernel.decode(q[None, :, -1:], k[None], v[None], DIM**-0.5, view, sinks)
         assert mx.allclose(last[0, :, 0], chunk_out[:, -1], atol=1e-5)
 

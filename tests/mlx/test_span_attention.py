@@ -40,9 +40,7 @@ def _attend(
     sinks: mx.array | None = None,
     scale: float = SCALE,
 ) -> mx.array:
-    """Of one chunk: q `[heads, L, dim]`, k and v `[kv_heads, start + L, dim]`."""
-    part = Part(k[None], v[None], (Span(0, 0, q.shape[1], start),))
-    return span_attention.attend(q.swapaxes(0, 1), [part], scale, window, sinks).swapaxes(0, 1)
+    return span_attention.attend_chunk(q, k, v, scale, start, window, sinks)
 
 
 def _expected(

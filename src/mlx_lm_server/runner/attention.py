@@ -81,12 +81,7 @@ class LayerCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write K and V of the packed tokens, `[T, kv_heads, 1, head_dim]`, to their slabs."""
         layout = self.layout
-        for group in layout.decodes:
-            num_places = self._storage.num_places(self._layer, group.slab_id)
-            places = layout.places_in(group, self._shape.kv_heads, num_places)
-            self._storage.write_tokens(
-                self._layer, group.slab_id, places, keys[group.tokens], values[group.tokens]
-            )
+        self._storage.write_tokens(self._layer, layout, keys, values)
         for span in layout.chunks:
             chunk = (keys[span.tokens, :, 0].swapaxes(0, 1), values[span.tokens, :, 0])
             self._write_chunk(span, chunk[0], chunk[1].swapaxes(0, 1))

@@ -116,8 +116,10 @@ class BlockStore:
                 self._restore_state(op)
 
     def _new_segment(self, num_blocks: int) -> list[Planes]:
+        """Blocks are read as far as they were written."""
         layers = [self._storage.layers[n] for n in self._full]
-        return [[p.unwritten(num_blocks, self._size) for p in layer.planes] for layer in layers]
+        shapes = [[(p.shape(num_blocks, self._size), p.dtype) for p in x.planes] for x in layers]
+        return [[native_products.unwritten(*each) for each in layer] for layer in shapes]
 
     def _move_blocks(self, op: MoveBlocks) -> None:
         by_target = groupby(op.moves, key=lambda move: move[1].segment_id)
@@ -313,8 +315,8 @@ class BlockStore:
             whole, parts = _split(parts, stop - first)
             if op.slab_id in self._storage.fresh and num_slots == 1 and first == 0:
                 # The plane itself is never computed.
-                new = mx.zeros if self._storage.needs_zeros else native_products.unwritten
-                rest = new((*shape[:2], shape[2] - stop, *shape[3:]), plane.dtype)
+                rest_shape = (*shape[:2], shape[2] - stop, *shape[3:])
+                rest = self._storage.new_array(rest_shape, plane.dtype)
                 blocks = [part.swapaxes(0, 1)[None] for part in whole]
                 view = mx.concatenate([*blocks, rest], axis=2)
             else:

@@ -19,7 +19,7 @@ from mlx_lm_server.core.plan import DecodeRow, PrefillChunk, StepPlan
 from mlx_lm_server.protocol import Batching
 from mlx_lm_server.runner.attention import LayerCache
 from mlx_lm_server.runner.cache_kinds import ModelState
-from mlx_lm_server.runner.kernels import AttentionKernel, CpuKernel
+from mlx_lm_server.runner.kernels import AttentionKernel
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.language_model import LanguageModel
 from mlx_lm_server.runner.rectangular import ChunkCache, DecodeRowsCache
@@ -59,12 +59,11 @@ class PackedForward:
         self._lm = lm
         self._storage = storage
         storage.needs_zeros = not _reads_in_place(kernel, storage)
-        self._needs_bias = isinstance(kernel, CpuKernel) and storage.needs_zeros
         self._layers = [LayerCache(n, storage, kernel) for n in range(len(state.kv))]
         self._caches = state.nest(self._layers, [])
 
     def run(self, plan: StepPlan, ids: mx.array, kept: Collection[int] = ()) -> Outcome:
-        layout = _layout(plan, self._storage, self._needs_bias)
+        layout = _layout(plan, self._storage)
         with _begun(self._layers, layout):
             result, hidden = self._lm.run(ids[:, None], self._caches, _sampling_positions(plan))
         outcome = Outcome(result, self._storage.take_unread())
@@ -96,7 +95,6 @@ class SplitForward:
         self._state = state
         self._storage = storage
         storage.needs_zeros = kernel is None or not _reads_in_place(kernel, storage)
-        self._needs_bias = isinstance(kernel, CpuKernel) and storage.needs_zeros
         layers = range(len(state.kv))
         self._row_layers: list[Any] = [
             LayerCache(n, storage, kernel) if kernel else DecodeRowsCache(n, storage, mask_dims)
@@ -128,7 +126,7 @@ class SplitForward:
 
     def _run_decodes(self, decodes: tuple[DecodeRow, ...], ids: mx.array) -> mx.array:
         plan = StepPlan(0, (), (), (), decodes, ())
-        layout = _layout(plan, self._storage, self._needs_bias)
+        layout = _layout(plan, self._storage)
         rows = [decode.row for decode in decodes]
         caches = self._state.nest(self._row_layers, self.states.take(rows))
         with _begun(self._row_layers, layout):
@@ -222,9 +220,9 @@ def _reads_in_place(kernel: AttentionKernel, storage: KVStorage) -> bool:
     return kernel.reads_in_place and all(layer.is_plain_float32 for layer in storage.layers)
 
 
-def _layout(plan: StepPlan, storage: KVStorage, needs_bias: bool) -> StepLayout:
+def _layout(plan: StepPlan, storage: KVStorage) -> StepLayout:
     capacities = {slab_id: slab.capacity for slab_id, slab in storage.slabs.items()}
-    return layout_of(plan, capacities, needs_bias)
+    return layout_of(plan, capacities)
 
 
 def _sampling_positions(plan: StepPlan) -> list[int]:

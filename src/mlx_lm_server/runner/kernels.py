@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx_lm_server.runner import code_products, fast_math, native_products, span_attention
 from mlx_lm_server.runner.kv_quantisation import PackedKV, is_metal
 from mlx_lm_server.runner.kv_storage import Stored, read
-from mlx_lm_server.runner.span_attention import Part, Span
+from mlx_lm_server.runner.step_layout import SlotsView
 
 # Queries that share one pass over the keys on a CPU, and how many bytes of scores are worked on at
 # once, so that they stay in its second-level cache.
@@ -18,17 +18,6 @@ CPU_SCORES_BYTES = 2 * 1024 * 1024
 # Keys that a row does not see weigh exp(-60), not less: times a scale it must not become a
 # denormal number, which x86 multiplies a hundred times as slowly.
 LOWEST_EXPONENT = -60.0
-
-
-class View(Protocol):
-    """Which keys each slot of a decode group sees: `[num_slots, 1, 1, length]`, None for all."""
-
-    @property
-    def visible(self) -> mx.array | None: ...
-
-    @property
-    def bias(self) -> mx.array | None:
-        """The same as 0 and -inf in float32, where the kernel is the CPU's."""
 
 
 class AttentionKernel(Protocol):
@@ -46,7 +35,7 @@ class AttentionKernel(Protocol):
         k: Stored,
         v: Stored,
         scale: float,
-        view: View,
+        view: SlotsView,
         sinks: mx.array | None = None,
     ) -> mx.array:
         """q `[n, heads, 1, dim]`, k and v `[n, kv_heads, length, dim]` → `[n, heads, 1, dim]`."""
@@ -78,7 +67,7 @@ class FusedKernel:
         k: Stored,
         v: Stored,
         scale: float,
-        view: View,
+        view: SlotsView,
         sinks: mx.array | None = None,
     ) -> mx.array:
         if isinstance(k, PackedKV) and isinstance(v, PackedKV) and is_metal():
@@ -126,7 +115,7 @@ class CpuKernel:
         k: Stored,
         v: Stored,
         scale: float,
-        view: View,
+        view: SlotsView,
         sinks: mx.array | None = None,
     ) -> mx.array:
         n, heads, _, dim = q.shape
@@ -154,9 +143,7 @@ class CpuKernel:
         sinks: mx.array | None = None,
     ) -> mx.array:
         if self.reads_in_place and span_attention.can_attend(q, k, v):
-            part = Part(k[None], v[None], (Span(0, 0, q.shape[1], start),))
-            out = span_attention.attend(q.swapaxes(0, 1), [part], scale, window, sinks)
-            return out.swapaxes(0, 1)
+            return span_attention.attend_chunk(q, k, v, scale, start, window, sinks)
         return self.plain_chunk(q, k, v, scale, start, window, sinks)
 
     def plain_chunk(
@@ -244,7 +231,7 @@ def _exp_below(x: mx.array, top: mx.array) -> mx.array:
 
 
 def decode_packed(
-    q: mx.array, k: PackedKV, v: PackedKV, scale: float, view: View, sinks: mx.array | None
+    q: mx.array, k: PackedKV, v: PackedKV, scale: float, view: SlotsView, sinks: mx.array | None
 ) -> mx.array:
     """`AttentionKernel.decode` with `mx.quantized_matmul`."""
     n, heads, _, dim = q.shape
@@ -286,10 +273,9 @@ def _are_spans_right(kernel: CpuKernel) -> bool:
     heads, kv_heads, num_keys, dim = 4, 2, 40, 64
     numbers = mx.sin(mx.arange((heads + 2 * kv_heads) * num_keys * dim)).reshape(-1, num_keys, dim)
     q, k, v = numbers[:heads, :7], numbers[heads : heads + kv_heads], numbers[heads + kv_heads :]
-    part = Part(k[None], v[None], (Span(0, 0, 7, num_keys - 7),))
-    ours = span_attention.attend(q.swapaxes(0, 1), [part], dim**-0.5)
+    ours = span_attention.attend_chunk(q, k, v, dim**-0.5, num_keys - 7)
     plain = kernel.plain_chunk(q, k, v, dim**-0.5, num_keys - 7)
-    return bool(mx.allclose(ours.swapaxes(0, 1), plain, rtol=1e-4, atol=1e-5))
+    return bool(mx.allclose(ours, plain, rtol=1e-4, atol=1e-5))
 
 
 def choose_kernel(dtype: mx.Dtype) -> AttentionKernel:

@@ -36,6 +36,7 @@ from mlx_lm_server.core.plan import (
 from mlx_lm_server.runner import native_products
 from mlx_lm_server.runner.kv_quantisation import PackedKV, Quantisation
 from mlx_lm_server.runner.stages import Stages
+from mlx_lm_server.runner.step_layout import StepLayout
 
 # K or V of some tokens, `[…, dim]`, as they are or in few bits.
 Stored = mx.array | PackedKV
@@ -58,13 +59,8 @@ class PlaneShape:
     def bytes_per_token(self) -> int:
         return self.kv_heads * self.width * self.dtype.size
 
-    def zeros(self, num_slots: int, places: int) -> mx.array:
-        return mx.zeros((num_slots, self.kv_heads, places, self.width), self.dtype)
-
-    def unwritten(self, num_slots: int, places: int) -> mx.array:
-        """For those who read what they have written only."""
-        shape = (num_slots, self.kv_heads, places, self.width)
-        return native_products.unwritten(shape, self.dtype)
+    def shape(self, num_slots: int, places: int) -> tuple[int, ...]:
+        return num_slots, self.kv_heads, places, self.width
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +201,8 @@ class KVStorage:
         slab = Slab(op.capacity)
         for layer in self.layers:
             places = layer.num_places(op.capacity)
-            new = PlaneShape.zeros if self.needs_zeros else PlaneShape.unwritten
-            slab.planes.append([new(plane, op.num_slots, places) for plane in layer.planes])
+            shapes = [(plane.shape(op.num_slots, places), plane.dtype) for plane in layer.planes]
+            slab.planes.append([self.new_array(*each) for each in shapes])
         self.slabs[op.slab_id] = slab
         self.fresh.add(op.slab_id)
 
@@ -215,6 +211,10 @@ class KVStorage:
             for number, plane in enumerate(planes):
                 planes[number] = _with_slots(plane, op.num_slots)
             self.stages.add(planes)
+
+    def new_array(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+        """For places that no token was written to yet."""
+        return (mx.zeros if self.needs_zeros else native_products.unwritten)(shape, dtype)
 
     def copy_tokens(self, op: CopyTokens, layers: Sequence[int]) -> None:
         """Between slots, of these layers. A ring is copied as it lies, whole from token 0."""
@@ -242,20 +242,19 @@ class KVStorage:
     # ---- what a layer reads and writes
 
     def write_tokens(
-        self, layer: int, slab_id: int, places: mx.array, keys: mx.array, values: mx.array
+        self, layer: int, layout: StepLayout, keys: mx.array, values: mx.array
     ) -> None:
-        """One token of each of some slots, `[n, kv_heads, …, dim]`, to places that count from the
-        slab's beginning on: `[n * kv_heads]`."""
-        planes = self._planes(layer, slab_id)
-        new_planes = self.layers[layer].to_planes(keys, values)
-        for number, (plane, new) in enumerate(zip(planes, new_planes, strict=True)):
-            flat = plane.reshape(-1, plane.shape[-1])
-            flat[places] = new.reshape(-1, plane.shape[-1])
-            planes[number] = flat.reshape(plane.shape)
-
-    def num_places(self, layer: int, slab_id: int) -> int:
-        """Of each slot."""
-        return self._planes(layer, slab_id)[0].shape[2]
+        """The new tokens of a forward's decode rows, of all its tokens `[T, kv_heads, 1, dim]`."""
+        for group in layout.decodes:
+            planes = self._planes(layer, group.slab_id)
+            _, kv_heads, num_places, _ = planes[0].shape
+            places = layout.places_in(group, kv_heads, num_places)
+            tokens = keys[group.tokens], values[group.tokens]
+            new_planes = self.layers[layer].to_planes(*tokens)
+            for number, (plane, new) in enumerate(zip(planes, new_planes, strict=True)):
+                flat = plane.reshape(-1, plane.shape[-1])
+                flat[places] = new.reshape(-1, plane.shape[-1])
+                planes[number] = flat.reshape(plane.shape)
 
     def write_chunk(
         self, layer: int, slab_id: int, slot: int, start: int, keys: mx.array, values: mx.array

@@ -100,12 +100,7 @@ class DecodeRowsCache(_FetchedCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """`[R, kv_heads, 1, dim]` → `[R, kv_heads, length, dim]`."""
-        for group in self.layout.decodes:
-            num_places = self._storage.num_places(self._layer, group.slab_id)
-            places = self.layout.places_in(group, self._shape.kv_heads, num_places)
-            self._storage.write_tokens(
-                self._layer, group.slab_id, places, keys[group.tokens], values[group.tokens]
-            )
+        self._storage.write_tokens(self._layer, self.layout, keys, values)
         parts = [self._fetch(group) for group in self.layout.decodes]
         k, v = (_joined(list(rows)) for rows in zip(*parts, strict=True))
         self._fetched = k, v

@@ -61,6 +61,20 @@ def attend(
     return rows.reshape(*queries.shape[:-1], value_dim).astype(queries.dtype)
 
 
+def attend_chunk(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    scale: float,
+    start: int,
+    window: int | None = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """`AttentionKernel.chunk`."""
+    part = Part(k[None], v[None], (Span(0, 0, q.shape[1], start),))
+    return attend(q.swapaxes(0, 1), [part], scale, window, sinks).swapaxes(0, 1)
+
+
 def _attend_part(
     rows: mx.array,
     heads: int,

@@ -12,6 +12,7 @@ prefill chunks, each chunk's tokens side by side.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 
 import mlx.core as mx
@@ -24,45 +25,65 @@ from mlx_lm_server.runner.span_attention import Span
 LENGTH_STEP = 32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DecodeGroup:
     """The decode rows of one slab.
 
-    Plain operations run over the slab's first `num_slots` slots and `length` positions; attention
-    in C takes the `spans`. `queries` maps slots to tokens and `answers` tokens to slots; both are
-    None where they are the same, which they are unless a row of the slab sits this step out.
+    Plain operations run over the slab's first `num_slots` slots and `length` positions, attention
+    in C over the `spans`; each asks for what it needs.
     """
 
     slab_id: int
     first_token: int
     num_tokens: int
-    num_slots: int
     length: int
-    visible: mx.array | None  # [num_slots, 1, 1, length] bool; None where every position is
-    bias: mx.array | None  # the same as 0 and -inf in float32, for the CPU
-    queries: mx.array | None
-    answers: mx.array | None
     last_positions: tuple[int, ...]  # of each slot; -1 where it sits this step out
+
+    @property
+    def num_slots(self) -> int:
+        return len(self.last_positions)
 
     @property
     def tokens(self) -> slice:
         return slice(self.first_token, self.first_token + self.num_tokens)
 
-    @property
+    @cached_property
     def spans(self) -> tuple[Span, ...]:
         places = [(slot, last) for slot, last in enumerate(self.last_positions) if last >= 0]
         return tuple(
             Span(slot, self.first_token + i, 1, last) for i, (slot, last) in enumerate(places)
         )
 
+    @cached_property
+    def queries(self) -> mx.array | None:
+        """For each slot its token within the group, `[num_slots]`; an idle slot borrows the first
+        one. None where they are the same, which they are unless a row sits this step out."""
+        if self.num_slots == self.num_tokens:
+            return None
+        tokens = [0] * self.num_slots
+        for span in self.spans:
+            tokens[span.slot] = span.first_token - self.first_token
+        return mx.array(tokens, mx.int32)
 
-@dataclass(frozen=True, slots=True)
-class WindowView:
-    """What the slots of a decode group see through a window, in a ring or in a whole slab."""
+    @cached_property
+    def answers(self) -> mx.array | None:
+        """For each token its slot, `[num_tokens]`, or None as for `queries`."""
+        if self.num_slots == self.num_tokens:
+            return None
+        return mx.array([span.slot for span in self.spans], mx.int32)
+
+
+@dataclass(frozen=True)
+class SlotsView:
+    """What the slots of a decode group see of their first `length` places."""
 
     length: int
-    visible: mx.array | None
-    bias: mx.array | None
+    visible: mx.array | None  # `[num_slots, 1, 1, length]`; None where all is
+
+    @cached_property
+    def bias(self) -> mx.array | None:
+        """The same as 0 and -inf."""
+        return None if self.visible is None else mx.where(self.visible, 0.0, -mx.inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +117,7 @@ class StepLayout:
     offsets: mx.array  # [T] int32: each token's position, as RoPE wants it
     decodes: tuple[DecodeGroup, ...]
     chunks: tuple[ChunkSpan, ...]
-    with_bias: bool = False
-    _views: dict[tuple[int, int, int | None], WindowView] = field(default_factory=dict)
+    _views: dict[tuple[int, int | None, int | None], SlotsView] = field(default_factory=dict)
     _places: dict[tuple[int, int, int], mx.array] = field(default_factory=dict)
     _spans: dict[bool, dict[int, tuple[Span, ...]]] = field(default_factory=dict)
 
@@ -127,93 +147,63 @@ class StepLayout:
             self._places[key] = mx.array(places, mx.uint32)
         return self._places[key]
 
-    def view_of(
-        self, group: DecodeGroup, window: int | None, ring: int | None
-    ) -> DecodeGroup | WindowView:
-        """What the group's slots see of a layer that looks back `window` tokens."""
-        if window is None:
-            return group
+    def view_of(self, group: DecodeGroup, window: int | None, ring: int | None) -> SlotsView:
+        """What the group's slots see of a layer that looks back `window` tokens, None for all."""
         key = (group.slab_id, window, ring)
         if key not in self._views:
-            self._views[key] = _window_view(group, window, ring, self.with_bias)
+            self._views[key] = _view(group, window, ring)
         return self._views[key]
 
 
-def layout_of(plan: StepPlan, capacities: dict[int, int], with_bias: bool) -> StepLayout:
-    """`capacities` gives each slab's capacity in tokens; `with_bias` makes the CPU's masks."""
+def layout_of(plan: StepPlan, capacities: dict[int, int]) -> StepLayout:
+    """`capacities` gives each slab's capacity in tokens."""
     positions = [d.position for d in plan.decodes]
     for chunk in plan.prefills:
         positions.extend(range(chunk.start, chunk.start + len(chunk.token_ids)))
     return StepLayout(
         num_tokens=len(positions),
         offsets=mx.array(positions, mx.int32),
-        decodes=_decode_groups(plan.decodes, capacities, with_bias),
+        decodes=_decode_groups(plan.decodes, capacities),
         chunks=_chunk_spans(plan.prefills, len(plan.decodes)),
-        with_bias=with_bias,
     )
 
 
 def _decode_groups(
-    decodes: tuple[DecodeRow, ...], capacities: dict[int, int], with_bias: bool
+    decodes: tuple[DecodeRow, ...], capacities: dict[int, int]
 ) -> tuple[DecodeGroup, ...]:
     groups = []
     first_token = 0
     for slab_id, rows in groupby(decodes, key=lambda d: d.slab_id):
-        group = _decode_group(slab_id, list(rows), first_token, capacities[slab_id], with_bias)
+        group = _decode_group(slab_id, list(rows), first_token, capacities[slab_id])
         groups.append(group)
         first_token += group.num_tokens
     return tuple(groups)
 
 
 def _decode_group(
-    slab_id: int, rows: list[DecodeRow], first_token: int, capacity: int, with_bias: bool
+    slab_id: int, rows: list[DecodeRow], first_token: int, capacity: int
 ) -> DecodeGroup:
-    slots = [d.slot for d in rows]
-    num_slots = slots[-1] + 1
-    lengths = [0] * num_slots
+    last_positions = [-1] * (rows[-1].slot + 1)
     for d in rows:
-        lengths[d.slot] = d.position + 1
-    longest = max(lengths)
+        last_positions[d.slot] = d.position
+    longest = max(last_positions) + 1
     length = min(capacity, -(-longest // LENGTH_STEP) * LENGTH_STEP)
-    is_dense = num_slots == len(rows)
-    visible = None
-    if min(lengths) < length:
-        visible = (mx.arange(length)[None] < mx.array(lengths)[:, None])[:, None, None]
-    return DecodeGroup(
-        slab_id=slab_id,
-        first_token=first_token,
-        num_tokens=len(rows),
-        num_slots=num_slots,
-        length=length,
-        visible=visible,
-        bias=mx.where(visible, 0.0, -mx.inf) if with_bias and visible is not None else None,
-        queries=None if is_dense else _token_of_slot(slots, num_slots),
-        answers=None if is_dense else mx.array(slots, mx.int32),
-        last_positions=tuple(n - 1 for n in lengths),
-    )
+    return DecodeGroup(slab_id, first_token, len(rows), length, tuple(last_positions))
 
 
-def _window_view(group: DecodeGroup, window: int, ring: int | None, with_bias: bool) -> WindowView:
+def _view(group: DecodeGroup, window: int | None, ring: int | None) -> SlotsView:
     """In a ring, place `s` holds the last token whose position is `s` modulo the ring."""
     length = group.length if ring is None else min(group.length, ring)
+    if window is None and min(group.last_positions) + 1 >= length:
+        return SlotsView(length, None)
     last = mx.array(group.last_positions, mx.int32)[:, None]
     age = last - mx.arange(length)[None]
     if ring is not None:
         age = age % ring
-    visible = ((age >= 0) & (age < window) & (age <= last))[:, None, None]
-    return WindowView(
-        length=length,
-        visible=visible,
-        bias=mx.where(visible, 0.0, -mx.inf) if with_bias else None,
-    )
-
-
-def _token_of_slot(slots: list[int], num_slots: int) -> mx.array:
-    """For each slot its token within the group; an idle slot borrows the first one."""
-    tokens = [0] * num_slots
-    for token, slot in enumerate(slots):
-        tokens[slot] = token
-    return mx.array(tokens, mx.int32)
+    visible = (age >= 0) & (age <= last)
+    if window is not None:
+        visible = visible & (age < window)
+    return SlotsView(length, visible[:, None, None])
 
 
 def _chunk_spans(prefills: tuple[PrefillChunk, ...], first_token: int) -> tuple[ChunkSpan, ...]:
