@@ -25,6 +25,7 @@ class Shape:
     head_dim: int = 64
     rope_theta: float = 1e8
     norm_eps: float = 1e-6
+    key_bits: int = 0  # while training
 
 
 VOCAB_SIZE = 3072
@@ -75,8 +76,6 @@ class Attention(nn.Module):
     With `key_bits` keys are rounded as a quantised cache rounds them, a head at a time.
     """
 
-    key_bits = 0
-
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape = shape
@@ -98,8 +97,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(batch, length, -1, dim).transpose(1, 2)
         q = rotate(self.q_norm(q).transpose(1, 2), cos, sin).to(v.dtype)
         k = rotate(self.k_norm(k).transpose(1, 2), cos, sin).to(v.dtype)
-        if self.key_bits:
-            k = rounded(k, self.key_bits)
+        if self.shape.key_bits:
+            k = rounded(k, self.shape.key_bits)
         groups = self.shape.num_heads // self.shape.num_kv_heads
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         out = attend(q, k, v)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from .circuit import held_parts, hold_circuit, install_copy_circuit
 from .corpus import Batch, Shares, batch_at
-from .model import SHAPES, Attention, Decoder
+from .model import SHAPES, Decoder
 from .optim import optimizers
 from .skills import DRAFT_WEIGHTS, WEIGHTS
 from .tokenizer import NANO_FOLDER, vocabulary
@@ -92,7 +92,7 @@ class Trainer:
         for part in self.held:
             part.restore()
         self.step += 1
-        return float(loss)
+        return float(loss.detach())
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all."""
@@ -173,8 +173,7 @@ def main() -> None:
         (args.matrix_lr, args.other_lr, args.circuit_lr),
         args.hold_steps,
     )
-    model = Decoder(SHAPES[args.shape])
-    Attention.key_bits = args.key_bits
+    model = Decoder(replace(SHAPES[args.shape], key_bits=args.key_bits))
     tokenizer = Tokenizer.from_file(str(NANO_FOLDER / "tokenizer.json"))
     install_copy_circuit(model, vocabulary(tokenizer))
     trainer = Trainer(model, plan, args.compile)
