@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -86,9 +87,14 @@ def test_an_idle_engine_does_not_count_as_hung(mortal: RunningServer) -> None:
         time.sleep(1.0)
         assert mortal.engine_pid == pid
         assert mortal.status("/readyz") == 200
+        with ThreadPoolExecutor() as pool:  # silence counts from the first request on
+            answer = pool.submit(mortal.chat, "alive", max_tokens=6)
+            time.sleep(0.3)
+            os.kill(pid, signal.SIGCONT)
+        assert answer.result().json()["choices"][0]["message"]["content"] == "alive"
     finally:
         os.kill(pid, signal.SIGCONT)
-    revived(mortal)
+    assert mortal.engine_pid == pid
 
 
 def test_an_engine_that_talks_nonsense_is_killed(mortal: RunningServer) -> None:

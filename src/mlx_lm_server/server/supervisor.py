@@ -151,13 +151,13 @@ class Supervisor:
         if late_s > 1.0:  # this process slept, not the engine: its messages are still unread
             self._last_message_s += late_s
         self._client.expire(now)
-        silent_s = now - self._last_message_s
+        limit_s = self._limits.load_s
         if self.state == "ready":
             limit_s = max(self._limits.hung_s, self._limits.hung_forecasts * self._forecast_s)
-            is_hung = self._client.num_live > 0 and silent_s > limit_s
-        else:
-            is_hung = silent_s > self._limits.load_s
-        if is_hung and self._process is not None:
+            if not self._client.num_live:  # an idle engine has nothing to say
+                self._last_message_s = now
+        silent_s = now - self._last_message_s
+        if silent_s > limit_s and self._process is not None:
             log.error("the engine has been silent for %.0f s; it is killed", silent_s)
             self._process.kill()
 
