@@ -6,13 +6,17 @@ case. All methods raise OSError. sqlite reads and writes its own file.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +29,9 @@ class FileFacts:
 
 
 class Files(Protocol):
-    def create(self, path: Path) -> int:
-        """Open a new file for writing; FileExistsError where there is one."""
+    def create(self, path: Path, num_bytes: int) -> int:
+        """Open a new file for writing, with room for so many bytes where the file system can set it
+        aside; FileExistsError where there is one."""
 
     def open(self, path: Path) -> int:
         """Open a file for reading."""
@@ -64,8 +69,14 @@ class Files(Protocol):
 class OsFiles:
     """The operating system's own."""
 
-    def create(self, path: Path) -> int:
-        return os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    def create(self, path: Path, num_bytes: int) -> int:
+        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        try:
+            _set_room_aside(fd, num_bytes)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
 
     def open(self, path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -115,7 +126,7 @@ class OsFiles:
 
 def write_file(files: Files, path: Path, pieces: Sequence[memoryview], *, durably: bool) -> None:
     """Make a new file of the pieces. What an error leaves of it is the caller's to remove."""
-    fd = files.create(path)
+    fd = files.create(path, sum(piece.nbytes for piece in pieces))
     try:
         _write_all(files, fd, pieces)
         if durably:
@@ -151,6 +162,16 @@ def _write_all(files: Files, fd: int, pieces: Sequence[memoryview]) -> None:
             written -= left.pop(0).nbytes
         if written:
             left[0] = left[0][written:]
+
+
+def _set_room_aside(fd: int, num_bytes: int) -> None:
+    """Pages that find their blocks taken cost a write half as much, or less."""
+    if sys.platform == "linux" and num_bytes:
+        try:
+            os.posix_fallocate(fd, 0, num_bytes)
+        except OSError as error:
+            if error.errno not in NO_FALLOCATE:
+                raise
 
 
 def _close_quietly(files: Files, fd: int) -> None:

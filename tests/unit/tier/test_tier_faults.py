@@ -241,7 +241,7 @@ def test_a_full_disk_evicts_measures_again_and_goes_on(tmp_path: Path) -> None:
     """A disk of 12 records: the limit from the flag is far away, the disk's end is near."""
     files = FaultFiles()
 
-    def full_at_twelve(_path: Path) -> None:
+    def full_at_twelve(_path: Path, _num_bytes: int) -> None:
         if len(files_in(tmp_path)) >= 12:
             raise OSError(errno.ENOSPC, "injected")
 
@@ -254,6 +254,28 @@ def test_a_full_disk_evicts_measures_again_and_goes_on(tmp_path: Path) -> None:
     assert counters.enospc > 0
     assert counters.saves_persisted == 40, "each full disk was ridden over by evictions"
     assert len(load(store, records[-3:])) == 3
+    store.close(1.0)
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="no such call here")
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSPC, errno.EIO])
+def test_a_file_system_that_sets_no_room_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """One that cannot is written to all the same; one that is full is noticed before a write."""
+
+    def refuse(_fd: int, _offset: int, _length: int) -> None:
+        raise OSError(number, "injected")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    store = open_store(tmp_path, async_writes=False)
+    records = make_chain(1, 3)
+    num_open = len(os.listdir("/proc/self/fd"))
+    save_all(store, records)
+    assert len(os.listdir("/proc/self/fd")) == num_open
+    assert len(load(store, records)) == (3 if number == errno.EOPNOTSUPP else 0)
+    assert (store.stats().counters.enospc > 0) == (number == errno.ENOSPC)
+    assert remains_in(tmp_path) == []
     store.close(1.0)
 
 

@@ -83,8 +83,8 @@ class FaultFiles:
         self.before.clear()
         self.instead.clear()
 
-    def create(self, path: Path) -> int:
-        return self._do("create", path)
+    def create(self, path: Path, num_bytes: int) -> int:
+        return self._do("create", path, num_bytes)
 
     def open(self, path: Path) -> int:
         return self._do("open", path)
