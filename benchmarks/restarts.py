@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
@@ -25,6 +25,9 @@ from benchmarks.prefix import FIRST_ID, LAST_ID, NEW_TOKENS, PREFIX_TOKENS
 from benchmarks.processes import Launch, Server
 from benchmarks.serving import details, measure, no_errors, servers, shape_of
 from benchmarks.tier import cache_folder
+from mlx_lm_server.bench.metrics import Summary, summarize
+from mlx_lm_server.bench.report import ratios
+from mlx_lm_server.bench.session import Session
 from mlx_lm_server.bench.words import make_text
 
 FLUSH_S = 1.0
@@ -100,7 +103,9 @@ def _client(server: Server) -> httpx.Client:
 
 def cost(effort: Effort) -> Findings:
     """Streams beside which all that is computed is written, against streams without a disk, both
-    with the same number of threads: at their start they may choose differently."""
+    with the same number of threads: at their start they may choose differently. Round by round,
+    since only neighbours met the same machine, and more of them than elsewhere: the longest of many
+    gaps varies."""
     model = str(ensure_models()["float32"])
     threads = ("--cpu-threads", str(len(os.sched_getaffinity(0))))
     with cache_folder() as folder:
@@ -110,20 +115,32 @@ def cost(effort: Effort) -> Findings:
         )
         with servers(*launches) as running:
             workloads = ["clients8", "clients32", "ttft"]
-            session = measure(running, workloads, effort.rounds, shape_of(effort))
+            session = measure(running, workloads, 3 * effort.rounds, shape_of(effort))
             written = _tier_facts(running[0].url)
-    made = []
+    shares, made = ratios(session.outcomes), []
     for workload in workloads:
-        disk, memory = (o.summary for o in session.outcomes if o.workload == workload)
-        share = disk.output_tokens_per_s / memory.output_tokens_per_s
-        gaps = [s.longest_gap_s or 0.0 for s in (disk, memory)]
-        more_ms = (gaps[0] - gaps[1]) * 1e3
+        share = shares[workload]["output_tokens_per_s"]
+        more = [(disk - memory) * 1e3 for disk, memory in _longest_gaps(session, workload)]
+        console.print(f"  {workload}: longest gap", "  ".join(f"{ms:+.0f}" for ms in more), "ms")
         made += [
             Claim(f"{workload}: throughput over that without a disk", share, at_least=0.95),
-            Claim(f"{workload}: more in the longest gap", more_ms, at_most=MAX_GAP_MS, unit="ms"),
+            Claim(f"{workload}: longest gap", median(more), at_most=MAX_GAP_MS, unit="ms more"),
         ]
     made += [Claim("written", written["bytes_written"] / 1e6, unit="MB"), no_errors(session)]
     return made, details(session) | {"disk_tier": written}
+
+
+def _longest_gaps(session: Session, workload: str) -> Iterator[tuple[float, float]]:
+    """Of each round of both targets; where newcomers come, of what they and calm steps cost
+    streams that are under way, not of the start of all."""
+    outcomes = [o for o in session.outcomes if o.workload == workload]
+    for pair in zip(*(outcome.rounds for outcome in outcomes), strict=True):
+        first, second = (summarize([traces]) for traces in pair)
+        yield _longest_gap_s(first), _longest_gap_s(second)
+
+
+def _longest_gap_s(summary: Summary) -> float:
+    return summary.extras.get("disturbed_gap_max_s") or summary.longest_gap_s or 0.0
 
 
 def _tier_facts(url: str) -> dict[str, Any]:

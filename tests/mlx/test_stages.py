@@ -115,3 +115,22 @@ def test_an_offload_lets_the_slab_be_written_in_place() -> None:
     cache.storage.stages.run()
     mx.eval(cache.planes)
     assert mx.get_peak_memory() - before < held / 16
+
+
+def test_only_a_few_blocks_to_read_are_short() -> None:
+    cache = Cache(capacity=4096, dim=64)
+    stages = cache.storage.stages
+    few, many = tuple(map(label, range(2))), tuple(map(label, range(200)))
+    assert stages.are_short
+    cache.blocks.save(OffloadTokens(0, (1, 1), (5, 6), few))
+    assert stages.are_short
+    cache.blocks.save(OffloadTokens(0, (1,) * 200, tuple(range(200)), many))
+    assert stages.are_short, "0.8 MB"
+    for _ in range(5):
+        cache.blocks.save(OffloadTokens(0, (1,) * 200, tuple(range(200)), many))
+    assert not stages.are_short
+    stages.run()
+    assert stages.are_short
+    cache.blocks.save(CreateSegment(0, 3))
+    cache.blocks.save(SaveBlocks(0, 1, 0, 11, (Place(0, 0), Place(0, 1), Place(0, 2))))
+    assert not stages.are_short, "copies that MLX makes are waited for"

@@ -226,7 +226,9 @@ class BlockStore:
             for number, label in enumerate(labels):
                 self._give(label, [copies[number] for copies in tensors])
 
-        self._storage.stages.add_reading(give)
+        token_bytes = sum(self._storage.layers[layer].bytes_per_token for layer in planes)
+        num_tokens = sum(span.num_tokens for span in spans)
+        self._storage.stages.add_reading(give, num_tokens * token_bytes)
 
     def _offload_state(self, op: OffloadState) -> None:
         kept = self._states[op.state_id]

@@ -227,8 +227,8 @@ class ModelRunner:
     def read(self) -> list[int]:
         """Wait for the forward that `sample` took, submit the one that `execute` built, and give
         the tokens in the order of their plan's sampling rows. That forward is left to `submit`
-        where something has to be copied before it, which no token is to wait for, and where a
-        first token has come: MLX submits to a CPU at the CPU's own pace."""
+        where much has to be copied before it, which no token is to wait for, and where a first
+        token has come: MLX submits to a CPU at the CPU's own pace."""
         drawn, self._drawn = self._drawn, None
         self._scores = {}
         if drawn is not None:
@@ -237,7 +237,7 @@ class ModelRunner:
             mx.eval(drawn.result, *drawn.beside)
             drawn.beside.clear()
             self._scores = _read_scores(drawn)
-        if not (self._storage.stages or (drawn is not None and drawn.ends_prompt)):
+        if self._storage.stages.are_short and not (drawn is not None and drawn.ends_prompt):
             self.submit()
         if drawn is None or not drawn.rows:
             return []

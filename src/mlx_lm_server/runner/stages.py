@@ -14,26 +14,35 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
+# Copied in a millisecond or two.
+SHORT_READ_BYTES = 4 << 20
+
 
 class Stages:
     """Used on the engine's main thread only."""
 
     def __init__(self) -> None:
         self._stages: deque[tuple[list[mx.array], Callable[[], None] | None]] = deque()
+        self._bytes_to_read = 0
+        self._has_writes = False
 
     def add(self, written: Sequence[mx.array], then: Callable[[], None] | None = None) -> None:
         """The operations that gave these arrays make a stage, after which `then` is called.
         Nothing of the arrays themselves is held: an empty slice depends on them all the same."""
         if written:
             self._stages.append(([array[:0] for array in written], then))
+            self._has_writes = True
 
-    def add_reading(self, read: Callable[[], None]) -> None:
-        """`read` may hold arrays that later stages write in place: it is called when the stages
-        before it have ended, and let go before the next is submitted."""
+    def add_reading(self, read: Callable[[], None], num_bytes: int) -> None:
+        """`read`, which copies so many bytes, may hold arrays that later stages write in place: it
+        is called when the stages before it have ended, and let go before the next is submitted."""
         self._stages.append(([], read))
+        self._bytes_to_read += num_bytes
 
-    def __bool__(self) -> bool:
-        return bool(self._stages)
+    @property
+    def are_short(self) -> bool:
+        """Whether they take no longer than telling tokens does."""
+        return not self._has_writes and self._bytes_to_read <= SHORT_READ_BYTES
 
     def start(self) -> None:
         """Submit the first stage already; only where nothing is under way."""
@@ -47,3 +56,4 @@ class Stages:
             ends.clear()
             if then is not None:
                 then()
+        self._bytes_to_read, self._has_writes = 0, False

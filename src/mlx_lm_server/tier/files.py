@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-NO_FALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+RWF_DONTCACHE = 0x80  # Linux 6.14; the file system has to know it too
+NO_SUCH_FLAG = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+WHERE_IT_IS = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +31,14 @@ class FileFacts:
 
 
 class Files(Protocol):
-    def create(self, path: Path, num_bytes: int) -> int:
-        """Open a new file for writing, with room for so many bytes where the file system can set it
-        aside; FileExistsError where there is one."""
+    def create(self, path: Path) -> int:
+        """Open a new file for writing; FileExistsError where there is one."""
 
     def open(self, path: Path) -> int:
         """Open a file for reading."""
+
+    def announce(self, path: Path) -> None:
+        """Let the file system begin to read a file that will be read soon, and do not wait."""
 
     def write(self, fd: int, pieces: Sequence[memoryview]) -> int:
         """Write some of the pieces' bytes, in order; how many were written."""
@@ -67,21 +71,37 @@ class Files(Protocol):
 
 
 class OsFiles:
-    """The operating system's own."""
+    """The operating system's own. What is written does not stay in its cache, where the system lets
+    us say so: memory has it, or had it and let it go."""
 
-    def create(self, path: Path, num_bytes: int) -> int:
+    def __init__(self) -> None:
+        self._can_skip_cache = sys.platform == "linux" and hasattr(os, "pwritev")
+
+    def create(self, path: Path) -> int:
         fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        try:
-            _set_room_aside(fd, num_bytes)
-        except BaseException:
-            os.close(fd)
-            raise
+        if (no_cache := getattr(fcntl, "F_NOCACHE", None)) is not None:
+            fcntl.fcntl(fd, no_cache, 1)
         return fd
 
     def open(self, path: Path) -> int:
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
+    def announce(self, path: Path) -> None:
+        if hasattr(os, "posix_fadvise"):
+            fd = self.open(path)
+            try:
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(fd)
+
     def write(self, fd: int, pieces: Sequence[memoryview]) -> int:
+        if self._can_skip_cache:
+            try:
+                return os.pwritev(fd, pieces, WHERE_IT_IS, RWF_DONTCACHE)
+            except OSError as error:
+                if error.errno not in NO_SUCH_FLAG:
+                    raise
+                self._can_skip_cache = False
         return os.writev(fd, pieces)
 
     def read(self, fd: int, max_bytes: int) -> bytes:
@@ -126,7 +146,7 @@ class OsFiles:
 
 def write_file(files: Files, path: Path, pieces: Sequence[memoryview], *, durably: bool) -> None:
     """Make a new file of the pieces. What an error leaves of it is the caller's to remove."""
-    fd = files.create(path, sum(piece.nbytes for piece in pieces))
+    fd = files.create(path)
     try:
         _write_all(files, fd, pieces)
         if durably:
@@ -162,16 +182,6 @@ def _write_all(files: Files, fd: int, pieces: Sequence[memoryview]) -> None:
             written -= left.pop(0).nbytes
         if written:
             left[0] = left[0][written:]
-
-
-def _set_room_aside(fd: int, num_bytes: int) -> None:
-    """Pages that find their blocks taken cost a write half as much, or less."""
-    if sys.platform == "linux" and num_bytes:
-        try:
-            os.posix_fallocate(fd, 0, num_bytes)
-        except OSError as error:
-            if error.errno not in NO_FALLOCATE:
-                raise
 
 
 def _close_quietly(files: Files, fd: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections.abc import Sequence
+from contextlib import suppress
 
 from mlx_lm_server.tier import codec
 from mlx_lm_server.tier.codec import CorruptRecordError
@@ -23,6 +25,13 @@ class RecordReader:
 
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
+
+    def announce(self, job: LoadJob, wanted: Sequence[Wanted]) -> None:
+        """These come soon. What is wrong with them is for `read` to find."""
+        for each in wanted:
+            if each.name not in job.at_hand and self._shelf.index.get(each.name) is not None:
+                with suppress(OSError):
+                    self._shelf.files.announce(self._shelf.path(each.name))
 
     def read(self, job: LoadJob, wanted: Wanted) -> Record | None:
         """The record, or None where it is absent for whatever reason; then it is forgotten."""

@@ -110,6 +110,19 @@ def test_a_record_on_its_way_is_there_and_is_read_from_memory(tmp_path: Path) ->
     store.close(5.0)
 
 
+def test_files_are_announced_once_each_before_they_are_read(tmp_path: Path) -> None:
+    files, chain = FaultFiles(), make_chain(1, 9)
+    store = open_store(tmp_path, files, async_writes=False)
+    save_all(store, chain)
+    announced: list[str] = []
+    opened: list[str] = []
+    files.before["announce"] = lambda path: announced.append(path.name)
+    files.before["open"] = lambda path: opened.append(path.name)
+    assert len(load(store, chain)) == 9
+    assert announced == opened[1:]
+    store.close(1.0)
+
+
 def test_a_read_ends_at_the_first_record_that_is_absent(
     tmp_path: Path, way: dict[str, Any]
 ) -> None:

@@ -83,11 +83,14 @@ class FaultFiles:
         self.before.clear()
         self.instead.clear()
 
-    def create(self, path: Path, num_bytes: int) -> int:
-        return self._do("create", path, num_bytes)
+    def create(self, path: Path) -> int:
+        return self._do("create", path)
 
     def open(self, path: Path) -> int:
         return self._do("open", path)
+
+    def announce(self, path: Path) -> None:
+        self._do("announce", path)
 
     def write(self, fd: int, pieces: Sequence[memoryview]) -> int:
         written = self._do("write", fd, pieces)
