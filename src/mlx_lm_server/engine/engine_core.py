@@ -30,6 +30,9 @@ class Runner(Protocol):
 
     def read(self) -> list[int]: ...
 
+    @property
+    def goes_on_at_once(self) -> bool: ...
+
     def read_logprobs(self) -> Mapping[int, RowLogprobs]: ...
 
 
@@ -55,7 +58,7 @@ class EngineCore:
         self._peak_memory = peak_memory
         self._disk = disk
         self._running: StepPlan | None = None
-        self._running_since_s = 0.0
+        self._running_since_s = 0.0  # since the tokens of the plan before came, if there was one
         self._progress = PrefillProgress()
 
     @property
@@ -119,6 +122,7 @@ class EngineCore:
 
     def step(self) -> list[RequestOutput]:
         """One forward further; the outputs are those of the forward before."""
+        began_s = self._clock()
         self._runner.submit()
         self._runner.sample()
         plan = self._scheduler.schedule(self._clock())
@@ -126,10 +130,13 @@ class EngineCore:
             self._runner.execute(plan)
         tokens = self._runner.read()
         now_s = self._clock()
+        if self._runner.goes_on_at_once:
+            self._runner.submit()
         finished, self._running = self._running, plan
-        step_s, self._running_since_s = now_s - self._running_since_s, now_s
         if finished is None:
+            self._running_since_s = began_s
             return []
+        step_s, self._running_since_s = now_s - self._running_since_s, now_s
         logprobs = self._runner.read_logprobs()
         outputs = self._scheduler.update(finished, tokens, step_s, now_s, logprobs)
         progress = self._progress.after(finished)

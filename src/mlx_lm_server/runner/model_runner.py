@@ -90,6 +90,7 @@ class ModelRunner:
         self._forward: _Running | None = None
         self._is_submitted = False
         self._drawn: _Running | None = None
+        self._has_first_token = False
         self._scores: dict[int, RowLogprobs] = {}
 
     @property
@@ -225,26 +226,31 @@ class ModelRunner:
             self._is_submitted = True
 
     def read(self) -> list[int]:
-        """Wait for the forward that `sample` took, submit the one that `execute` built, and give
-        the tokens in the order of their plan's sampling rows. That forward is left to `submit`
-        where much has to be copied before it, which no token is to wait for, and where a first
-        token has come: MLX submits to a CPU at the CPU's own pace."""
+        """Wait for the forward that `sample` took; its tokens in the order of its plan's sampling
+        rows."""
         drawn, self._drawn = self._drawn, None
         self._scores = {}
-        if drawn is not None:
-            if drawn.draw is not None:
-                drawn.draw.finish()
-            mx.eval(drawn.result, *drawn.beside)
-            drawn.beside.clear()
-            self._scores = _read_scores(drawn)
-        if self._storage.stages.are_short and not (drawn is not None and drawn.ends_prompt):
-            self.submit()
-        if drawn is None or not drawn.rows:
+        self._has_first_token = drawn is not None and drawn.ends_prompt
+        if drawn is None:
+            return []
+        if drawn.draw is not None:
+            drawn.draw.finish()
+        mx.eval(drawn.result, *drawn.beside)
+        drawn.beside.clear()
+        self._scores = _read_scores(drawn)
+        if not drawn.rows:
             return []
         tokens = cast(list[int], drawn.result.tolist())
         for place, clock in drawn.thinking.items():
             clock.push(tokens[place])
         return tokens
+
+    @property
+    def goes_on_at_once(self) -> bool:
+        """Whether to submit the forward that was built before the tokens that were read are told:
+        not where much has to be copied before it, which no token is to wait for, and not where a
+        first token has come: MLX submits to a CPU at the CPU's own pace."""
+        return self._storage.stages.are_short and not self._has_first_token
 
     def read_logprobs(self) -> dict[int, RowLogprobs]:
         """With the tokens read last, by their place among them, where they were asked for."""
