@@ -386,6 +386,14 @@ class Scheduler:
 
     # ---- read a step
 
+    def ends_some(self, plan: StepPlan, sampled_tokens: Sequence[int]) -> bool:
+        """Whether a request ends with these tokens of a plan, before `update` takes them in."""
+        sampling = self._in_flight[plan.step]
+        return any(
+            request.status is not RequestStatus.FINISHED and _finish_reason(request, token)
+            for request, token in zip(sampling, sampled_tokens, strict=True)
+        )
+
     def update(
         self,
         plan: StepPlan,
@@ -417,10 +425,10 @@ class Scheduler:
             request.first_token_s = now_s
             report = request.cache_report
             queue_s = (request.admitted_s or now_s) - request.arrival_s
+        reason = _finish_reason(request, token)
         request.output_ids.append(token)
         self._num_output_tokens += 1
         self._queue.charge(request.client_key, output_tokens=1)
-        reason = _finish_reason(request, token)
         if reason is not None:
             self._finish(request, reason)
         return RequestOutput(
@@ -525,8 +533,9 @@ def _joined_row(request: Request) -> JoinedRow:
 
 
 def _finish_reason(request: Request, token: int) -> FinishReason | None:
+    """Why a request ends with its next token, if it does."""
     if token in request.sampling.stop_token_ids:
         return "stop"
-    if len(request.output_ids) >= request.max_new_tokens:
+    if len(request.output_ids) + 1 >= request.max_new_tokens:
         return "length"
     return None

@@ -247,9 +247,8 @@ class ModelRunner:
 
     @property
     def goes_on_at_once(self) -> bool:
-        """Whether to submit the forward that was built before the tokens that were read are told:
-        not where much has to be copied before it, which no token is to wait for, and not where a
-        first token has come: MLX submits to a CPU at the CPU's own pace."""
+        """Not where much has to be copied before, which no token is to wait for, nor where a first
+        token has come."""
         return self._storage.stages.are_short and not self._has_first_token
 
     def read_logprobs(self) -> dict[int, RowLogprobs]:
