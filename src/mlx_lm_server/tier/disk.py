@@ -27,8 +27,6 @@ from mlx_lm_server.tier.sweep import Sweep
 from mlx_lm_server.tier.writer import RecordWriter
 
 SWEEP_AGAIN_S = 300.0
-# So many records the file system reads at a time: one after the other leaves a fast medium idle.
-READ_AHEAD = 5
 
 
 class DiskTier:
@@ -85,16 +83,16 @@ class DiskTier:
         """Read, a record a step, until something is missing or nobody wants it any more."""
         records: list[Record] = []
         read_s = 0.0
-        self._reader.announce(job, job.wanted[1:READ_AHEAD])
-        for number, wanted in enumerate(job.wanted):
+        self._reader.begin(job)
+        for wanted in job.wanted:
             started_s = self._shelf.clock.monotonic_s()
-            self._reader.announce(job, job.wanted[number + READ_AHEAD : number + READ_AHEAD + 1])
             record = None if job.is_cancelled else self._reader.read(job, wanted)
             read_s += self._shelf.clock.monotonic_s() - started_s
             if record is None:
                 break
             records.append(record)
             yield
+        self._reader.end()
         self.give_back(job, tuple(records), read_s)
 
     def give_back(self, job: LoadJob, records: tuple[Record, ...], read_s: float) -> None:
@@ -137,4 +135,5 @@ class DiskTier:
     def close(self) -> None:
         with suppress(OSError):
             self._writer.sync_folders()
+        self._reader.close()
         self._shelf.close()

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +21,8 @@ from typing import Protocol
 RWF_DONTCACHE = 0x80  # Linux 6.14; the file system has to know it too
 NO_SUCH_FLAG = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 WHERE_IT_IS = -1
+O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+PAGE_BYTES = mmap.PAGESIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +40,6 @@ class Files(Protocol):
 
     def open(self, path: Path) -> int:
         """Open a file for reading."""
-
-    def announce(self, path: Path) -> None:
-        """Let the file system begin to read a file that will be read soon, and do not wait."""
 
     def write(self, fd: int, pieces: Sequence[memoryview]) -> int:
         """Write some of the pieces' bytes, in order; how many were written."""
@@ -71,28 +72,24 @@ class Files(Protocol):
 
 
 class OsFiles:
-    """The operating system's own. What is written does not stay in its cache, where the system lets
-    us say so: memory has it, or had it and let it go."""
+    """The operating system's own. What is written or read does not stay in its cache, where the
+    system lets us say so: memory has it, or had it and let it go."""
 
     def __init__(self) -> None:
+        self._of_thread = threading.local()
         self._can_skip_cache = sys.platform == "linux" and hasattr(os, "pwritev")
 
     def create(self, path: Path) -> int:
-        fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
-        if (no_cache := getattr(fcntl, "F_NOCACHE", None)) is not None:
-            fcntl.fcntl(fd, no_cache, 1)
-        return fd
+        return _uncached(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
 
     def open(self, path: Path) -> int:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def announce(self, path: Path) -> None:
-        if hasattr(os, "posix_fadvise"):
-            fd = self.open(path)
-            try:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(fd)
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        try:
+            return _uncached(os.open(path, flags | O_DIRECT))
+        except OSError as error:
+            if error.errno not in NO_SUCH_FLAG:
+                raise
+            return os.open(path, flags)
 
     def write(self, fd: int, pieces: Sequence[memoryview]) -> int:
         if self._can_skip_cache:
@@ -105,7 +102,25 @@ class OsFiles:
         return os.writev(fd, pieces)
 
     def read(self, fd: int, max_bytes: int) -> bytes:
-        return os.read(fd, max_bytes)
+        """Directly to memory that begins at a page, where the system wants that; from a place in
+        the middle of a page, which only the end of a file is, as usual."""
+        room = -(-max_bytes // PAGE_BYTES) * PAGE_BYTES
+        try:
+            with memoryview(self._pages(room)) as pages, pages[:room] as target:
+                num_bytes = os.readv(fd, [target])
+                return bytes(target[: min(num_bytes, max_bytes)])
+        except OSError as error:
+            if error.errno != errno.EINVAL or not O_DIRECT:
+                raise
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~O_DIRECT)
+            return os.read(fd, max_bytes)
+
+    def _pages(self, num_bytes: int) -> mmap.mmap:
+        """Memory of this thread."""
+        pages: mmap.mmap | None = getattr(self._of_thread, "pages", None)
+        if pages is None or len(pages) < num_bytes:
+            pages = self._of_thread.pages = mmap.mmap(-1, num_bytes)
+        return pages
 
     def fsync(self, fd: int) -> None:
         if (full_sync := getattr(fcntl, "F_FULLFSYNC", None)) is not None:
@@ -142,6 +157,13 @@ class OsFiles:
     def free_bytes(self, path: Path) -> int:
         found = os.statvfs(path)
         return found.f_bavail * found.f_frsize
+
+
+def _uncached(fd: int) -> int:
+    """The same file; on macOS what goes through it does not stay in memory."""
+    if (no_cache := getattr(fcntl, "F_NOCACHE", None)) is not None:
+        fcntl.fcntl(fd, no_cache, 1)
+    return fd
 
 
 def write_file(files: Files, path: Path, pieces: Sequence[memoryview], *, durably: bool) -> None:

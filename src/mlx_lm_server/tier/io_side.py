@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from typing import Protocol
 
+from mlx_lm_server.tier.background import never_interrupt
 from mlx_lm_server.tier.disk import DiskTier
 from mlx_lm_server.tier.jobs import FlushJob, Job, LoadJob, SaveJob, SaveOutcome, UseJob
 from mlx_lm_server.tier.mailbox import Mailbox
@@ -79,7 +77,7 @@ class IoThread:
         return self._mailbox.abandon() if self._thread.is_alive() else []
 
     def _run(self) -> None:
-        _never_interrupt()
+        never_interrupt()
         _guarded(self.disk.open)
         has_more = True
         while True:
@@ -135,15 +133,6 @@ class InlineIo:
         self._reading.clear()
         _guarded(self.disk.close)
         return []
-
-
-def _never_interrupt() -> None:
-    """A thread that wakes up takes a core from one that computes, and the other threads of a
-    product then wait for that one. This thread waits for a core or for its turn. Its share stays
-    what it is: a lower one would let it hold the interpreter's lock while it waits."""
-    if sys.platform == "linux":
-        with suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def steps_of(disk: DiskTier, job: Job) -> Iterator[None]:

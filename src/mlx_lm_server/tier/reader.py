@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Sequence
-from contextlib import suppress
+from concurrent.futures import Future
+from functools import partial
 
 from mlx_lm_server.tier import codec
 from mlx_lm_server.tier.codec import CorruptRecordError
 from mlx_lm_server.tier.entries import Entry
 from mlx_lm_server.tier.files import read_file
 from mlx_lm_server.tier.jobs import LoadJob
+from mlx_lm_server.tier.read_pool import ReadPool
 from mlx_lm_server.tier.records import Record, Wanted
 from mlx_lm_server.tier.shelf import Shelf
 
+READS_AT_A_TIME = 4
 OUT_OF_HANDLES = (errno.EMFILE, errno.ENFILE)  # says nothing about the file
 
 log = logging.getLogger(__name__)
@@ -25,13 +27,27 @@ class RecordReader:
 
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
+        self._pool = ReadPool(READS_AT_A_TIME) if shelf.settings.async_writes else None
+        self._begun: dict[bytes, Future[bytes]] = {}
 
-    def announce(self, job: LoadJob, wanted: Sequence[Wanted]) -> None:
-        """These come soon. What is wrong with them is for `read` to find."""
-        for each in wanted:
-            if each.name not in job.at_hand and self._shelf.index.get(each.name) is not None:
-                with suppress(OSError):
-                    self._shelf.files.announce(self._shelf.path(each.name))
+    def begin(self, job: LoadJob) -> None:
+        """Start to read what the job wants, for `read` to take one by one, until `end`."""
+        if self._pool is None:
+            return
+        for wanted in job.wanted:
+            entry = self._shelf.index.get(wanted.name)
+            if entry is not None and wanted.name not in job.at_hand:
+                self._begun[wanted.name] = self._pool.submit(partial(self._contents, entry))
+
+    def end(self) -> None:
+        """Drop what was begun and is not wanted any more."""
+        for future in self._begun.values():
+            future.cancel()
+        self._begun.clear()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
 
     def read(self, job: LoadJob, wanted: Wanted) -> Record | None:
         """The record, or None where it is absent for whatever reason; then it is forgotten."""
@@ -70,9 +86,14 @@ class RecordReader:
         return None
 
     def _verified(self, entry: Entry) -> Record:
-        contents = read_file(self._shelf.files, self._shelf.path(entry.name), entry.size + 1)
+        begun = self._begun.pop(entry.name, None)
+        contents = begun.result() if begun is not None else self._contents(entry)
         self._shelf.counters.bytes_read += len(contents)
         record, checksum = codec.decode(contents)
         if checksum != entry.checksum or record.name != entry.name:
             raise CorruptRecordError("another record than the one that was written")
         return record
+
+    def _contents(self, entry: Entry) -> bytes:
+        """One byte more than there should be, if there is one. Raises OSError."""
+        return read_file(self._shelf.files, self._shelf.path(entry.name), entry.size + 1)

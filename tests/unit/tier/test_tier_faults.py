@@ -121,10 +121,6 @@ FAULTS: dict[str, dict[str, Fault]] = {
         **errors("open", errno.EIO, errno.EACCES, errno.ENOENT, errno.EMFILE),
         "folder deleted": deleted_before("open"),
     },
-    "announce": {
-        **errors("announce", errno.EIO, errno.ENOENT, errno.EMFILE),
-        "folder deleted": deleted_before("announce"),
-    },
     "write": {
         **errors("write", errno.ENOSPC, errno.EIO, errno.EDQUOT),
         "short": short_writes,

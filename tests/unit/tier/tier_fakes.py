@@ -89,9 +89,6 @@ class FaultFiles:
     def open(self, path: Path) -> int:
         return self._do("open", path)
 
-    def announce(self, path: Path) -> None:
-        self._do("announce", path)
-
     def write(self, fd: int, pieces: Sequence[memoryview]) -> int:
         written = self._do("write", fd, pieces)
         self.bytes_written += written
