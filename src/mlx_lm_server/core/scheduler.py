@@ -386,10 +386,11 @@ class Scheduler:
 
     # ---- read a step
 
-    def ends_some(self, plan: StepPlan, sampled_tokens: Sequence[int]) -> bool:
-        """Whether a request ends with these tokens of a plan, before `update` takes them in."""
+    def are_awaited(self, plan: StepPlan, sampled_tokens: Sequence[int]) -> bool:
+        """Whether somebody waits for these tokens of a plan, which `update` has not taken in yet,
+        more than for the next: an answer begins or ends with them."""
         sampling = self._in_flight[plan.step]
-        return any(
+        return any(chunk.samples for chunk in plan.prefills) or any(
             request.status is not RequestStatus.FINISHED and _finish_reason(request, token)
             for request, token in zip(sampling, sampled_tokens, strict=True)
         )

@@ -30,10 +30,9 @@ class Runner(Protocol):
 
     def read(self) -> list[int]: ...
 
-    @property
-    def goes_on_at_once(self) -> bool:
-        """Whether to submit what was executed last before the tokens that were read are told. MLX
-        submits to a CPU at the CPU's own pace, so these tokens then come a step later."""
+    def goes_on_at_once(self, are_awaited: bool) -> bool:
+        """Whether to submit what was executed last before the tokens that were read, which may be
+        awaited more than the next, are told."""
 
     def read_logprobs(self) -> Mapping[int, RowLogprobs]: ...
 
@@ -133,8 +132,8 @@ class EngineCore:
         tokens = self._runner.read()
         now_s = self._clock()
         finished, self._running = self._running, plan
-        is_awaited = finished is not None and self._scheduler.ends_some(finished, tokens)
-        if self._runner.goes_on_at_once and not is_awaited:
+        are_awaited = finished is not None and self._scheduler.are_awaited(finished, tokens)
+        if self._runner.goes_on_at_once(are_awaited):
             self._runner.submit()
         if finished is None:
             self._running_since_s = began_s

@@ -43,12 +43,10 @@ DEFAULT_BLOCK_SIZE = 16
 class _Running:
     """A forward, or what was drawn from it. The result is `[len(rows), vocab]` logits, then
     `[len(rows)]` tokens; where no row samples, something of the forward, only to be waited for.
-    `beside` is computed with it and let go when it has ended; `ends_prompt` where one of the tokens
-    is the first of its request."""
+    `beside` is computed with it and let go when it has ended."""
 
     result: mx.array
     rows: tuple[int, ...]
-    ends_prompt: bool
     beside: list[mx.array] = field(default_factory=list)
     draw: Draw | None = None
     scores: RowScores | None = None
@@ -90,7 +88,7 @@ class ModelRunner:
         self._forward: _Running | None = None
         self._is_submitted = False
         self._drawn: _Running | None = None
-        self._has_first_token = False
+        self._submits_slowly = mx.default_device() == mx.Device(mx.cpu)
         self._scores: dict[int, RowLogprobs] = {}
 
     @property
@@ -177,8 +175,7 @@ class ModelRunner:
             if (scores := self._sampling[chunk.row].prompt_scores) is not None
         }
         outcome = self._forward_of.run(plan, self._input_ids(plan), scored)
-        ends_prompt = any(chunk.samples for chunk in plan.prefills)
-        running = _Running(outcome.result, plan.sampling_rows, ends_prompt, outcome.beside)
+        running = _Running(outcome.result, plan.sampling_rows, outcome.beside)
         for chunk in plan.prefills:
             if (scores := scored.get(chunk.row)) is not None:
                 head = self._loaded.lm.head
@@ -230,7 +227,6 @@ class ModelRunner:
         rows."""
         drawn, self._drawn = self._drawn, None
         self._scores = {}
-        self._has_first_token = drawn is not None and drawn.ends_prompt
         if drawn is None:
             return []
         if drawn.draw is not None:
@@ -245,11 +241,10 @@ class ModelRunner:
             clock.push(tokens[place])
         return tokens
 
-    @property
-    def goes_on_at_once(self) -> bool:
-        """Not where much has to be copied before, which no token is to wait for, nor where a first
-        token has come."""
-        return self._storage.stages.are_short and not self._has_first_token
+    def goes_on_at_once(self, are_awaited: bool) -> bool:
+        """Not where much has to be copied before, which no token is to wait for. MLX submits to a
+        CPU at the CPU's own pace, so what is awaited there would come a step later."""
+        return self._storage.stages.are_short and not (are_awaited and self._submits_slowly)
 
     def read_logprobs(self) -> dict[int, RowLogprobs]:
         """With the tokens read last, by their place among them, where they were asked for."""

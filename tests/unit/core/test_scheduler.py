@@ -67,6 +67,18 @@ def test_a_row_is_not_planned_past_max_tokens_and_leaves_with_the_next_plan():
     assert sim.finish_reason("a") == "length"
 
 
+def test_first_and_last_tokens_are_awaited_and_those_between_are_not():
+    sim = _sim()
+    sim.add(_endless("a", 10, 4))
+    found = []
+    for _ in range(4):
+        plan = sim.scheduler.schedule(0.0)
+        assert plan is not None
+        found.append(sim.scheduler.are_awaited(plan, [5]))
+        sim.scheduler.update(plan, [5], None, 0.0)
+    assert found == [True, False, False, True]
+
+
 def test_one_token_needs_one_step():
     sim = _sim()
     sim.add(_endless("a", 10, 1))
