@@ -22,7 +22,7 @@ RWF_DONTCACHE = 0x80  # Linux 6.14; the file system has to know it too
 NO_SUCH_FLAG = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 WHERE_IT_IS = -1
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
-PAGE_BYTES = mmap.PAGESIZE
+PAGE_BYTES, PIECE_BYTES = mmap.PAGESIZE, 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +102,14 @@ class OsFiles:
         return os.writev(fd, pieces)
 
     def read(self, fd: int, max_bytes: int) -> bytes:
-        """Directly to memory that begins at a page, where the system wants that; from a place in
-        the middle of a page, which only the end of a file is, as usual."""
-        room = -(-max_bytes // PAGE_BYTES) * PAGE_BYTES
+        """Directly to memory that begins at a page, in whole pages, as the system wants it; from a
+        place within a page as usual."""
+        room = -(-min(max_bytes, PIECE_BYTES) // PAGE_BYTES) * PAGE_BYTES
         try:
             with memoryview(self._pages(room)) as pages, pages[:room] as target:
                 num_bytes = os.readv(fd, [target])
+                if num_bytes > max_bytes:
+                    os.lseek(fd, max_bytes - num_bytes, os.SEEK_CUR)
                 return bytes(target[: min(num_bytes, max_bytes)])
         except OSError as error:
             if error.errno != errno.EINVAL or not O_DIRECT:
@@ -183,13 +185,12 @@ def read_file(files: Files, path: Path, max_bytes: int) -> bytes:
     """The file's first `max_bytes` bytes, or all where it has fewer."""
     fd = files.open(path)
     try:
-        contents = files.read(fd, max_bytes)
-        while len(contents) < max_bytes:
-            more = files.read(fd, max_bytes - len(contents))
-            if not more:
-                break
-            contents += more
-        return contents
+        pieces = [files.read(fd, max_bytes)]
+        left = max_bytes - len(pieces[0])
+        while left and (more := files.read(fd, left)):
+            pieces.append(more)
+            left -= len(more)
+        return b"".join(pieces)
     finally:
         _close_quietly(files, fd)
 

@@ -35,6 +35,7 @@ from tier_fakes import (
 
 from mlx_lm_server.tier import Namespace, SsdStore, Wanted, state_name
 from mlx_lm_server.tier.clock import TICK_S
+from mlx_lm_server.tier.files import OsFiles, read_file
 
 WAYS = [
     pytest.param({"async_writes": True}, id="thread"),
@@ -140,6 +141,21 @@ def test_a_read_that_hangs_holds_up_no_stop(tmp_path: Path) -> None:
     assert store.close(0.2), "nothing was left to write"
     assert time.monotonic() - begun_s < 2.0
     pin.release()
+
+
+@pytest.mark.parametrize("num_bytes", [1, 4095, 4096, 4097, 10_000_000])
+def test_a_file_is_read_in_pieces_of_any_size(tmp_path: Path, num_bytes: int) -> None:
+    files, path = OsFiles(), tmp_path / "file"
+    contents = os.urandom(num_bytes)
+    path.write_bytes(contents)
+    assert read_file(files, path, num_bytes + 1) == contents
+    assert read_file(files, path, num_bytes) == contents
+    fd = files.open(path)
+    read = b""
+    while more := files.read(fd, max(1, num_bytes // 3)):
+        read += more
+    files.close(fd)
+    assert read == contents
 
 
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no such flag here")
