@@ -84,15 +84,17 @@ class DiskTier:
         records: list[Record] = []
         read_s = 0.0
         self._reader.begin(job)
-        for wanted in job.wanted:
-            started_s = self._shelf.clock.monotonic_s()
-            record = None if job.is_cancelled else self._reader.read(job, wanted)
-            read_s += self._shelf.clock.monotonic_s() - started_s
-            if record is None:
-                break
-            records.append(record)
-            yield
-        self._reader.end()
+        try:
+            for wanted in job.wanted:
+                started_s = self._shelf.clock.monotonic_s()
+                record = None if job.is_cancelled else self._reader.read(job, wanted)
+                read_s += self._shelf.clock.monotonic_s() - started_s
+                if record is None:
+                    break
+                records.append(record)
+                yield
+        finally:
+            self._reader.end()
         self.give_back(job, tuple(records), read_s)
 
     def give_back(self, job: LoadJob, records: tuple[Record, ...], read_s: float) -> None:

@@ -36,6 +36,7 @@ from tier_fakes import (
 from mlx_lm_server.tier import Namespace, SsdStore, Wanted, state_name
 from mlx_lm_server.tier.clock import TICK_S
 from mlx_lm_server.tier.files import OsFiles, read_file
+from mlx_lm_server.tier.records import Record
 
 WAYS = [
     pytest.param({"async_writes": True}, id="thread"),
@@ -112,15 +113,23 @@ def test_a_record_on_its_way_is_there_and_is_read_from_memory(tmp_path: Path) ->
     store.close(5.0)
 
 
+def reading_that_is_held(
+    folder: Path, files: FaultFiles, call: str, chain: list[Record]
+) -> tuple[SsdStore, Pin]:
+    """A store that has begun to read the chain back, and the pin that holds the first such call."""
+    store = open_store(folder, files)
+    save_all(store, chain)
+    assert store.flush(5.0)
+    pin = Pin(files, call)
+    store.prefetch(wanted(chain), "r")
+    pin.wait_until_held()
+    return store, pin
+
+
 def test_files_are_read_several_at_a_time(tmp_path: Path) -> None:
     """The first is held: others are opened meanwhile, and come in their order."""
     files, chain = FaultFiles(), make_chain(1, 9)
-    store = open_store(tmp_path, files)
-    save_all(store, chain)
-    assert store.flush(5.0)
-    pin = Pin(files, "read")
-    store.prefetch(wanted(chain), "r")
-    pin.wait_until_held()
+    store, pin = reading_that_is_held(tmp_path, files, "read", chain)
     wait_until(lambda: files.calls["open"] >= 4)
     pin.release()
     read: list[Any] = []
@@ -130,13 +139,7 @@ def test_files_are_read_several_at_a_time(tmp_path: Path) -> None:
 
 
 def test_a_read_that_hangs_holds_up_no_stop(tmp_path: Path) -> None:
-    files, chain = FaultFiles(), make_chain(1, 3)
-    store = open_store(tmp_path, files)
-    save_all(store, chain)
-    assert store.flush(5.0)
-    pin = Pin(files, "open")
-    store.prefetch(wanted(chain), "r")
-    pin.wait_until_held()
+    store, pin = reading_that_is_held(tmp_path, FaultFiles(), "open", make_chain(1, 3))
     begun_s = time.monotonic()
     assert store.close(0.2), "nothing was left to write"
     assert time.monotonic() - begun_s < 2.0
