@@ -15,9 +15,24 @@ sizes = st.one_of(st.integers(1, 300), st.integers(1, 2000))
 
 
 class LayoutMachine(RuleBasedStateMachine):
-    @initialize(limit=st.integers(2000, 20_000), max_slab=st.sampled_from([1, 1000, 4000]))
-    def start(self, limit: int, max_slab: int) -> None:
-        self.layout = KVLayout(KVGeometry(1), limit, max_slab, MAX_ROWS)
+    @initialize(
+        limit=st.integers(2000, 20_000),
+        max_slab=st.sampled_from([1, 1000, 4000]),
+        max_resized=st.sampled_from([1, 500, None]),
+        keeps_holes=st.booleans(),
+    )
+    def start(
+        self, limit: int, max_slab: int, max_resized: int | None, *, keeps_holes: bool
+    ) -> None:
+        self.layout = KVLayout(
+            KVGeometry(1),
+            limit,
+            max_slab,
+            MAX_ROWS,
+            max_resized_bytes=max_resized,
+            keeps_holes=keeps_holes,
+        )
+        self.keeps_holes = keeps_holes
         self.store = SlabStore()
         self.held: dict[int, int] = {}
         self.limit = limit
@@ -67,7 +82,9 @@ class LayoutMachine(RuleBasedStateMachine):
             used[place.slab_id].append(place.slot)
         for slots in used.values():
             assert slots
-            assert sorted(slots) == list(range(len(slots)))
+            assert len(slots) == len(set(slots))
+            if not self.keeps_holes:
+                assert sorted(slots) == list(range(len(slots)))
 
     def _check_contents(self) -> None:
         for row, held in self.held.items():

@@ -101,13 +101,19 @@ caches = st.builds(
             FakeTier, st.integers(0, 9), writes_through=st.booleans(), is_flaky=st.booleans()
         ),
     ),
+    keeps_holes=st.booleans(),
 )
 def test_requests_get_their_tokens_whatever_they_share(
-    arrivals, limits, cache, kind, limit_bytes, max_slab_tokens, tier
+    arrivals, limits, cache, kind, limit_bytes, max_slab_tokens, tier, keeps_holes
 ):
-    geometry = GEOMETRIES[kind]
     sim = Simulation(
-        limits, limit_bytes, max_slab_tokens, cache=cache, geometry=geometry, tier=tier
+        limits,
+        limit_bytes,
+        max_slab_tokens,
+        cache=cache,
+        geometry=GEOMETRIES[kind],
+        tier=tier,
+        keeps_holes=keeps_holes,
     )
     aborted = set()
     for step in range(61):

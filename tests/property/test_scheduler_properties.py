@@ -94,11 +94,12 @@ def test_nobody_starves_beside_a_client_that_never_stops_asking(
     limit_tokens=st.one_of(st.integers(400, 1500), st.just(100_000)),
     max_slab_tokens=st.sampled_from([1, 512, 4096]),
     reads_at_once=st.lists(st.booleans(), min_size=1, max_size=7),
+    keeps_holes=st.booleans(),
 )
 def test_every_request_gets_its_tokens_and_one_end_and_all_memory_comes_back(
-    arrivals, limits, limit_tokens, max_slab_tokens, reads_at_once
+    arrivals, limits, limit_tokens, max_slab_tokens, reads_at_once, keeps_holes
 ):
-    sim = Simulation(limits, limit_tokens, max_slab_tokens)
+    sim = Simulation(limits, limit_tokens, max_slab_tokens, keeps_holes=keeps_holes)
     aborted = set()
     for step in range(61):
         for i, arrival in enumerate(arrivals):

@@ -191,7 +191,7 @@ class CacheStore:
     def _find_place(self, block: Block) -> Place | None:
         while not self._pool.put(block):
             segment_bytes = self._pool.next_segment_bytes
-            if segment_bytes and segment_bytes <= self._layout.spare_bytes:
+            if segment_bytes and segment_bytes <= self._layout.spare_bytes_to_cache:
                 self._saves.append(self._pool.grow())
                 self._account()
             elif not self._evict_oldest():
@@ -228,7 +228,7 @@ class CacheStore:
             if oldest is None:
                 return None
             self._drop_state(oldest)
-        while self._layout.spare_bytes < num_bytes:
+        while self._layout.spare_bytes_to_cache < num_bytes:
             if not self.give_back():
                 return None
         state = State(self._next_state_id, parent, tail, num_tokens, num_bytes)

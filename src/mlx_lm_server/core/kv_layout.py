@@ -4,10 +4,13 @@ During a step rows are placed, grown and released on paper. `settle` then choose
 returns the operations that lead from the layout before to the layout now, so that a slot that one
 row leaves and another takes costs no copy. What `settle` keeps true:
 
-- the slots in use are the first ones of their slab;
-- a row that leaves makes at most one other row move;
-- a slab doubles its slots when it is full, up to `max_slab_bytes`, halves them at a quarter's use,
-  and goes when it is empty;
+- the slots in use are the first ones of their slab, and a row that leaves makes at most one other
+  row move; where attention passes over slots without a row (`keeps_holes`), rows stay where they
+  are instead, and those that come fill the holes;
+- a slab doubles its slots when it is full, which copies it, up to `max_resized_bytes`; beyond, the
+  next slab of its class is made twice as large, up to `max_slab_bytes`;
+- a slab halves its slots at a quarter's use, unless memory is ample, and goes when it is empty;
+- a slab that is made for a row that grows has slots for its neighbours too, who will follow;
 - `used_bytes` and `cached_bytes` are never over `limit_bytes` together. What an operation needs
   while it runs is not counted: the runner works layer by layer, so it is at most one layer of the
   slabs that change.
@@ -18,6 +21,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 from mlx_lm_server.core.kv_geometry import MAX_ROW_TOKENS, KVGeometry
@@ -27,6 +31,9 @@ SMALL_CAPACITIES = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072
 STEPS_PER_OCTAVE = 16
 MAX_SHARED_CAPACITY_RATIO = 1.5
 DEFAULT_MAX_SLAB_BYTES = 64 * 1024 * 1024
+# Memory is ample where slots take no more than the first share of it, which the prefix cache leaves
+# to them, or where the second is left.
+SLOTS_SHARE, AMPLE_SHARE = 1 / 8, 1 / 4
 
 
 def capacity_for(num_tokens: int) -> int:
@@ -45,11 +52,15 @@ class Location(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class _Slab:
-    """`num_slots` is what the runner holds (0: not made yet), `rows` who is in it on paper."""
+    """`num_slots` is what the runner holds (0: not made yet), `rows` who is in it on paper,
+    `source_id` the slab whose rows grow into it, `was_left` whether a row went since the last
+    `settle`."""
 
     slab_id: int
     capacity: int
     num_slots: int = 0
+    source_id: int | None = None
+    was_left: bool = False
     rows: dict[int, None] = field(default_factory=dict)  # an ordered set
 
     @property
@@ -64,8 +75,9 @@ class KVLayout:
     """Slabs, slots and the row in each. Owned by the scheduler.
 
     `geometry` says what slots and rows take, `limit_bytes` is what all of them together may hold,
-    `max_rows` how many rows there can be and `max_tokens` how long one. A row number that is
-    released may be placed again only after the next `settle`.
+    `max_slab_bytes` one slab of several rows and `max_resized_bytes` one that is made larger by a
+    copy; `max_rows` is how many rows there can be and `max_tokens` how long one. A row number that
+    is released may be placed again only after the next `settle`.
     """
 
     def __init__(
@@ -75,13 +87,18 @@ class KVLayout:
         max_slab_bytes: int = DEFAULT_MAX_SLAB_BYTES,
         max_rows: int = 32,
         max_tokens: int = MAX_ROW_TOKENS,
+        max_resized_bytes: int | None = None,
+        *,
+        keeps_holes: bool = False,
     ) -> None:
         self.geometry = geometry
         self.limit_bytes = limit_bytes
         self.cached_bytes = 0  # what the prefix cache has taken of them
         self._limit_tokens = geometry.tokens_in(limit_bytes, max_tokens)
         self._max_slab_bytes = max_slab_bytes
+        self._max_resized_bytes = max_slab_bytes if max_resized_bytes is None else max_resized_bytes
         self._max_rows = max_rows
+        self._keeps_holes = keeps_holes
         self._slabs: dict[int, _Slab] = {}
         self._slab_of: dict[int, _Slab] = {}
         self._num_tokens: dict[int, int] = {}
@@ -101,6 +118,18 @@ class KVLayout:
     def spare_bytes(self) -> int:
         """What neither rows nor slots nor the prefix cache have taken."""
         return self.limit_bytes - self.cached_bytes - max(self.used_bytes, self._needed_bytes)
+
+    @property
+    def spare_bytes_to_cache(self) -> int:
+        """Of them, what the prefix cache may take: rows find some memory without an eviction."""
+        in_slots = max(self.used_bytes, self._needed_bytes)
+        kept_for_slots = max(0, int(SLOTS_SHARE * self.limit_bytes) - in_slots)
+        return self.spare_bytes - kept_for_slots
+
+    @property
+    def _is_ample(self) -> bool:
+        is_little = self.used_bytes <= SLOTS_SHARE * self.limit_bytes
+        return is_little or self.spare_bytes >= AMPLE_SHARE * self.limit_bytes
 
     @property
     def live_tokens(self) -> int:
@@ -164,8 +193,12 @@ class KVLayout:
     def grow(self, row: int, num_tokens: int) -> None:
         """Move the row to a slot for `num_tokens` tokens, which is more than it has."""
         assert num_tokens > self.capacity(row), "the row fits where it is"
+        source = self._slab_of[row]
         self._exit(row)
-        self._enter(row, self._choose_slab(self._capacity_for(num_tokens)))
+        slab = self._choose_slab(self._capacity_for(num_tokens))
+        if slab.num_slots == 0:
+            slab.source_id = source.slab_id
+        self._enter(row, slab)
 
     def release(self, row: int) -> None:
         self._exit(row)
@@ -177,7 +210,7 @@ class KVLayout:
             return ()
         self._is_settled = True
         sizes = self._choose_sizes()
-        moves = self._choose_slots()
+        moves = self._choose_slots(sizes)
         sources = {move.from_slab for move in moves}
         read = [slab for slab in self._slabs.values() if slab.slab_id in sources]
         unread = [slab for slab in self._slabs.values() if slab.slab_id not in sources]
@@ -185,6 +218,8 @@ class KVLayout:
         ops += self._enlarge(sizes)
         ops += moves
         ops += self._give_back(read, sizes)
+        for slab in self._slabs.values():
+            slab.was_left = False
         return tuple(ops)
 
     # ---- on paper
@@ -194,13 +229,17 @@ class KVLayout:
             return num_tokens
         return min(capacity_for(num_tokens), self._limit_tokens)
 
-    def _max_slots(self, capacity: int) -> int:
-        return max(1, self._max_slab_bytes // max(1, self.geometry.slot_bytes(capacity)))
+    def _max_slots(self, slab: _Slab) -> int:
+        """That it may have now: one that is made already must be copied to have more."""
+        slot_bytes = max(1, self.geometry.slot_bytes(slab.capacity))
+        if slab.num_slots == 0:
+            return max(1, self._max_slab_bytes // slot_bytes)
+        return max(slab.num_slots, self._max_resized_bytes // slot_bytes)
 
     def _row_bytes(self, capacity: int) -> int:
         return self.geometry.row_bytes(capacity)
 
-    def _bytes_of(self, sizes: dict[int, int]) -> int:
+    def _bytes_of(self, sizes: Mapping[int, int]) -> int:
         """What so many slots per slab, and the state of the rows, take."""
         slots = sum(
             sizes[slab.slab_id] * self.geometry.slot_bytes(slab.capacity)
@@ -228,7 +267,7 @@ class KVLayout:
         if free:
             return min(free, key=lambda slab: (slab.capacity, -len(slab.rows), slab.slab_id))
         for slab in self._slabs.values():
-            if slab.capacity == capacity and len(slab.rows) < self._max_slots(capacity):
+            if slab.capacity == capacity and len(slab.rows) < self._max_slots(slab):
                 return slab
         return self._new_slab(capacity)
 
@@ -247,6 +286,7 @@ class KVLayout:
     def _exit(self, row: int) -> None:
         slab = self._slab_of.pop(row)
         del slab.rows[row]
+        slab.was_left = True
         self._needed_bytes -= self._row_bytes(slab.capacity)
         self._is_settled = False
 
@@ -271,29 +311,46 @@ class KVLayout:
         return sizes
 
     def _comfortable_size(self, slab: _Slab) -> int:
-        needed = len(slab.rows)
+        needed, num_coming = len(slab.rows), self._num_coming(slab)
         if needed > slab.num_slots:
-            most = min(self._max_slots(slab.capacity), needed + self._max_rows - self.num_rows)
-            return max(needed, min(2 * slab.num_slots, most))
-        if needed <= slab.num_slots // 4:
+            most = min(self._max_slots(slab), needed + num_coming + self._max_rows - self.num_rows)
+            twice = 2 * (slab.num_slots or self._most_slots(slab.capacity))
+            return max(needed, min(max(twice, needed + num_coming), most))
+        if needed == 0:
+            return 0
+        needed += num_coming
+        is_large = needed <= slab.num_slots // 4 and not self._is_source(slab)
+        if is_large and slab.was_left and not self._is_ample:
             return 2 * needed
         return slab.num_slots
 
-    def _choose_slots(self) -> list[MoveRow]:
+    def _num_coming(self, slab: _Slab) -> int:
+        """Rows that will grow into it, as their neighbour has."""
+        source = None if slab.source_id is None else self._slabs.get(slab.source_id)
+        return len(source.rows) if source else 0
+
+    def _is_source(self, slab: _Slab) -> bool:
+        """Whether its rows are about to leave it."""
+        return any(other.source_id == slab.slab_id for other in self._slabs.values())
+
+    def _most_slots(self, capacity: int) -> int:
+        return max((s.num_slots for s in self._slabs.values() if s.capacity == capacity), default=0)
+
+    def _choose_slots(self, sizes: Mapping[int, int]) -> list[MoveRow]:
         """Into the largest capacities first: rows only ever move to a larger one, so every slot
         that is overwritten has been read before."""
         moves: list[MoveRow] = []
         settled: dict[int, Location] = {}
         for slab in sorted(self._slabs.values(), key=lambda slab: -slab.capacity):
-            for row, slot in self._slots_in(slab):
+            num_slots = sizes[slab.slab_id] if self._keeps_holes else len(slab.rows)
+            for row, slot in self._slots_in(slab, num_slots):
                 settled[row] = Location(slab.slab_id, slot)
                 moves += self._move_of(row, settled[row])
         self._settled = settled
         return moves
 
-    def _slots_in(self, slab: _Slab) -> list[tuple[int, int]]:
-        """Rows below the new end stay; the others and those that come fill the holes."""
-        end = len(slab.rows)
+    def _slots_in(self, slab: _Slab, end: int) -> list[tuple[int, int]]:
+        """Rows below the end stay; the others and those that come fill the holes."""
         staying: dict[int, int] = {}
         to_fill_holes: list[int] = []
         for row in slab.rows:
@@ -302,7 +359,7 @@ class KVLayout:
                 staying[before.slot] = row
             else:
                 to_fill_holes.append(row)
-        holes = (slot for slot in range(end) if slot not in staying)
+        holes = islice((n for n in range(end) if n not in staying), len(to_fill_holes))
         kept = [(row, slot) for slot, row in staying.items()]
         return kept + list(zip(to_fill_holes, holes, strict=True))
 

@@ -183,6 +183,7 @@ class Scheduler:
                 continue
             if self._make_room(request):
                 decoding.append(request)
+        self._grow_ahead(decoding)
         return decoding
 
     def _make_room(self, request: Request) -> bool:
@@ -199,8 +200,30 @@ class Scheduler:
             self._preempt(victim)
             if victim is request:
                 return False
-        self._layout.grow(row, needed)
+        self._grow(request, needed)
         return True
+
+    def _grow_ahead(self, decoding: Sequence[Request]) -> None:
+        """Rows of one length, which would all be copied in one step, are copied one a step before
+        they have to; the last in its slab first, so that no neighbour takes its place."""
+        near = []
+        for request in decoding:
+            row = _row_of(request)
+            num_spare = self._layout.capacity(row) - request.num_computed_tokens - 1
+            if num_spare < min(len(decoding), request.num_tokens_to_plan - 1):
+                near.append((num_spare, -self._layout.location(row).slot, request))
+        if near:
+            *_, request = min(near, key=lambda item: item[:2])
+            needed = self._layout.capacity(_row_of(request)) + 1
+            if self._layout.can_grow(_row_of(request), needed):
+                self._grow(request, needed)
+
+    def _grow(self, request: Request, needed: int) -> None:
+        """Where memory allows it, not by as little as is needed."""
+        row = _row_of(request)
+        soon = request.num_computed_tokens + 1 + self._num_tokens_ahead(request)
+        is_ample = soon > needed and self._layout.can_grow(row, soon)
+        self._layout.grow(row, soon if is_ample else needed)
 
     def _has_room(self, fits: Callable[[], bool], could_fit: bool) -> bool:
         """Whether memory is there, if need be at the cost of what is cached."""
@@ -246,8 +269,11 @@ class Scheduler:
 
     def _num_tokens_soon(self, request: Request) -> int:
         """How many tokens its row will hold before long."""
-        num_more = min(request.num_tokens_to_plan - 1, self._limits.lookahead_tokens)
-        return request.num_known_tokens + max(0, num_more)
+        return request.num_known_tokens + self._num_tokens_ahead(request)
+
+    def _num_tokens_ahead(self, request: Request) -> int:
+        """Of its answer, that a place is made for."""
+        return max(0, min(request.num_tokens_to_plan - 1, self._limits.lookahead_tokens))
 
     def _join(self, request: Request, num_tokens: int, hit: Hit | None, now_s: float) -> None:
         assert request.num_pending_tokens == 0, "what it sampled before it was preempted is read"

@@ -34,9 +34,13 @@ Progress = Callable[[str, float], None]
 IDLE_STEP_S = 0.5
 MIN_BATCHED_TOKENS, MAX_BATCHED_TOKENS = 256, 2048
 MIN_KV_TOKENS = 1024
-# Rows of one capacity share slabs of about so much, and each slab is one attention call a layer.
+# Rows of one capacity share slabs of up to so much, and each slab is one attention call a layer.
 MIN_SLAB_BYTES = 64 * 1024 * 1024
 SLABS_IN_MEMORY = 8
+# A row gets room for so many tokens of its answer at once, where that takes no more than a share of
+# the memory in all rows.
+MIN_LOOKAHEAD, MAX_LOOKAHEAD = 256, 1024
+MAX_LOOKAHEAD_SHARE = 0.25
 SEGMENTS_IN_MEMORY = 128
 # Logits and the sampler's arrays of the same size, in float32, per row that samples.
 SAMPLER_ARRAYS = 8
@@ -49,7 +53,7 @@ def assemble(
 ) -> tuple[EngineCore, Ready]:
     """A ready engine and the message that says so. Raises the classes of ModelError."""
     begun_s = time.monotonic()
-    if mx.default_device() == mx.Device(mx.cpu):
+    if _is_on_cpu():
         host_memory.keep_freed_blocks()
     memory_limit_bytes = loader.memory_limit(order.memory_limit_bytes)
     loaded = loader.load(order, memory_limit_bytes, progress)
@@ -62,13 +66,15 @@ def assemble(
     if order.num_threads is None:
         blas = _fastest_threads(runner, blas)
     costs = runner.calibrate()
-    limits = _limits(order, costs)
     geometry = runner.geometry
+    max_step_tokens = order.max_num_batched_tokens or max(
+        _affordable_tokens(costs), order.max_batch_size
+    )
     ledger = MemoryLedger(
         memory_limit_bytes=memory_limit_bytes,
         weights_bytes=loaded.weights_bytes,
         activation_bytes_per_token=runner.activation_bytes_per_token(),
-        max_step_tokens=limits.max_num_batched_tokens,
+        max_step_tokens=max_step_tokens,
         geometry=geometry,
         max_kv_tokens=order.max_kv_tokens,
         reserve_bytes=order.max_batch_size * loaded.vocab_size * 4 * SAMPLER_ARRAYS
@@ -79,9 +85,15 @@ def assemble(
     layout = KVLayout(
         geometry=geometry,
         limit_bytes=ledger.kv_limit_bytes,
-        max_slab_bytes=max(MIN_SLAB_BYTES, _gpu_share(ledger.kv_limit_bytes)),
+        max_slab_bytes=max(MIN_SLAB_BYTES, ledger.kv_limit_bytes // SLABS_IN_MEMORY),
         max_rows=order.max_batch_size,
         max_tokens=ledger.kv_limit_tokens,
+        # On a GPU, where a copy is cheap and a kernel launch is not, each slab may be copied.
+        max_resized_bytes=MIN_SLAB_BYTES if _is_on_cpu() else None,
+        keeps_holes=runner.passes_over_holes,
+    )
+    limits = _limits(
+        order, max_step_tokens, ledger.kv_limit_bytes // max(1, geometry.bytes_per_token)
     )
     settings = _cache_settings(order, runner.batching, ledger.kv_limit_bytes)
     disk = _disk_cache(order, loaded, runner) if settings.is_on else None
@@ -91,7 +103,7 @@ def assemble(
     ready = Ready(
         model_type=loaded.model_type,
         device=_device_name(),
-        blas=str(blas) if mx.default_device() == mx.Device(mx.cpu) else "",
+        blas=str(blas) if _is_on_cpu() else "",
         weights=loaded.weights,
         weights_bytes=loaded.weights_bytes,
         vocab_size=loaded.vocab_size,
@@ -169,14 +181,15 @@ def _fastest_threads(runner: ModelRunner, blas: Blas) -> Blas:
     return blas.with_threads(min(taken_s, key=taken_s.__getitem__))
 
 
-def _limits(order: LoadModel, costs: StepCosts) -> SchedulerLimits:
+def _limits(order: LoadModel, max_step_tokens: int, kv_tokens: int) -> SchedulerLimits:
+    lookahead = int(MAX_LOOKAHEAD_SHARE * kv_tokens) // order.max_batch_size
     return SchedulerLimits(
         max_batch_size=order.max_batch_size,
-        max_num_batched_tokens=order.max_num_batched_tokens
-        or max(_affordable_tokens(costs), order.max_batch_size),
+        max_num_batched_tokens=max_step_tokens,
         prefill_step_size=order.prefill_step_size,
         prefill_batch_size=order.prefill_batch_size,
         itl_goal_s=order.itl_goal_s,
+        lookahead_tokens=min(MAX_LOOKAHEAD, max(MIN_LOOKAHEAD, lookahead)),
     )
 
 
@@ -186,13 +199,11 @@ def _affordable_tokens(costs: StepCosts) -> int:
     return min(MAX_BATCHED_TOKENS, max(MIN_BATCHED_TOKENS, tokens))
 
 
-def _gpu_share(kv_limit_bytes: int) -> int:
-    """On a GPU, where a copy is cheap and a kernel launch is not, slabs may be large."""
-    is_cpu = mx.default_device() == mx.Device(mx.cpu)
-    return 0 if is_cpu else kv_limit_bytes // SLABS_IN_MEMORY
+def _is_on_cpu() -> bool:
+    return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def _device_name() -> str:
-    if mx.default_device() == mx.Device(mx.cpu):
+    if _is_on_cpu():
         return "CPU"
     return str(mx.device_info().get("device_name", "GPU"))

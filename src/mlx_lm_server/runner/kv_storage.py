@@ -209,8 +209,16 @@ class KVStorage:
     def _resize(self, op: ResizeSlab) -> None:
         for planes in self.slabs[op.slab_id].planes:
             for number, plane in enumerate(planes):
-                planes[number] = _with_slots(plane, op.num_slots)
+                planes[number] = self._with_slots(plane, op.num_slots)
             self.stages.add(planes)
+
+    def _with_slots(self, plane: mx.array, num_slots: int) -> mx.array:
+        num_kept = min(num_slots, plane.shape[0])
+        if num_kept == num_slots:
+            return mx.contiguous(plane[:num_slots])
+        larger = self.new_array((num_slots, *plane.shape[1:]), plane.dtype)
+        larger[:num_kept] = plane
+        return larger
 
     def new_array(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         """For places that no token was written to yet."""
@@ -336,11 +344,3 @@ def _put(plane: mx.array, slot: int, places: slice | mx.array, tokens: mx.array)
     if tokens.size == plane.size:  # then MLX would take them for the plane, as they lie
         tokens = mx.contiguous(tokens)
     plane[slot, :, places] = tokens
-
-
-def _with_slots(array: mx.array, num_slots: int) -> mx.array:
-    """The array with so many slots: cut, or grown by zeros."""
-    missing = num_slots - array.shape[0]
-    if missing <= 0:
-        return mx.contiguous(array[:num_slots])
-    return mx.concatenate([array, mx.zeros((missing, *array.shape[1:]), array.dtype)])

@@ -107,6 +107,11 @@ class ModelRunner:
         return " and ".join(names) or str(self._loaded.kv_dtype).removeprefix("mlx.core.")
 
     @property
+    def passes_over_holes(self) -> bool:
+        """Whether slots without a row cost attention nothing."""
+        return not self._storage.needs_zeros
+
+    @property
     def blocks(self) -> BlockStore:
         """Where the bytes of the prefix cache lie."""
         return self._blocks

@@ -8,8 +8,10 @@ from mlx_lm_server.core.kv_layout import KVLayout, Location, capacity_for
 from mlx_lm_server.core.plan import CreateSlab, DropSlab, MoveRow, ResizeSlab
 
 
-def _layout(limit: int = 100_000, max_slab: int = 4096, max_rows: int = 32) -> KVLayout:
-    return KVLayout(KVGeometry(1), limit_bytes=limit, max_slab_bytes=max_slab, max_rows=max_rows)
+def _layout(
+    limit: int = 100_000, max_slab: int = 4096, max_rows: int = 32, *, keeps_holes: bool = False
+) -> KVLayout:
+    return KVLayout(KVGeometry(1), limit, max_slab, max_rows, keeps_holes=keeps_holes)
 
 
 def _place(layout: KVLayout, row: int, num_tokens: int, held: int | None = None) -> None:
@@ -88,6 +90,20 @@ def test_over_its_bound_a_class_gets_another_slab():
     assert [layout.location(row).slab_id for row in range(5)] == [0, 0, 1, 1, 2]
 
 
+def test_beyond_what_may_be_copied_the_next_slab_is_twice_as_large():
+    layout = KVLayout(KVGeometry(1), 100_000, 10_000, max_rows=32, max_resized_bytes=300)
+    ops = []
+    for row in range(9):
+        _place(layout, row, 100)
+        ops += layout.settle()
+    assert ops == [
+        CreateSlab(0, 1, 128),
+        ResizeSlab(0, 2),
+        CreateSlab(1, 4, 128),
+        CreateSlab(2, 8, 128),
+    ]
+
+
 def test_a_row_over_the_bound_has_a_slab_of_its_own():
     layout = _layout(max_slab=300)
     _place(layout, 0, 1000)
@@ -139,7 +155,7 @@ def test_a_row_without_tokens_is_not_copied():
 
 
 def test_a_slab_is_halved_at_a_quarter_of_its_use_and_dropped_when_empty():
-    layout = _layout()
+    layout = _layout(limit=1100)
     for row in range(8):
         _place(layout, row, 100)
     layout.settle()
@@ -152,14 +168,94 @@ def test_a_slab_is_halved_at_a_quarter_of_its_use_and_dropped_when_empty():
     assert layout.used_bytes == layout.live_tokens == layout.num_slabs == 0
 
 
+def test_where_memory_is_ample_a_slab_keeps_its_slots():
+    layout = _layout(limit=8 * 1024)
+    for row in range(8):
+        _place(layout, row, 100)
+    layout.settle()
+    for row in range(7, 0, -1):
+        layout.release(row)
+        assert layout.settle() == ()
+    assert layout.used_bytes == 8 * 128
+
+
+def test_the_cache_leaves_rows_some_memory():
+    layout = _layout(limit=8000)
+    assert (layout.spare_bytes, layout.spare_bytes_to_cache) == (8000, 7000)
+    _place(layout, 0, 500)
+    layout.settle()
+    assert (layout.spare_bytes, layout.spare_bytes_to_cache) == (7488, 7000)
+    _place(layout, 1, 1000)
+    layout.settle()
+    assert layout.spare_bytes == layout.spare_bytes_to_cache == 8000 - 512 - 1024
+
+
+def test_where_holes_may_stay_nobody_moves_and_newcomers_fill_them():
+    layout = _layout(keeps_holes=True)
+    for row in range(6):
+        _place(layout, row, 100)
+    layout.settle()
+    layout.release(1)
+    layout.release(3)
+    assert layout.settle() == ()
+    assert [layout.location(row).slot for row in (0, 2, 4, 5)] == [0, 2, 4, 5]
+    _place(layout, 6, 100)
+    assert layout.settle() == ()
+    assert layout.location(6).slot == 1
+
+
+def test_holes_are_filled_where_their_slots_are_wanted():
+    layout = _layout(limit=8 * 128, keeps_holes=True)
+    for row in range(8):
+        _place(layout, row, 100)
+    layout.settle()
+    for row in (0, 1, 2, 4):
+        layout.release(row)
+    assert layout.settle() == ()
+    _place(layout, 8, 200)
+    moves = (MoveRow(0, 6, 0, 0, 100), MoveRow(0, 7, 0, 1, 100))
+    assert layout.settle() == (CreateSlab(1, 1, 256), *moves, ResizeSlab(0, 6))
+
+
 def test_a_row_grows_into_the_next_class_and_copies_only_itself():
     layout = _layout()
-    _place(layout, 0, 128)
-    _place(layout, 1, 128, held=60)
+    _place(layout, 0, 128, held=60)
     layout.settle()
-    assert layout.can_grow(1, 129)
-    layout.grow(1, 129)
-    assert layout.settle() == (CreateSlab(1, 1, 192), MoveRow(0, 1, 1, 0, 60))
+    assert layout.can_grow(0, 129)
+    layout.grow(0, 129)
+    assert layout.settle() == (CreateSlab(1, 1, 192), MoveRow(0, 0, 1, 0, 60), DropSlab(0))
+
+
+def test_rows_that_grow_one_after_the_other_find_slots_beside_the_first():
+    layout = _layout()
+    for row in range(4):
+        _place(layout, row, 128)
+    layout.settle()
+    layout.grow(3, 129)
+    assert layout.settle() == (CreateSlab(1, 4, 192), MoveRow(0, 3, 1, 0, 128))
+    for row, slot in ((2, 1), (1, 2)):
+        layout.grow(row, 129)
+        assert layout.settle() == (MoveRow(0, row, 1, slot, 128),), "neither slab is copied"
+    layout.grow(0, 129)
+    assert layout.settle() == (MoveRow(0, 0, 1, 3, 128), DropSlab(0))
+
+
+def test_slots_for_rows_that_never_follow_are_given_back():
+    layout = _layout(limit=2700)
+    for row in range(8):
+        _place(layout, row, 128)
+    layout.settle()
+    layout.grow(7, 129)
+    layout.settle()
+    for row in range(7):
+        layout.release(row)
+    assert layout.settle() == (DropSlab(0),)
+    assert layout.used_bytes == 8 * 192
+    layout.cached_bytes = 900
+    _place(layout, 8, 130)
+    layout.settle()
+    layout.release(8)
+    assert layout.settle() == (ResizeSlab(1, 2),)
 
 
 def test_all_rows_of_a_slab_growing_at_once_are_copied_once_each():

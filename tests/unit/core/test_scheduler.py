@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from scheduler_sim import STOP_TOKEN, Simulation, expected_output, make_request, token_at
 
-from mlx_lm_server.core.plan import StepPlan
+from mlx_lm_server.core.plan import CreateSlab, MoveRow, ResizeSlab, StepPlan
 from mlx_lm_server.core.request import Request, RequestStatus
 from mlx_lm_server.core.scheduler import SchedulerLimits
 from mlx_lm_server.errors import InvalidRequestError, RequestTooLargeError
@@ -291,6 +291,40 @@ def test_the_id_of_an_aborted_request_may_come_again():
     sim.add(_endless("a", 10, 3, seed=5))
     sim.run()
     assert sim.tokens_of("a") == [token_at(5, i) for i in range(3)]
+
+
+# ---- rows grow
+
+
+def _moves(plan: StepPlan) -> int:
+    return sum(isinstance(op, MoveRow) for op in plan.kv_ops)
+
+
+def test_rows_of_one_length_are_copied_one_a_step_when_they_grow():
+    sim = Simulation(SchedulerLimits(lookahead_tokens=0), max_slab_tokens=1 << 16)
+    for i in range(8):
+        sim.add(_endless(str(i), 100, 400, seed=i))
+    sim.run()
+    assert max(_moves(plan) for plan in sim.plans) == 1
+    assert sum(_moves(plan) for plan in sim.plans) == 8 * 4, "192, 256, 384, 512"
+    resized = [op for plan in sim.plans for op in plan.kv_ops if isinstance(op, ResizeSlab)]
+    assert not resized, "a slab that is grown into has room for all of them"
+
+
+def test_a_row_grows_by_as_much_as_it_needs_before_long():
+    sim = Simulation(SchedulerLimits(lookahead_tokens=300), max_slab_tokens=1 << 16)
+    sim.add(_endless("a", 100, 1000))
+    sim.run()
+    sizes = [op.capacity for plan in sim.plans for op in plan.kv_ops if isinstance(op, CreateSlab)]
+    assert sizes == [512, 1024, 1536]
+
+
+def test_a_row_whose_end_is_near_does_not_grow_ahead():
+    sim = Simulation(SchedulerLimits(lookahead_tokens=0), max_slab_tokens=1 << 16)
+    for i in range(8):
+        sim.add(_endless(str(i), 100, 29, seed=i))
+    sim.run()
+    assert not any(_moves(plan) for plan in sim.plans)
 
 
 # ---- preemption
