@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 
 import mlx.core as mx
 import pytest
@@ -37,25 +36,6 @@ def test_an_unwritten_array_takes_no_pages() -> None:
     mx.eval(array)
     assert mx.get_active_memory() - before >= array.nbytes
     assert _resident_bytes() - resident < array.nbytes / 10
-
-
-def test_what_is_written_soon_finds_its_pages_meanwhile() -> None:
-    resident = _resident_bytes()
-    array = native_products.unwritten((1 << 12, 1 << 12), mx.float32, is_soon=True)
-    mx.eval(array)
-    ends_s = time.monotonic() + 30
-    while _resident_bytes() - resident < array.nbytes * 0.9:
-        assert time.monotonic() < ends_s, "nobody looks for its pages"
-        time.sleep(0.01)
-    array[:] = 1
-    assert mx.all(array == 1)
-
-
-def test_what_is_gone_before_its_pages_are_found_does_no_harm() -> None:
-    for _ in range(50):
-        mx.eval(native_products.unwritten((1 << 10, 1 << 10), mx.float32, is_soon=True))
-    x = mx.random.normal((64, 64))
-    assert mx.allclose(x + x, 2 * x)
 
 
 def test_a_matrix_times_itself_is_a_product() -> None:

@@ -11,11 +11,9 @@ from mlx_lm_server.core.block import Block, Place
 from mlx_lm_server.core.plan import CreateSegment, DropSegment, MoveBlocks, PoolOp
 
 DEFAULT_SEGMENT_BYTES = 16 * 1024 * 1024
-# The first segment, and what should be free; the next ones are as large as all before together, so
-# that a small pool takes little and a large one has few.
-FIRST_SEGMENT_BYTES = 32 * 1024 * 1024
-# A segment with such a share of its places free is filled before later ones.
-OPEN_SHARE = 0.25
+# The first segment; the next ones are as large as all before together, so that none takes long to
+# make beside a small batch, and a large pool has few.
+FIRST_SEGMENT_BYTES = 4 * 1024 * 1024
 
 
 class _Segment:
@@ -28,10 +26,6 @@ class _Segment:
     @property
     def num_free(self) -> int:
         return len(self._free)
-
-    @property
-    def is_open(self) -> bool:
-        return len(self._free) > OPEN_SHARE * self.num_blocks
 
     def put(self, block: Block) -> None:
         index = self._free.pop()
@@ -82,11 +76,6 @@ class BlockPool:
         return self._next_num_blocks * self._block_bytes
 
     @property
-    def should_grow(self) -> bool:
-        """Before what comes next fills it."""
-        return self.num_free < self._first_blocks and self.next_segment_bytes > 0
-
-    @property
     def _next_num_blocks(self) -> int:
         wanted = min(self._most_blocks, max(self._first_blocks, self.num_places))
         if self._max_blocks is None:
@@ -94,12 +83,9 @@ class BlockPool:
         return max(0, min(wanted, self._max_blocks - self.num_places))
 
     def put(self, block: Block) -> bool:
-        """Give the block a free place, if there is one: in the oldest segment with many of them,
-        so that the blocks of one sequence lie together."""
-        segments = self._segments.values()
-        segment = next((s for s in segments if s.is_open), None) or max(
-            segments, key=lambda s: s.num_free, default=None
-        )
+        """Give the block a free place, if there is one: in the segment with the most of them, so
+        that the blocks of one sequence lie together."""
+        segment = max(self._segments.values(), key=lambda s: s.num_free, default=None)
         if segment is None or not segment.num_free:
             return False
         segment.put(block)

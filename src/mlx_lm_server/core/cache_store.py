@@ -99,8 +99,6 @@ class CacheStore:
         self._pinned.clear()
         self._offloads.begin()
         self._offloads.of_due(self._saves)
-        if self._pool.should_grow and self._can_grow(SHORT_SHARE * self._layout.limit_bytes):
-            self._grow()
         if self._is_short:
             self._offloads.of_oldest(self._lru, self._saves)
 
@@ -192,21 +190,13 @@ class CacheStore:
 
     def _find_place(self, block: Block) -> Place | None:
         while not self._pool.put(block):
-            if self._can_grow():
-                self._grow()
+            segment_bytes = self._pool.next_segment_bytes
+            if segment_bytes and segment_bytes <= self._layout.spare_bytes_to_cache:
+                self._saves.append(self._pool.grow())
+                self._account()
             elif not self._evict_oldest():
                 return None
         return block.place
-
-    def _can_grow(self, spare_bytes: float = 0) -> bool:
-        """Whether there is memory for another segment and so much beside it."""
-        segment_bytes = self._pool.next_segment_bytes
-        spare_bytes += segment_bytes
-        return segment_bytes > 0 and spare_bytes <= self._layout.spare_bytes_to_cache
-
-    def _grow(self) -> None:
-        self._saves.append(self._pool.grow())
-        self._account()
 
     def put_state(
         self, row: int, parent: bytes, tail: tuple[int, ...], num_tokens: int

@@ -93,8 +93,7 @@ class BlockStore:
     def save(self, op: SaveOp) -> None:
         match op:
             case CreateSegment():
-                segment = self._segments[op.segment_id] = self._new_segment(op.num_blocks)
-                self._storage.stages.add([plane for planes in segment for plane in planes])
+                self._segments[op.segment_id] = self._new_segment(op.num_blocks)
             case DropSegment():
                 del self._segments[op.segment_id]
             case MoveBlocks():
@@ -117,13 +116,10 @@ class BlockStore:
                 self._restore_state(op)
 
     def _new_segment(self, num_blocks: int) -> list[Planes]:
-        """Blocks are read as far as they were written. A segment is made before it is needed, so
-        its pages are found meanwhile."""
+        """Blocks are read as far as they were written."""
         layers = [self._storage.layers[n] for n in self._full]
         shapes = [[(p.shape(num_blocks, self._size), p.dtype) for p in x.planes] for x in layers]
-        return [
-            [native_products.unwritten(*each, is_soon=True) for each in layer] for layer in shapes
-        ]
+        return [[native_products.unwritten(*each) for each in layer] for layer in shapes]
 
     def _move_blocks(self, op: MoveBlocks) -> None:
         by_target = groupby(op.moves, key=lambda move: move[1].segment_id)

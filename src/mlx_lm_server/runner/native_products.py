@@ -25,8 +25,7 @@ MAX_NUMBERS = 2**31 - 1
 
 _ZERO = mx.array(0.0)
 # In door.c, too; they are no numbers.
-_LATER = mx.array([0x7FC16E6F, 0x7FC27468, 0x7FC3696E, 0x7FC46721] * 2, mx.uint32)
-_SOON = mx.array([0x7FC16E6F, 0x7FC27468, 0x7FC3696E, 0x7FC46722] * 2, mx.uint32)
+_NOTHING = mx.array([0x7FC16E6F, 0x7FC27468, 0x7FC3696E, 0x7FC46721] * 2, mx.uint32)
 
 
 def run(left: mx.array, right: mx.array, alpha: float, added: mx.array = _ZERO) -> mx.array:
@@ -42,13 +41,13 @@ def is_there() -> bool:
     return bool(mx.isnan(run(not_square.T, not_square, ROTATION_ALPHA)).item())
 
 
-def unwritten(shape: tuple[int, ...], dtype: mx.Dtype, *, is_soon: bool = False) -> mx.array:
+def unwritten(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     """An array of numbers that are whatever stood there, for those who read only what they have
-    written: nothing goes through memory. The system finds its pages when they are written, or
-    on another thread where that `is_soon`. Zeros where it cannot be made."""
+    written: nothing goes through memory, and the system need not find the pages yet. Zeros where
+    it cannot be made."""
     if dtype.size != 4 or not is_there():
         return mx.zeros(shape, dtype)
-    nothing, width = (_SOON if is_soon else _LATER).view(mx.float32), shape[-1]
+    nothing, width = _NOTHING.view(mx.float32), shape[-1]
     left = mx.as_strided(nothing, (math.prod(shape[:-1]), 8), (8, 1))
     return (left @ mx.as_strided(nothing, (8, width), (width, 1))).view(dtype).reshape(shape)
 
