@@ -16,6 +16,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from mlx_lm_server import errors
 from mlx_lm_server.engine.engine_core import EngineCore
@@ -32,9 +33,11 @@ from mlx_lm_server.protocol import (
     ToEngine,
 )
 
+if TYPE_CHECKING:
+    from mlx_lm_server.runner.host_memory import Upkeep
+
 HEARTBEAT_S = 1.0
 TIER_LOOK_S = 0.001
-IDLE_BEFORE_TRIM_S = 5.0
 PARENT_CHECK_S = 1.0
 
 log = logging.getLogger(__name__)
@@ -59,7 +62,9 @@ def serve(link: ServerLink) -> None:
         raise LinkClosed(f"expected LoadModel first, got {type(order).__name__}")
     core = _load(link, order)
     if core is not None:
-        EngineLoop(link, core).run(rest)
+        from mlx_lm_server.runner.host_memory import Upkeep
+
+        EngineLoop(link, core, Upkeep()).run(rest)
 
 
 def _load(link: ServerLink, order: LoadModel) -> EngineCore | None:
@@ -85,10 +90,10 @@ class EngineLoop:
     """Steps as long as there is work and listens in between. The border of the engine: what no
     one expected ends the process here, and the server restarts it."""
 
-    def __init__(self, link: ServerLink, core: EngineCore) -> None:
+    def __init__(self, link: ServerLink, core: EngineCore, memory: Upkeep) -> None:
         self._link = link
         self._core = core
-        self._idle_since_s: float | None = None
+        self._memory = memory
         self._told_s = 0.0
 
     def run(self, messages: Sequence[ToEngine]) -> None:
@@ -97,9 +102,9 @@ class EngineLoop:
             outputs = self._core.handle([m for m in messages if isinstance(m, AddRequest | Abort)])
             if self._core.has_work:
                 outputs += self._core.step()
-                self._idle_since_s = None
+                self._memory.after_step()
             elif not messages:
-                self._rest()
+                self._memory.rest()
             if outputs or not self._core.has_work or self._is_silent:
                 self._tell(outputs)
             messages = self._link.receive(self._wait_s())
@@ -119,17 +124,6 @@ class EngineLoop:
     def _tell(self, outputs: list[RequestOutput]) -> None:
         self._told_s = time.monotonic()
         self._link.send(Outputs(outputs, self._core.stats()))
-
-    def _rest(self) -> None:
-        """After a while without work, give memory back, once."""
-        now_s = time.monotonic()
-        if self._idle_since_s is None:
-            self._idle_since_s = now_s
-        elif self._idle_since_s >= 0 and now_s - self._idle_since_s > IDLE_BEFORE_TRIM_S:
-            from mlx_lm_server.runner import host_memory
-
-            host_memory.give_back_freed_blocks()
-            self._idle_since_s = -1.0
 
 
 def _watch_parent(parent: int) -> None:

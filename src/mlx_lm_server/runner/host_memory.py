@@ -1,18 +1,29 @@
 """How the C library keeps the engine's memory, where arrays live in it (MLX on a Linux CPU).
 
 By default glibc gives each large block back to the system when it is freed, and every temporary
-array pays for fresh, zeroed pages again: about a third of a long prefill.
+array pays for fresh, zeroed pages again: about a third of a long prefill. What is never given back
+is still fresh once: `Upkeep` lets another thread find those pages.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
+import time
+from collections.abc import Callable
+
+from mlx_lm_server.runner import native, native_products
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 LARGEST_KEPT_BYTES = 1 << 30
 NEVER_TRIM = 2**31 - 1
+# Free memory at the end of the heap whose pages are there, in bytes: what slabs, blocks and
+# temporary arrays of the next steps may want at once.
+LEAST_AHEAD, MOST_AHEAD = 64 << 20, 128 << 20
+STEPS_BETWEEN_LOOKS = 32
+IDLE_BEFORE_TRIM_S = 5.0
 
 
 def keep_freed_blocks() -> None:
@@ -26,6 +37,39 @@ def give_back_freed_blocks() -> None:
     """Return what is free to the system; for idle times."""
     if (libc := _glibc()) is not None:
         libc.malloc_trim(0)
+
+
+class Upkeep:
+    """What is done about it between steps. Used on the engine's main thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._grow_ahead = None
+        if _glibc() is not None and native_products.is_there():
+            self._grow_ahead = getattr(native.load("products"), "grow_heap_ahead", None)
+        self._num_steps = 0
+        self._idle_since_s: float | None = None
+
+    def after_step(self) -> None:
+        """Looks every so many steps whether enough of the heap is there."""
+        self._idle_since_s = None
+        self._num_steps += 1
+        if self._num_steps % STEPS_BETWEEN_LOOKS == 0:
+            self._look()
+
+    def rest(self) -> None:
+        """There is nothing to do: look at once, and after a while give back what is free, once."""
+        now_s = self._clock()
+        if self._idle_since_s is None:
+            self._idle_since_s = now_s
+            self._look()
+        elif now_s - self._idle_since_s > IDLE_BEFORE_TRIM_S:
+            give_back_freed_blocks()
+            self._idle_since_s = math.inf
+
+    def _look(self) -> None:
+        if self._grow_ahead is not None:
+            self._grow_ahead(ctypes.c_size_t(LEAST_AHEAD), ctypes.c_size_t(MOST_AHEAD))
 
 
 def _glibc() -> ctypes.CDLL | None:

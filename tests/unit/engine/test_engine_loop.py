@@ -32,6 +32,14 @@ class LongPrefill:
         pass
 
 
+class NoUpkeep:
+    def after_step(self) -> None:
+        pass
+
+    def rest(self) -> None:
+        pass
+
+
 class Link:
     """Ends the loop after some time and keeps what was sent."""
 
@@ -49,5 +57,5 @@ class Link:
 def test_a_prefill_without_outputs_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_main, "HEARTBEAT_S", 0.1)
     link = Link(lasts_s=1.0)
-    EngineLoop(link, LongPrefill()).run([])  # type: ignore[arg-type]
+    EngineLoop(link, LongPrefill(), NoUpkeep()).run([])  # type: ignore[arg-type]
     assert 2 <= len(link.sent) <= 11
