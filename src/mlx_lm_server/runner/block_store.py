@@ -48,11 +48,13 @@ from mlx_lm_server.runner.record_bytes import (
     copy_spans,
     read_array,
     stacked_bytes,
+    write_spans,
 )
 from mlx_lm_server.runner.row_states import RowStates
 from mlx_lm_server.tier import Kind, Record, Tensor
 
 Planes = list[mx.array]
+Restored = tuple[Place, tuple[Tensor, ...]]
 
 
 @dataclass(slots=True)
@@ -80,6 +82,7 @@ class BlockStore:
         self._states: dict[int, _KeptState] = {}
         self.shapes = RecordShapes(storage.layers, states.parts if states else (), block_size)
         self.offload: Callable[[Record], object] = _nowhere
+        self._is_on_cpu = mx.default_device() == mx.Device(mx.cpu)
 
     @property
     def nbytes(self) -> int:
@@ -228,7 +231,7 @@ class BlockStore:
 
         token_bytes = sum(self._storage.layers[layer].bytes_per_token for layer in planes)
         num_tokens = sum(span.num_tokens for span in spans)
-        self._storage.stages.add_reading(give, num_tokens * token_bytes)
+        self._storage.stages.add_copy(give, num_tokens * token_bytes)
 
     def _offload_state(self, op: OffloadState) -> None:
         kept = self._states[op.state_id]
@@ -251,17 +254,41 @@ class BlockStore:
         self.offload(Record(label.name, kind, label.parent, ids, num_tokens, tuple(tensors)))
 
     def _restore_blocks(self, op: RestoreBlocks) -> None:
-        """A block with fewer tokens than the others is put in place by itself."""
-        by_length = groupby(
-            zip(op.places, map(_tensors_of, op.payloads), strict=True),
-            key=lambda item: (item[0].segment_id, item[1][0].shape[2]),
-        )
-        for (segment_id, num_tokens), run in by_length:
-            items = list(run)
-            numbers = mx.array([place.number for place, _ in items], mx.int32)
-            segment, written = self._segments[segment_id], []
+        restored = zip(op.places, map(_tensors_of, op.payloads), strict=True)
+        for segment_id, run in groupby(restored, key=lambda item: item[0].segment_id):
+            items, segment = list(run), self._segments[segment_id]
+            if self._is_on_cpu:
+                self._put(segment, items)
+            else:
+                self._scatter(segment, items)
+
+    def _put(self, segment: Sequence[Planes], items: Sequence[Restored]) -> None:
+        """Straight from the records to where the blocks lie."""
+        groups = [
+            [segment[self._full.index(layer)][number] for layer, number in group]
+            for group in self.shapes.plane_groups
+        ]
+
+        def put() -> None:
+            mx.eval(groups)
+            for position, planes in enumerate(groups):
+                tensors = [tensors[position] for _, tensors in items]
+                spans = [
+                    Span(place.number, 0, tensor.shape[2])
+                    for (place, _), tensor in zip(items, tensors, strict=True)
+                ]
+                write_spans(planes, spans, tensors)
+
+        num_bytes = sum(len(tensor.data) for _, tensors in items for tensor in tensors)
+        self._storage.stages.add_copy(put, num_bytes)
+
+    def _scatter(self, segment: Sequence[Planes], items: Sequence[Restored]) -> None:
+        """By operations. A block with fewer tokens than the others is put in place by itself."""
+        for num_tokens, run in groupby(items, key=lambda item: item[1][0].shape[2]):
+            group_items, written = list(run), []
+            numbers = mx.array([place.number for place, _ in group_items], mx.int32)
             for position, group in enumerate(self.shapes.plane_groups):
-                blocks = mx.stack([read_array(tensors[position]) for _, tensors in items])
+                blocks = mx.stack([read_array(tensors[position]) for _, tensors in group_items])
                 for column, (layer, number) in enumerate(group):
                     plane = segment[self._full.index(layer)][number]
                     if num_tokens == self._size:

@@ -124,19 +124,39 @@ def copy_spans(planes: Sequence[mx.array], spans: Sequence[Span]) -> list[Tensor
     """Each span of planes of one shape, `[slots, kv_heads, places, width]`, as a tensor
     `[planes, kv_heads, num_tokens, width]`. The planes are computed: a run of tokens is copied
     once, from where it lies to where it stays."""
-    _, kv_heads, places, width = planes[0].shape
+    _, kv_heads, _, width = planes[0].shape
     sources = [_bytes_of(plane) for plane in planes]
-    token_bytes = width * planes[0].itemsize
-    head_bytes = places * token_bytes
     copies = []
     for span in spans:
-        first = span.slot * kv_heads * head_bytes + span.start * token_bytes
-        starts = range(first, first + kv_heads * head_bytes, head_bytes)
-        length = span.num_tokens * token_bytes
+        starts, length = _runs_of(span, planes[0])
         data = b"".join(source[at : at + length] for source in sources for at in starts)
         shape = (len(planes), kv_heads, span.num_tokens, width)
         copies.append(Tensor(DTYPE_NAMES[planes[0].dtype], shape, data))
     return copies
+
+
+def write_spans(
+    planes: Sequence[mx.array], spans: Sequence[Span], tensors: Sequence[Tensor]
+) -> None:
+    """The way back, where arrays lie in the host's memory: bytes are copied once, to where they
+    stay. The planes are computed, and nothing that reads or writes them is under way."""
+    targets = [memoryview(cast(Any, plane)).cast("B") for plane in planes]
+    for span, tensor in zip(spans, tensors, strict=True):
+        starts, length = _runs_of(span, planes[0])
+        data, first = memoryview(tensor.data), 0
+        for target in targets:
+            for at in starts:
+                target[at : at + length] = data[first : first + length]
+                first += length
+
+
+def _runs_of(span: Span, plane: mx.array) -> tuple[range, int]:
+    """Where in bytes the span of each KV head begins, and how long it is."""
+    _, kv_heads, places, width = plane.shape
+    token_bytes = width * plane.itemsize
+    head_bytes = places * token_bytes
+    first = span.slot * kv_heads * head_bytes + span.start * token_bytes
+    return range(first, first + kv_heads * head_bytes, head_bytes), span.num_tokens * token_bytes
 
 
 def _bytes_of(array: mx.array) -> memoryview:

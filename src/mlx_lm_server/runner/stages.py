@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 
 # Copied in a millisecond or two.
-SHORT_READ_BYTES = 4 << 20
+SHORT_COPY_BYTES = 4 << 20
 
 
 class Stages:
@@ -23,7 +23,7 @@ class Stages:
 
     def __init__(self) -> None:
         self._stages: deque[tuple[list[mx.array], Callable[[], None] | None]] = deque()
-        self._bytes_to_read = 0
+        self._bytes_to_copy = 0
         self._has_writes = False
 
     def add(self, written: Sequence[mx.array], then: Callable[[], None] | None = None) -> None:
@@ -33,16 +33,17 @@ class Stages:
             self._stages.append(([array[:0] for array in written], then))
             self._has_writes = True
 
-    def add_reading(self, read: Callable[[], None], num_bytes: int) -> None:
-        """`read`, which copies so many bytes, may hold arrays that later stages write in place: it
-        is called when the stages before it have ended, and let go before the next is submitted."""
-        self._stages.append(([], read))
-        self._bytes_to_read += num_bytes
+    def add_copy(self, copy: Callable[[], None], num_bytes: int) -> None:
+        """`copy`, which copies so many bytes by itself, may hold arrays that later stages write in
+        place: it is called when the stages before it have ended, and let go before the next is
+        submitted."""
+        self._stages.append(([], copy))
+        self._bytes_to_copy += num_bytes
 
     @property
     def are_short(self) -> bool:
         """Whether they take no longer than telling tokens does."""
-        return not self._has_writes and self._bytes_to_read <= SHORT_READ_BYTES
+        return not self._has_writes and self._bytes_to_copy <= SHORT_COPY_BYTES
 
     def start(self) -> None:
         """Submit the first stage already; only where nothing is under way."""
@@ -56,4 +57,4 @@ class Stages:
             ends.clear()
             if then is not None:
                 then()
-        self._bytes_to_read, self._has_writes = 0, False
+        self._bytes_to_copy, self._has_writes = 0, False
