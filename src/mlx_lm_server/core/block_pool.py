@@ -52,6 +52,9 @@ class BlockPool:
         self._first_blocks = max(1, min(FIRST_SEGMENT_BYTES, segment_bytes) // max(1, block_bytes))
         self._most_blocks = max(1, segment_bytes // max(1, block_bytes))
         self._segments: dict[int, _Segment] = {}
+        self._open: dict[int, _Segment] = {}  # those of them with free places
+        self._num_places = 0
+        self._num_used = 0
         self._next_id = 0
 
     @property
@@ -60,15 +63,15 @@ class BlockPool:
 
     @property
     def num_places(self) -> int:
-        return sum(segment.num_blocks for segment in self._segments.values())
+        return self._num_places
 
     @property
     def num_free(self) -> int:
-        return sum(segment.num_free for segment in self._segments.values())
+        return self._num_places - self._num_used
 
     @property
     def num_used(self) -> int:
-        return self.num_places - self.num_free
+        return self._num_used
 
     @property
     def next_segment_bytes(self) -> int:
@@ -85,20 +88,27 @@ class BlockPool:
     def put(self, block: Block) -> bool:
         """Give the block a free place, if there is one: in the segment with the most of them, so
         that the blocks of one sequence lie together."""
-        segment = max(self._segments.values(), key=lambda s: s.num_free, default=None)
-        if segment is None or not segment.num_free:
+        if not self._open:
             return False
+        segment = max(self._open.values(), key=lambda s: s.num_free)
         segment.put(block)
+        self._num_used += 1
+        if not segment.num_free:
+            del self._open[segment.segment_id]
         return True
 
     def remove(self, block: Block) -> None:
         assert block.place is not None
-        self._segments[block.place.segment_id].remove(block.place.number)
+        segment = self._segments[block.place.segment_id]
+        segment.remove(block.place.number)
+        self._num_used -= 1
+        self._open[segment.segment_id] = segment
         block.place = None
 
     def grow(self) -> CreateSegment:
         segment = _Segment(self._next_id, self._next_num_blocks)
-        self._segments[segment.segment_id] = segment
+        self._segments[segment.segment_id] = self._open[segment.segment_id] = segment
+        self._num_places += segment.num_blocks
         self._next_id += 1
         return CreateSegment(segment.segment_id, segment.num_blocks)
 
@@ -113,6 +123,9 @@ class BlockPool:
         emptiest = self._emptiest()
         assert emptiest is not None, "there is no segment"
         del self._segments[emptiest.segment_id]
+        self._open.pop(emptiest.segment_id, None)
+        self._num_places -= emptiest.num_blocks
+        self._num_used -= len(emptiest.blocks)
         moves = []
         for index, block in emptiest.blocks.items():
             is_put = self.put(block)

@@ -41,7 +41,8 @@ SLABS_IN_MEMORY = 8
 # the memory in all rows.
 MIN_LOOKAHEAD, MAX_LOOKAHEAD = 256, 1024
 MAX_LOOKAHEAD_SHARE = 0.25
-SEGMENTS_IN_MEMORY = 128
+# The pool's segments: on a CPU a large one takes long to make, on a GPU many are many operations.
+SEGMENTS_IN_CPU_MEMORY, SEGMENTS_IN_GPU_MEMORY = 512, 128
 # Logits and the sampler's arrays of the same size, in float32, per row that samples.
 SAMPLER_ARRAYS = 8
 # In the folder of the disk tier: what its models' files are, so that they are not read each time.
@@ -128,12 +129,13 @@ def assemble(
 
 def _cache_settings(order: LoadModel, batching: Batching, kv_limit_bytes: int) -> CacheSettings:
     """Rows that run alone hold nothing that others could share."""
+    num_segments = SEGMENTS_IN_CPU_MEMORY if _is_on_cpu() else SEGMENTS_IN_GPU_MEMORY
     return CacheSettings(
         is_on=order.prefix_cache and batching != "alone",
         block_size=order.block_size,
         max_blocks=order.num_blocks,
         max_sequences=order.sequence_cache_size,
-        segment_bytes=max(DEFAULT_SEGMENT_BYTES, kv_limit_bytes // SEGMENTS_IN_MEMORY),
+        segment_bytes=max(DEFAULT_SEGMENT_BYTES, kv_limit_bytes // num_segments),
     )
 
 

@@ -21,7 +21,7 @@ LARGEST_KEPT_BYTES = 1 << 30
 NEVER_TRIM = 2**31 - 1
 # Free memory at the end of the heap whose pages are there, in bytes: what slabs, blocks and
 # temporary arrays of the next steps may want at once.
-LEAST_AHEAD, MOST_AHEAD = 64 << 20, 128 << 20
+LEAST_AHEAD, MOST_AHEAD = 64 << 20, 96 << 20
 STEPS_BETWEEN_LOOKS = 32
 IDLE_BEFORE_TRIM_S = 5.0
 
