@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mlx_lm_server.errors import ConfigError
 from mlx_lm_server.protocol import DiskTier
 from mlx_lm_server.runner.record_bytes import Span, copy_spans, read_array, stacked_bytes
 from mlx_lm_server.server.boot import load_message
+from mlx_lm_server.tier.files import OsFiles
 from tests.observations import observes
 
 from .driver import GREEDY, EngineDriver, random_prompts
@@ -102,6 +104,27 @@ def check_conversation(restarts: Restarts, cold: Cold, *, is_killed: bool) -> No
             assert report.num_cached_tokens == len(prompt) - len(REPLY) - 1, report
         prompt = [*prompt, *answer, *REPLY]
         (kill if is_killed else stop)(engine)
+
+
+def test_a_stop_writes_all_to_a_slow_disk_whatever_the_queue_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = write_model("llama", tmp_path / "model")
+    restarts = Restarts(model, tmp_path)
+    engine, write = restarts.start(writer_queue_size=4), OsFiles.write
+    ask(engine, "first", OTHER)
+
+    def slow_write(files: OsFiles, fd: int, pieces: Sequence[memoryview]) -> int:
+        time.sleep(0.05)
+        return write(files, fd, pieces)
+
+    with monkeypatch.context() as slow:
+        slow.setattr(OsFiles, "write", slow_write)
+        stop(engine)
+    engine = restarts.start()
+    ask(engine, "again", OTHER)
+    assert engine.reports["again"].num_cached_tokens == len(OTHER) // 16 * 16
+    stop(engine)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])

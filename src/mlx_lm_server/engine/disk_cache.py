@@ -100,6 +100,10 @@ class DiskCache:
     def save(self, record: Record) -> None:
         self._store.save(record)
 
+    def keep_late(self) -> None:
+        """From now on the engine only stops: what waits for the disk is not dropped."""
+        self._store.keep_late()
+
     def wait_for_room(self, limit_s: float) -> bool:
         return self._store.wait_for_room(1, limit_s)
 

@@ -89,6 +89,7 @@ class EngineCore:
         if disk is None:
             return
         ends_s = self._clock() + flush_limit_s
+        disk.keep_late()
         self._scheduler.abort_all()
         self._scheduler.offload_all()
         while (self.has_work or self._scheduler.has_offloads) and self._clock() < ends_s:

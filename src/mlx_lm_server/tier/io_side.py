@@ -25,8 +25,11 @@ class IoSide(Protocol):
 
     disk: DiskTier
 
-    def has_room(self, nbytes: int, *, in_backlog: bool = True) -> bool:
+    def has_room(self, nbytes: int) -> bool:
         """Whether a save of that size is taken now; see Mailbox."""
+
+    def keep_late(self) -> None:
+        """From now on no save is dropped because it waits long."""
 
     def put(self, job: Job) -> None: ...
 
@@ -55,6 +58,7 @@ class IoThread:
         self._nap_s = min(LONGEST_NAP_S, settings.flush_interval_s)
         self.disk = make_disk(mailbox.sleep)
         self.has_room = mailbox.has_room
+        self.keep_late = mailbox.keep_late
         self.put = mailbox.put
         self.take_cancelled = mailbox.take_cancelled
         self._thread = threading.Thread(target=self._run, name="tier-io", daemon=True)
@@ -108,8 +112,11 @@ class InlineIo:
     num_saves = 0
     save_bytes = 0
 
-    def has_room(self, nbytes: int, *, in_backlog: bool = True) -> bool:
+    def has_room(self, nbytes: int) -> bool:
         return True
+
+    def keep_late(self) -> None:
+        """None waits."""
 
     def put(self, job: Job) -> None:
         if isinstance(job, LoadJob):

@@ -31,13 +31,14 @@ class Mailbox:
         self._saves: deque[SaveJob | FlushJob] = deque()
         self._doing: Job | None = None
         self._is_closing = False
+        self._drops_late = True
         self.save_bytes = 0
 
     # Asked by the engine's thread
 
-    def has_room(self, nbytes: int, *, in_backlog: bool = True) -> bool:
-        """Whether a save is taken; without `in_backlog` it is one that stays until its turn."""
-        backlog = max(1, self._size // BACKLOG_SHARE) if in_backlog else 0
+    def has_room(self, nbytes: int) -> bool:
+        """Whether a save is taken."""
+        backlog = max(1, self._size // BACKLOG_SHARE)
         with self._changed:
             is_short = len(self._saves) < self._size + backlog
             # One record alone may be larger than the bound.
@@ -64,6 +65,11 @@ class Mailbox:
                 job for job in self._urgent if isinstance(job, UseJob) or not job.is_cancelled
             )
             return self._take_saves([job for job in self._waiting() if job.is_cancelled])
+
+    def keep_late(self) -> None:
+        """From now on nothing is dropped because it waits long."""
+        with self._changed:
+            self._drops_late = False
 
     def close(self) -> None:
         """Let the io thread end once all saves are done; restores are dropped."""
@@ -103,7 +109,7 @@ class Mailbox:
     def take_late(self) -> list[SaveJob]:
         """Take out what came to a full queue and waited too long, while it is still full."""
         with self._changed:
-            if len(self._saves) <= self._size:
+            if len(self._saves) <= self._size or not self._drops_late:
                 return []
             now_s = self._clock.monotonic_s()
             return self._take_saves([job for job in self._waiting() if job.give_up_at_s < now_s])

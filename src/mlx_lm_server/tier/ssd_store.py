@@ -146,11 +146,16 @@ class SsdStore:
         self._put(job)
         return True
 
+    def keep_late(self) -> None:
+        """Before a graceful stop, which saves more than the queue takes: from now on no record is
+        dropped because its turn does not come soon."""
+        self._io.keep_late()
+
     def wait_for_room(self, nbytes: int, timeout_s: float) -> bool:
-        """For a graceful stop, which saves more than the queue takes and whose records are not
-        dropped for being late. Never in the step loop."""
+        """Until a record of so many bytes would be taken; False where it takes longer. Never in
+        the step loop."""
         ends_s = time.monotonic() + timeout_s
-        while not (self._can_take(nbytes) and self._io.has_room(nbytes, in_backlog=False)):
+        while not self.room_for(nbytes):
             if self._is_closed or time.monotonic() >= ends_s:
                 return False
             time.sleep(ROOM_LOOKS_S)

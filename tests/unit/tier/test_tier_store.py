@@ -446,6 +446,7 @@ def test_a_graceful_stop_may_save_more_than_the_queue_takes(tmp_path: Path) -> N
     files.before["write"] = lambda *_args: time.sleep(0.002)
     store = open_store(tmp_path, files, writer_queue_size=2, backlog_wait_s=0.0)
     chain = make_chain(1, 60)
+    store.keep_late()
     for record in chain:
         assert store.wait_for_room(record.nbytes, 5.0)
         store.save(record)
