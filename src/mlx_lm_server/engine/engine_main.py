@@ -60,19 +60,18 @@ def serve(link: ServerLink) -> None:
     order, rest = messages[0], messages[1:]
     if not isinstance(order, LoadModel):
         raise LinkClosed(f"expected LoadModel first, got {type(order).__name__}")
-    core = _load(link, order)
-    if core is not None:
-        from mlx_lm_server.runner.host_memory import Upkeep
-
-        EngineLoop(link, core, Upkeep()).run(rest)
+    loop = _load(link, order)
+    if loop is not None:
+        loop.run(rest)
 
 
-def _load(link: ServerLink, order: LoadModel) -> EngineCore | None:
+def _load(link: ServerLink, order: LoadModel) -> EngineLoop | None:
     # The BLAS must be in the process before mlx is, so nothing above may import the runner.
     from mlx_lm_server.runner import blas
 
     chosen = blas.preload(order.num_threads)
     from mlx_lm_server.engine.assembly import assemble
+    from mlx_lm_server.runner.host_memory import Upkeep
 
     def progress(stage: str, fraction: float) -> None:
         link.send(LoadProgress(stage, fraction))
@@ -83,7 +82,7 @@ def _load(link: ServerLink, order: LoadModel) -> EngineCore | None:
         link.send(LoadFailed(type(error).__name__, str(error)))
         return None
     link.send(ready)
-    return core
+    return EngineLoop(link, core, Upkeep(ready.memory_limit_bytes))
 
 
 class EngineLoop:

@@ -20,8 +20,9 @@ M_MMAP_THRESHOLD = -3
 LARGEST_KEPT_BYTES = 1 << 30
 NEVER_TRIM = 2**31 - 1
 # Free memory at the end of the heap whose pages are there, in bytes: what slabs, blocks and
-# temporary arrays of the next steps may want at once.
-LEAST_AHEAD, MOST_AHEAD = 64 << 20, 96 << 20
+# temporary arrays of the next steps may want at once. No more than such a share of the limit.
+MOST_AHEAD, MOST_AHEAD_SHARE = 96 << 20, 1 / 32
+LEAST_SHARE_OF_MOST = 2 / 3
 STEPS_BETWEEN_LOOKS = 32
 IDLE_BEFORE_TRIM_S = 5.0
 
@@ -42,7 +43,10 @@ def give_back_freed_blocks() -> None:
 class Upkeep:
     """What is done about it between steps. Used on the engine's main thread."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, memory_limit_bytes: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._most_ahead = min(MOST_AHEAD, int(MOST_AHEAD_SHARE * memory_limit_bytes))
         self._clock = clock
         self._grow_ahead = None
         if _glibc() is not None and native_products.is_there():
@@ -69,7 +73,8 @@ class Upkeep:
 
     def _look(self) -> None:
         if self._grow_ahead is not None:
-            self._grow_ahead(ctypes.c_size_t(LEAST_AHEAD), ctypes.c_size_t(MOST_AHEAD))
+            least = int(LEAST_SHARE_OF_MOST * self._most_ahead)
+            self._grow_ahead(ctypes.c_size_t(least), ctypes.c_size_t(self._most_ahead))
 
 
 def _glibc() -> ctypes.CDLL | None:
