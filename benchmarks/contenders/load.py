@@ -111,10 +111,11 @@ class Memory(Protocol):
 
 def measure(contender: Contender, load: Load, memory: Memory) -> Measured:
     """Run one load and time it. The peak is of the time in which all rows decode, without what
-    was held before the load."""
+    was held before the load and what a prefix cache keeps after it."""
     counts = [0] * len(load.prompt_tokens)
     steps: list[tuple[float, float, int]] = []  # of the time in which all rows decode
-    total_tokens, decode_tokens, held_bytes = 0, 0, memory.get_active_memory()
+    total_tokens = peak_bytes = 0
+    held_bytes = memory.get_active_memory()
     begun = perf_counter()
     for rows in contender.generate(load):
         now, cpu = perf_counter(), process_time()
@@ -124,6 +125,7 @@ def measure(contender: Contender, load: Load, memory: Memory) -> Measured:
         total_tokens += len(rows)
         if is_full:
             steps.append((now, cpu, len(rows)))
+            peak_bytes = memory.get_peak_memory() - held_bytes
         elif min(counts) > 0 and not steps:
             memory.reset_peak_memory()
             steps.append((now, cpu, 0))
@@ -139,7 +141,7 @@ def measure(contender: Contender, load: Load, memory: Memory) -> Measured:
         decode_tokens=decode_tokens,
         step_p50_s=_median_gap(times),
         step_cpu_p50_s=_median_gap([cpu for _, cpu, _ in steps]),
-        peak_bytes=memory.get_peak_memory() - held_bytes,
+        peak_bytes=peak_bytes,
         live_kv_bytes=live_tokens * contender.kv_bytes_per_token,
     )
 

@@ -17,7 +17,7 @@
 
 /* While a piece is touched, nobody may change the process's map of its memory; and who waits to do so
  * gets a turn only if there is a pause. */
-enum { PIECE_BYTES = 256 * 1024, PAUSE_US = 20 };
+enum { PIECE_BYTES = 64 * 1024, PAUSE_US = 20 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t is_work = PTHREAD_COND_INITIALIZER;
@@ -27,7 +27,7 @@ static uintptr_t touched, end; /* of the heap: up to where its pages were looked
 /* What lies there stays. Memory that was given back meanwhile is an error that says nothing. */
 static void *work(void *nothing) {
   const struct sched_param none = {0};
-  sched_setscheduler(0, SCHED_BATCH, &none); /* it takes no core from a thread that computes */
+  sched_setscheduler(0, SCHED_IDLE, &none); /* it takes no core from a thread that computes */
   pthread_mutex_lock(&lock);
   for (;;) {
     while (touched >= end) pthread_cond_wait(&is_work, &lock);
