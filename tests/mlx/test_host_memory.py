@@ -32,11 +32,14 @@ host_memory.keep_freed_blocks()
 upkeep = host_memory.Upkeep(int(sys.argv[1]))
 x = mx.random.normal((1 << 20,))
 before = resident_mb()
-if sys.argv[2] == "rest":
-    upkeep.rest()
-else:
-    for _ in range(host_memory.STEPS_BETWEEN_LOOKS):
-        upkeep.after_step()
+match sys.argv[2]:
+    case "rest":
+        upkeep.rest()
+    case "a step that took memory":
+        upkeep.after_step(took_memory=True)
+    case "some steps":
+        for _ in range(host_memory.STEPS_BETWEEN_LOOKS):
+            upkeep.after_step(took_memory=False)
 found, ends_s = -1, time.monotonic() + 30
 while found != (found := resident_mb() - before) or not found and time.monotonic() < ends_s:
     time.sleep(0.3)
@@ -45,8 +48,10 @@ print(found)
 """
 
 
-@pytest.mark.parametrize("when", ["rest", "steps"])
-@pytest.mark.parametrize(("limit_gb", "most_mb"), [(64, 96), (1, 32)])
+@pytest.mark.parametrize(
+    ("when", "limit_gb", "most_mb"),
+    [("rest", 64, 160), ("a step that took memory", 64, 160), ("some steps", 1, 32)],
+)
 def test_the_end_of_the_heap_is_found_before_anybody_writes_there(
     when: str, limit_gb: int, most_mb: int
 ) -> None:
@@ -64,7 +69,7 @@ def test_after_a_while_without_work_free_memory_goes_back_once(
     for now_s[0] in (1.0, 2.0, 2.5 + IDLE_BEFORE_TRIM_S, 100.0, 1000.0):
         upkeep.rest()
     assert given_back == [2.5 + IDLE_BEFORE_TRIM_S]
-    upkeep.after_step()
+    upkeep.after_step(took_memory=False)
     for now_s[0] in (1001.0, 1002.0 + IDLE_BEFORE_TRIM_S):
         upkeep.rest()
     assert len(given_back) == 2

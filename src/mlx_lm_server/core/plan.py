@@ -268,6 +268,12 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.prefills)
 
     @property
+    def takes_memory(self) -> bool:
+        """Whether arrays are made that stay."""
+        made = CreateSlab | ResizeSlab | CreateSegment
+        return any(isinstance(op, made) for op in (*self.kv_ops, *self.saves))
+
+    @property
     def sampling_rows(self) -> tuple[int, ...]:
         return tuple(d.row for d in self.decodes) + tuple(p.row for p in self.prefills if p.samples)
 

@@ -61,6 +61,7 @@ class EngineCore:
         self._running: StepPlan | None = None
         self._running_since_s = 0.0  # since the tokens of the plan before came, if there was one
         self._progress = PrefillProgress()
+        self.took_memory = False  # whether the last plan made slabs or segments
 
     @property
     def geometry(self) -> KVGeometry:
@@ -130,6 +131,7 @@ class EngineCore:
         plan = self._scheduler.schedule(self._clock())
         if plan is not None:
             self._runner.execute(plan)
+        self.took_memory = plan is not None and plan.takes_memory
         tokens = self._runner.read()
         now_s = self._clock()
         finished, self._running = self._running, plan

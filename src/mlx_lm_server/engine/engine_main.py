@@ -101,7 +101,7 @@ class EngineLoop:
             outputs = self._core.handle([m for m in messages if isinstance(m, AddRequest | Abort)])
             if self._core.has_work:
                 outputs += self._core.step()
-                self._memory.after_step()
+                self._memory.after_step(took_memory=self._core.took_memory)
             elif not messages:
                 self._memory.rest()
             if outputs or not self._core.has_work or self._is_silent:

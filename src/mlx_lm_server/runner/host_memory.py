@@ -21,7 +21,7 @@ LARGEST_KEPT_BYTES = 1 << 30
 NEVER_TRIM = 2**31 - 1
 # Free memory at the end of the heap whose pages are there, in bytes: what slabs, blocks and
 # temporary arrays of the next steps may want at once. No more than such a share of the limit.
-MOST_AHEAD, MOST_AHEAD_SHARE = 96 << 20, 1 / 32
+MOST_AHEAD, MOST_AHEAD_SHARE = 160 << 20, 1 / 32
 LEAST_SHARE_OF_MOST = 2 / 3
 STEPS_BETWEEN_LOOKS = 32
 IDLE_BEFORE_TRIM_S = 5.0
@@ -54,11 +54,11 @@ class Upkeep:
         self._num_steps = 0
         self._idle_since_s: float | None = None
 
-    def after_step(self) -> None:
-        """Looks every so many steps whether enough of the heap is there."""
+    def after_step(self, *, took_memory: bool) -> None:
+        """Looks whether enough of the heap is there, where much was taken and now and then."""
         self._idle_since_s = None
         self._num_steps += 1
-        if self._num_steps % STEPS_BETWEEN_LOOKS == 0:
+        if took_memory or self._num_steps % STEPS_BETWEEN_LOOKS == 0:
             self._look()
 
     def rest(self) -> None:

@@ -17,6 +17,7 @@ class LongPrefill:
 
     has_work = True
     waits_for_tier = False
+    took_memory = False
 
     def handle(self, _messages: Any) -> list[Any]:
         return []
@@ -33,7 +34,7 @@ class LongPrefill:
 
 
 class NoUpkeep:
-    def after_step(self) -> None:
+    def after_step(self, *, took_memory: bool) -> None:
         pass
 
     def rest(self) -> None:
