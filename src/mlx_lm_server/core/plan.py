@@ -7,7 +7,8 @@ The KV memory of all rows lives in *slabs*: per layer and per K or V one array
                              slot 1   ██████████████░░     row 2, 230 tokens
                              slot 2   (free)
 
-Slots in use are always the first ones of their slab.
+Slots in use are the first ones of their slab, but for holes where attention passes over them
+(kv_layout.py).
 
 Blocks of tokens that no row holds any more lie in the *pool*, in segments: per layer and per K or V
 one array `[num_blocks, kv_heads, block_size, head_dim]`. Checkpoints of state that is not kept by
