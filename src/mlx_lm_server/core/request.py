@@ -83,6 +83,12 @@ class Request:
         )
 
     @property
+    def held_row(self) -> int:
+        """Its row, of a request that has one."""
+        assert self.row is not None, "the request has no row"
+        return self.row
+
+    @property
     def num_known_tokens(self) -> int:
         """Prompt and output tokens that the host has read."""
         return len(self.prompt_ids) + len(self.output_ids)

@@ -24,7 +24,7 @@ so a row may be planned on a token that is still on the device (pending). Invari
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from types import MappingProxyType
 
@@ -37,6 +37,7 @@ from mlx_lm_server.core.plan import DecodeRow, JoinedRow, PrefillChunk, RowLogpr
 from mlx_lm_server.core.prefill import PrefillPlan
 from mlx_lm_server.core.prefix_cache import Hit, PrefixCache
 from mlx_lm_server.core.request import Request, RequestStatus
+from mlx_lm_server.core.row_room import RowRoom
 from mlx_lm_server.core.scheduler_limits import SchedulerLimits
 from mlx_lm_server.errors import InvalidRequestError, RequestTooLargeError
 from mlx_lm_server.protocol import EngineStats, FinishReason, RequestOutput
@@ -62,6 +63,7 @@ class Scheduler:
         self._limits = limits
         self._layout = layout
         self._cache = cache
+        self._room = RowRoom(layout, cache.store, limits.lookahead_tokens)
         self._cost_model = cost_model
         self._requests: dict[str, Request] = {}  # all unfinished ones
         self._queue = FairQueue()
@@ -170,7 +172,7 @@ class Scheduler:
             request.status = RequestStatus.DRAINING
 
     def _leave_row(self, request: Request) -> None:
-        row = _row_of(request)
+        row = request.held_row
         self._cache.keep(request)
         self._layout.release(row)
         self._left_rows.append(row)
@@ -183,52 +185,16 @@ class Scheduler:
                 continue
             if self._make_room(request):
                 decoding.append(request)
-        self._grow_ahead(decoding)
+        self._room.grow_one_ahead(decoding)
         return decoding
 
     def _make_room(self, request: Request) -> bool:
         """Have a place for one more token, if need be at the cost of less urgent requests; False
         where the request itself is the least urgent and had to give way."""
-        row = _row_of(request)
-        needed = request.num_computed_tokens + 1
-        if needed <= self._layout.capacity(row):
-            return True
-        while not self._has_room(
-            lambda: self._layout.can_grow(row, needed), self._layout.could_grow(row, needed)
-        ):
+        while not self._room.find_next(request):
             victim = self._running[-1]
             self._preempt(victim)
             if victim is request:
-                return False
-        self._grow(request, needed)
-        return True
-
-    def _grow_ahead(self, decoding: Sequence[Request]) -> None:
-        """Rows of one length, which would all be copied in one step, are copied one a step before
-        they have to; the last in its slab first, so that no neighbour takes its place."""
-        near = []
-        for request in decoding:
-            row = _row_of(request)
-            num_spare = self._layout.capacity(row) - request.num_computed_tokens - 1
-            if num_spare < min(len(decoding), request.num_tokens_to_plan - 1):
-                near.append((num_spare, -self._layout.location(row).slot, request))
-        if near:
-            *_, request = min(near, key=lambda item: item[:2])
-            needed = self._layout.capacity(_row_of(request)) + 1
-            if self._layout.can_grow(_row_of(request), needed):
-                self._grow(request, needed)
-
-    def _grow(self, request: Request, needed: int) -> None:
-        """Where memory allows it, not by as little as is needed."""
-        row = _row_of(request)
-        soon = request.num_computed_tokens + 1 + self._num_tokens_ahead(request)
-        is_ample = soon > needed and self._layout.can_grow(row, soon)
-        self._layout.grow(row, soon if is_ample else needed)
-
-    def _has_room(self, fits: Callable[[], bool], could_fit: bool) -> bool:
-        """Whether memory is there, if need be at the cost of what is cached."""
-        while not fits():
-            if not (could_fit and self._cache.store.give_back()):
                 return False
         return True
 
@@ -247,33 +213,17 @@ class Scheduler:
         that waits for memory."""
         joined = []
         while self._free_rows and (request := self._queue.peek()) is not None:
-            num_tokens = self._num_tokens_soon(request)
+            num_tokens = self._room.tokens_soon(request)
             if not self._layout.could_place(num_tokens):
                 break
             hit = self._cache.find(request)
-            if not self._has_place(num_tokens, hit):
+            if not self._room.find_place(num_tokens, hit):
                 hit = None
-                if not self._has_place(num_tokens, None):
+                if not self._room.find_place(num_tokens, None):
                     break
             joined.append(self._queue.pop())
             self._join(request, num_tokens, hit, now_s)
         return joined
-
-    def _has_place(self, num_tokens: int, hit: Hit | None) -> bool:
-        """Whether a row fits, with what it is to go on from still in the cache."""
-        pinned = self._cache.store.pin(hit.entries if hit else ())
-        has_place = self._has_room(lambda: self._layout.can_place(num_tokens), could_fit=True)
-        if not has_place:
-            self._cache.store.unpin(pinned)
-        return has_place
-
-    def _num_tokens_soon(self, request: Request) -> int:
-        """How many tokens its row will hold before long."""
-        return request.num_known_tokens + self._num_tokens_ahead(request)
-
-    def _num_tokens_ahead(self, request: Request) -> int:
-        """Of its answer, that a place is made for."""
-        return max(0, min(request.num_tokens_to_plan - 1, self._limits.lookahead_tokens))
 
     def _join(self, request: Request, num_tokens: int, hit: Hit | None, now_s: float) -> None:
         assert request.num_pending_tokens == 0, "what it sampled before it was preempted is read"
@@ -381,12 +331,12 @@ class Scheduler:
         return plan
 
     def _decode_row(self, request: Request) -> DecodeRow:
-        row = _row_of(request)
+        row = request.held_row
         place = self._layout.location(row)
         return DecodeRow(row, place.slab_id, place.slot, request.num_computed_tokens)
 
     def _chunk(self, request: Request, num_tokens: int) -> PrefillChunk:
-        row = _row_of(request)
+        row = request.held_row
         place = self._layout.location(row)
         start = request.num_computed_tokens
         return PrefillChunk(
@@ -400,10 +350,10 @@ class Scheduler:
 
     def _advance(self, plan: StepPlan, scheduled: Sequence[tuple[Request, int]]) -> None:
         """Count the plan's tokens as computed and its samples as pending."""
-        by_row = {_row_of(request): request for request, _ in scheduled}
+        by_row = {request.held_row: request for request, _ in scheduled}
         for request, num_tokens in scheduled:
             request.num_computed_tokens += num_tokens
-            self._layout.set_num_tokens(_row_of(request), request.num_computed_tokens)
+            self._layout.set_num_tokens(request.held_row, request.num_computed_tokens)
             self._cache.computed(request)
         sampling = tuple(by_row[row] for row in plan.sampling_rows)
         for request in sampling:
@@ -540,11 +490,6 @@ class Scheduler:
         )
 
 
-def _row_of(request: Request) -> int:
-    assert request.row is not None, "the request has no row"
-    return request.row
-
-
 def _by_place(place: DecodeRow | PrefillChunk) -> tuple[int, int]:
     return (place.slab_id, place.slot)
 
@@ -552,7 +497,7 @@ def _by_place(place: DecodeRow | PrefillChunk) -> tuple[int, int]:
 def _joined_row(request: Request) -> JoinedRow:
     return JoinedRow(
         req_id=request.req_id,
-        row=_row_of(request),
+        row=request.held_row,
         prompt_ids=request.prompt_ids,
         output_ids=tuple(request.output_ids),
         sampling=request.sampling,

@@ -82,7 +82,7 @@ class BlockStore:
         self._states: dict[int, _KeptState] = {}
         self.shapes = RecordShapes(storage.layers, states.parts if states else (), block_size)
         self.offload: Callable[[Record], object] = _nowhere
-        self._is_on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        self._is_in_host_memory = is_in_host_memory()
 
     @property
     def nbytes(self) -> int:
@@ -257,7 +257,7 @@ class BlockStore:
         restored = zip(op.places, map(_tensors_of, op.payloads), strict=True)
         for segment_id, run in groupby(restored, key=lambda item: item[0].segment_id):
             items, segment = list(run), self._segments[segment_id]
-            if self._is_on_cpu:
+            if self._is_in_host_memory:
                 self._put(segment, items)
             else:
                 self._scatter(segment, items)
@@ -279,7 +279,7 @@ class BlockStore:
                 ]
                 write_spans(planes, spans, tensors)
 
-        num_bytes = sum(len(tensor.data) for _, tensors in items for tensor in tensors)
+        num_bytes = sum(tensor.nbytes for _, tensors in items for tensor in tensors)
         self._storage.stages.add_copy(put, num_bytes)
 
     def _scatter(self, segment: Sequence[Planes], items: Sequence[Restored]) -> None:
@@ -371,6 +371,11 @@ class BlockStore:
         self._storage.stages.add(written)
         if self._row_states:
             self._row_states.write(op.row, state.recurrent)
+
+
+def is_in_host_memory() -> bool:
+    """Whether what is written to an array's buffer is what MLX computes with."""
+    return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def _unchanged(plane: mx.array) -> mx.array:

@@ -5,7 +5,7 @@ from scheduler_sim import SlabStore
 
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout, Location, capacity_for
-from mlx_lm_server.core.plan import CreateSlab, DropSlab, MoveRow, ResizeSlab
+from mlx_lm_server.core.plan import CreateSlab, DropSlab, KVOp, MoveRow, ResizeSlab
 
 
 def _layout(
@@ -17,6 +17,15 @@ def _layout(
 def _place(layout: KVLayout, row: int, num_tokens: int, held: int | None = None) -> None:
     layout.place(row, num_tokens)
     layout.set_num_tokens(row, num_tokens if held is None else held)
+
+
+def _place_one_by_one(layout: KVLayout, num_rows: int) -> list[KVOp]:
+    """Rows of 100 tokens; all operations for them."""
+    ops: list[KVOp] = []
+    for row in range(num_rows):
+        _place(layout, row, 100)
+        ops += layout.settle()
+    return ops
 
 
 @pytest.mark.parametrize(
@@ -60,12 +69,7 @@ def test_rows_that_come_together_get_a_slab_in_one_operation():
 
 
 def test_a_full_slab_doubles_its_slots():
-    layout = _layout()
-    ops = []
-    for row in range(5):
-        _place(layout, row, 100)
-        ops += layout.settle()
-    assert ops == [
+    assert _place_one_by_one(_layout(), 5) == [
         CreateSlab(0, 1, 128),
         ResizeSlab(0, 2),
         ResizeSlab(0, 4),
@@ -75,9 +79,7 @@ def test_a_full_slab_doubles_its_slots():
 
 def test_a_slab_never_has_more_slots_than_there_are_rows_to_come():
     layout = _layout(max_rows=5)
-    for row in range(5):
-        _place(layout, row, 100)
-        layout.settle()
+    _place_one_by_one(layout, 5)
     assert layout.used_bytes == 5 * 128
 
 
@@ -92,11 +94,7 @@ def test_over_its_bound_a_class_gets_another_slab():
 
 def test_beyond_what_may_be_copied_the_next_slab_is_twice_as_large():
     layout = KVLayout(KVGeometry(1), 100_000, 10_000, max_rows=32, max_resized_bytes=300)
-    ops = []
-    for row in range(9):
-        _place(layout, row, 100)
-        ops += layout.settle()
-    assert ops == [
+    assert _place_one_by_one(layout, 9) == [
         CreateSlab(0, 1, 128),
         ResizeSlab(0, 2),
         CreateSlab(1, 4, 128),

@@ -1,0 +1,74 @@
+"""How much memory rows get, and when: some for the answer to come, more before it is needed, and
+where memory is short, at the cost of what the prefix cache keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from mlx_lm_server.core.cache_store import CacheStore
+from mlx_lm_server.core.kv_layout import KVLayout
+from mlx_lm_server.core.prefix_cache import Hit
+from mlx_lm_server.core.request import Request
+
+
+class RowRoom:
+    """Owned by the scheduler. A row that is made gets room for `lookahead_tokens` of its answer, or
+    for all of a shorter one, and so does one that grows where memory allows it."""
+
+    def __init__(self, layout: KVLayout, store: CacheStore, lookahead_tokens: int) -> None:
+        self._layout = layout
+        self._store = store
+        self._lookahead_tokens = lookahead_tokens
+
+    def tokens_soon(self, request: Request) -> int:
+        """How many tokens its row will hold before long."""
+        return request.num_known_tokens + self._tokens_ahead(request)
+
+    def find_place(self, num_tokens: int, hit: Hit | None) -> bool:
+        """Whether a row fits, with what it is to go on from still in the cache."""
+        pinned = self._store.pin(hit.entries if hit else ())
+        has_place = self._find(lambda: self._layout.can_place(num_tokens), could_fit=True)
+        if not has_place:
+            self._store.unpin(pinned)
+        return has_place
+
+    def find_next(self, request: Request) -> bool:
+        """Have a place for one more token of its row; False where all that is not cached is taken
+        by rows."""
+        row, needed = request.held_row, request.num_computed_tokens + 1
+        if needed <= self._layout.capacity(row):
+            return True
+        could_fit = self._layout.could_grow(row, needed)
+        has_place = self._find(lambda: self._layout.can_grow(row, needed), could_fit)
+        if has_place:
+            self._grow(request, needed)
+        return has_place
+
+    def grow_one_ahead(self, decoding: Sequence[Request]) -> None:
+        """Rows of one length, which would all be copied in one step, are copied one a step before
+        they have to; the last in its slab first, so that no neighbour takes its place."""
+        near = []
+        for request in decoding:
+            num_spare = self._layout.capacity(request.held_row) - request.num_computed_tokens - 1
+            if num_spare < len(decoding) and num_spare < request.num_tokens_to_plan - 1:
+                near.append((num_spare, -self._layout.location(request.held_row).slot, request))
+        if near:
+            *_, request = min(near, key=lambda item: item[:2])
+            needed = self._layout.capacity(request.held_row) + 1
+            if self._layout.can_grow(request.held_row, needed):
+                self._grow(request, needed)
+
+    def _grow(self, request: Request, needed: int) -> None:
+        soon = request.num_computed_tokens + 1 + self._tokens_ahead(request)
+        is_ample = soon > needed and self._layout.can_grow(request.held_row, soon)
+        self._layout.grow(request.held_row, soon if is_ample else needed)
+
+    def _tokens_ahead(self, request: Request) -> int:
+        return max(0, min(request.num_tokens_to_plan - 1, self._lookahead_tokens))
+
+    def _find(self, fits: Callable[[], bool], could_fit: bool) -> bool:
+        """Whether memory is there, if need be at the cost of what is cached."""
+        while not fits():
+            if not (could_fit and self._store.give_back()):
+                return False
+        return True
