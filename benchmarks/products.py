@@ -1,6 +1,7 @@
-"""The products of one decode step, weights only, against the bandwidth of memory; and attention.
+"""The products of one decode step, weights only, against the bandwidth of memory; and what else
+goes through the BLAS.
 
-    python -m benchmarks blas [products attention] [--quick]
+    python -m benchmarks blas [products attention swiglu] [--quick]
 
 Each BLAS runs in a process of its own with one thread; times are CPU times, so that a busy
 neighbour hardly shows.
@@ -11,12 +12,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 from time import process_time
+from typing import TYPE_CHECKING
 
 from benchmarks import reaper
 from benchmarks.claims import Claim
 from benchmarks.parts import Effort, Findings, console, run_parts
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 # The matrices of the 30 M benchmark model: [out, in] of one layer, its layers, its head.
 LAYER = ((512, 512), (256, 512), (256, 512), (512, 512), (1536, 512), (1536, 512), (512, 1536))
@@ -26,6 +33,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64)
 # Chunks of a prompt: new tokens, and the tokens before them. Heads as in that model.
 CHUNKS = ((20, 2000), (64, 1000), (512, 0), (512, 1536), (128, 3000))
 HEADS, KV_HEADS, HEAD_DIM = 8, 4, 64
+# SwiGLU of one layer, of so many tokens.
+SWIGLU_TOKENS, SWIGLU_WIDTH = (1, 40, 512), 1536
 
 
 def products(effort: Effort) -> Findings:
@@ -55,16 +64,46 @@ def attention(effort: Effort) -> Findings:
     return claims, found
 
 
-def _measure_attention(repeats: int) -> dict[str, float]:
-    from mlx_lm_server.runner import blas, host_memory
+def swiglu(effort: Effort) -> Findings:
+    """Microseconds of one layer's SwiGLU: mlx-lm's, four operations that MLX fused, and C."""
+    found = _run("swiglu", 10 if effort.is_quick else 20 * effort.rounds)
+    claims = []
+    for tokens in SWIGLU_TOKENS:
+        times = {name: found[f"{tokens}: {name}"] for name in ("mlx", "fused", "native")}
+        shown = "   ".join(f"{name} {us:7.0f}" for name, us in times.items())
+        console.print(f"  {tokens:4} tokens   {shown} us")
+        claims.append(
+            Claim(f"SwiGLU of {tokens} tokens: fused over C", times["fused"] / times["native"])
+        )
+    return claims, found
 
-    blas.preload(1)
-    host_memory.keep_freed_blocks()
+
+def _measure_swiglu(repeats: int) -> dict[str, float]:
+    _prepare()
+    import mlx.core as mx
+    from mlx_lm.models import activations
+
+    from mlx_lm_server.runner import attention, fast_math
+
+    ways = {"mlx": activations.swiglu, "fused": fast_math.swiglu}
+    attention.install(use_arithmetic_swiglu=True)
+    ways["native"] = activations.swiglu
+    found = {}
+    for tokens in SWIGLU_TOKENS:
+        gate, x = 4 * mx.random.normal((2, tokens, 1, SWIGLU_WIDTH))
+        mx.eval(gate, x)
+        calls = {name: partial(way, gate, x) for name, way in ways.items()}
+        for name, taken_s in _medians_s(calls, repeats).items():
+            found[f"{tokens}: {name}"] = taken_s * 1e6
+    return found
+
+
+def _measure_attention(repeats: int) -> dict[str, float]:
+    _prepare()
     import mlx.core as mx
 
     from mlx_lm_server.runner.kernels import CpuKernel, FusedKernel
 
-    mx.set_default_device(mx.Device(mx.cpu))
     ours = CpuKernel()
     kernels = {"mlx": FusedKernel().chunk, "plain": ours.plain_chunk, "native": ours.chunk}
     found = {}
@@ -72,16 +111,41 @@ def _measure_attention(repeats: int) -> dict[str, float]:
         k, v = mx.random.normal((2, KV_HEADS, before + new, HEAD_DIM))
         q = mx.random.normal((HEADS, new, HEAD_DIM))
         mx.eval(k, v, q)
-        times: dict[str, list[float]] = {name: [] for name in kernels}
-        for _ in range(repeats + 1):
-            for name, kernel in kernels.items():
-                begun = process_time()
-                mx.eval(kernel(q, k, v, HEAD_DIM**-0.5, before))
-                times[name].append(process_time() - begun)
         num_scores = HEADS * new * (before + (new + 1) / 2)
-        for name, taken in times.items():
-            found[f"{new} after {before}: {name}"] = median(taken[1:]) / num_scores * 1e9
+        calls = {
+            name: partial(kernel, q, k, v, HEAD_DIM**-0.5, before)
+            for name, kernel in kernels.items()
+        }
+        for name, taken_s in _medians_s(calls, repeats).items():
+            found[f"{new} after {before}: {name}"] = taken_s / num_scores * 1e9
     return found
+
+
+def _prepare(with_small_gemm: bool = True) -> None:
+    """Our library and MLX, on one thread."""
+    from mlx_lm_server.runner import blas
+
+    blas.preload(1, with_small_gemm=with_small_gemm)
+    import mlx.core as mx
+
+    from mlx_lm_server.runner import host_memory
+
+    host_memory.keep_freed_blocks()
+
+    mx.set_default_device(mx.Device(mx.cpu))
+
+
+def _medians_s(calls: dict[str, Callable[[], mx.array]], repeats: int) -> dict[str, float]:
+    """CPU time of each, one after the other, without the first round."""
+    import mlx.core as mx
+
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            begun = process_time()
+            mx.eval(call())
+            times[name].append(process_time() - begun)
+    return {name: median(taken[1:]) for name, taken in times.items()}
 
 
 def _run(name: str, repeats: int) -> dict[str, float]:
@@ -95,18 +159,20 @@ def _run(name: str, repeats: int) -> dict[str, float]:
 
 
 def _measure(name: str, repeats: int) -> dict[str, float]:
-    return _measure_attention(repeats) if name == "attention" else _measure_products(name, repeats)
+    match name:
+        case "attention":
+            return _measure_attention(repeats)
+        case "swiglu":
+            return _measure_swiglu(repeats)
+        case _:
+            return _measure_products(name, repeats)
 
 
 def _measure_products(name: str, repeats: int) -> dict[str, float]:
-    from mlx_lm_server.runner import blas, host_memory
-
-    blas.preload(1, with_small_gemm=name == "small_gemm")
-    host_memory.keep_freed_blocks()
+    _prepare(with_small_gemm=name == "small_gemm")
     import mlx.core as mx
     import numpy as np
 
-    mx.set_default_device(mx.Device(mx.cpu))
     weights = [mx.random.normal(shape) for shape in (*LAYER * NUM_LAYERS, HEAD)]
     mx.eval(weights)
     found = {}
@@ -128,7 +194,7 @@ def _measure_products(name: str, repeats: int) -> dict[str, float]:
     return found
 
 
-PARTS = {"products": products, "attention": attention}
+PARTS = {"products": products, "attention": attention, "swiglu": swiglu}
 
 
 if __name__ == "__main__":

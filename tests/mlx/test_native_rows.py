@@ -1,4 +1,4 @@
-"""RMS norm and rotary embedding in C give what MLX's own operations give."""
+"""RMS norm, rotary embedding and SwiGLU in C give what MLX's own operations give."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import sys
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
+from mlx_lm.models import activations
 
 from mlx_lm_server.runner import native
 from mlx_lm_server.runner.native_rows import NativeRows
@@ -66,6 +68,26 @@ def test_rotations_are_the_same(
     assert mx.allclose(kept, expected, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 96), (7, 1, 100), (300, 256), (2, 3, 1, 37), (1, 1)])
+def test_swiglu_is_the_same(shape: tuple[int, ...]) -> None:
+    gate, x = 6 * mx.random.normal(shape), mx.random.normal(shape)
+    assert mx.allclose(activations.swiglu(gate, x), nn.silu(gate) * x, rtol=1e-5, atol=1e-6)
+
+
+def test_swiglu_of_a_token_does_not_depend_on_those_beside_it() -> None:
+    both = mx.random.normal((300, 2, 202))  # gate and x side by side, as Phi 3 makes them
+    together = activations.swiglu(both[:, 0], both[:, 1])
+    for rows in (slice(0, 1), slice(7, 30), slice(299, 300)):
+        alone = activations.swiglu(both[rows, 0], both[rows, 1])
+        assert mx.array_equal(together[rows], alone)
+
+
+def test_swiglu_of_extreme_gates() -> None:
+    gate = mx.array([-1e30, -200.0, 0.0, 200.0, 1e30, mx.inf, mx.nan])
+    expected = mx.array([0.0, 0.0, 0.0, 200.0, 1e30, mx.inf, mx.nan])
+    assert mx.allclose(activations.swiglu(gate, mx.ones(7)), expected, equal_nan=True)
+
+
 def test_what_it_does_not_know_is_left_to_mlx(plain: tuple[Any, Any]) -> None:
     x = mx.random.normal((2, 4, 3, 64))
     how: dict[str, Any] = {"base": 1e4, "scale": 1.0}
@@ -74,3 +96,5 @@ def test_what_it_does_not_know_is_left_to_mlx(plain: tuple[Any, Any]) -> None:
     half, weight = x.astype(mx.bfloat16), mx.ones((64,), mx.bfloat16)
     assert mx.array_equal(mx.fast.rms_norm(half, weight, 1e-5), plain[0](half, weight, 1e-5))
     assert mx.array_equal(mx.fast.rms_norm(x, None, 1e-5), plain[0](x, None, 1e-5))
+    assert activations.swiglu(half, half).dtype == mx.bfloat16
+    assert activations.swiglu(x, x[:1]).shape == x.shape

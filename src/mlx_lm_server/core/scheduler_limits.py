@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mlx_lm_server.errors import ConfigError
 
 MIN_GOAL_FACTOR = 1.5
-MAX_CROWD = 8.0
+MAX_CROWD = 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,7 +218,6 @@ def install(use_arithmetic_swiglu: bool) -> None:
     scaled_dot_product_attention.is_packed = True  # type: ignore[attr-defined]
     base.scaled_dot_product_attention = scaled_dot_product_attention
     if use_arithmetic_swiglu:
-        native_rows.install()
         plain_swiglu = activations.swiglu
 
         def swiglu(gate: mx.array, x: mx.array) -> mx.array:
@@ -226,3 +225,4 @@ def install(use_arithmetic_swiglu: bool) -> None:
             return fast_math.swiglu(gate, x) if is_float32 else plain_swiglu(gate, x)
 
         activations.swiglu = swiglu
+        native_rows.install()

@@ -17,6 +17,7 @@ import mlx.core as mx
 # As in native/products/door.c.
 NIBBLES_ALPHA = 2.0**-104
 BYTES_ALPHA = 2.0**-108
+SWIGLU_ALPHA = 2.0**-112
 ATTENTION_ALPHA = 2.0**-116
 RMS_NORM_ALPHA = 2.0**-120
 ROTATION_ALPHA = 2.0**-124

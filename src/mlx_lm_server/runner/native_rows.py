@@ -1,10 +1,10 @@
-"""RMS norm and rotary embedding in C, each in one operation, for x86 CPUs in float32.
+"""RMS norm, rotary embedding and SwiGLU in C, each in one operation, for x86 CPUs in float32.
 
-MLX's CPU back end makes them of seven and fifteen operations. For the few rows of a decode step an
-operation costs more to hand over than to compute: two threads, an allocation, a wake-up. They
-travel as products (native_products.py, docs/adr/0008): the matrix on the right is a view with the
-shape of a square one, over the cosines and sines of a rotation or over nothing. The weights of a
-norm come as what is added to the product.
+MLX's CPU back end makes them of seven, fifteen and four operations. For the few rows of a decode
+step an operation costs more to hand over than to compute: two threads, an allocation, a wake-up.
+They travel as products (native_products.py, docs/adr/0008): the matrix on the right is a view with
+the shape of a square one, over the cosines and sines of a rotation or over nothing. The weights of
+a norm and the gates of SwiGLU come as what is added to the product.
 """
 
 from __future__ import annotations
@@ -16,15 +16,22 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lm_server.runner import native_products
-from mlx_lm_server.runner.native_products import MAX_NUMBERS, RMS_NORM_ALPHA, ROTATION_ALPHA
+from mlx_lm_server.runner.native_products import (
+    MAX_NUMBERS,
+    RMS_NORM_ALPHA,
+    ROTATION_ALPHA,
+    SWIGLU_ALPHA,
+)
 
 
 class NativeRows:
-    """Stands in for `mx.fast.rms_norm` and `mx.fast.rope`; hands on what it does not know."""
+    """Stands in for `mx.fast.rms_norm`, `mx.fast.rope` and mlx-lm's `swiglu`; hands on what it does
+    not know."""
 
-    def __init__(self) -> None:
+    def __init__(self, plain_swiglu: Callable[..., mx.array]) -> None:
         self._plain_norm: Callable[..., mx.array] = mx.fast.rms_norm
         self._plain_rope: Callable[..., mx.array] = mx.fast.rope
+        self._plain_swiglu = plain_swiglu
         self._nothing: dict[int, mx.array] = {}
         # Of the forward at hand: tables by the identity of what they are made of, which they keep.
         self._offset: mx.array | None = None
@@ -35,12 +42,24 @@ class NativeRows:
         is_ours = weight is not None and x.dtype == weight.dtype == mx.float32 and x.size > 0
         if weight is None or not is_ours or stream or weight.shape != x.shape[-1:]:
             return self._plain_norm(x, weight, eps, **stream)
+        rows, nothing = x.reshape(-1, x.shape[-1]), self._square(x.shape[-1])
+        return native_products.run(rows, nothing, _alpha_with(eps), weight).reshape(x.shape)
+
+    def swiglu(self, gate: mx.array, x: mx.array) -> mx.array:
+        """SiLU(gate) · x, of one shape."""
         dim = x.shape[-1]
+        is_ours = gate.dtype == x.dtype == mx.float32 and gate.shape == x.shape and x.size > 0
+        if not is_ours or dim * dim > MAX_NUMBERS:
+            return self._plain_swiglu(gate, x)
+        rows, gates = x.reshape(-1, dim), gate.reshape(-1, dim)
+        return native_products.run(rows, self._square(dim), SWIGLU_ALPHA, gates).reshape(x.shape)
+
+    def _square(self, dim: int) -> mx.array:
+        """Nothing, posing as `[dim, dim]`."""
         if dim not in self._nothing:
             self._nothing[dim] = mx.as_strided(mx.array([0.0]), (dim, dim), (dim, 1))
             mx.eval(self._nothing[dim])
-        rows, nothing = x.reshape(-1, dim), self._nothing[dim]
-        return native_products.run(rows, nothing, _alpha_with(eps), weight).reshape(x.shape)
+        return self._nothing[dim]
 
     def rope(
         self,
@@ -112,13 +131,17 @@ def _alpha_with(eps: float) -> float:
 
 
 def install() -> None:
-    """Put them in the place of MLX's, where the library in C is there and gives the same."""
+    """Put them in the place of MLX's and mlx-lm's, where the library in C is there and gives the
+    same. Must run before a model's module is first imported."""
+    from mlx_lm.models import activations
+
     if isinstance(getattr(mx.fast.rms_norm, "__self__", None), NativeRows):
         return
-    ours = NativeRows()
+    ours = NativeRows(activations.swiglu)
     if native_products.is_there() and _is_right(ours):
         mx.fast.rms_norm = ours.rms_norm
         mx.fast.rope = ours.rope
+        activations.swiglu = ours.swiglu
 
 
 def _is_right(ours: NativeRows) -> bool:
@@ -129,5 +152,6 @@ def _is_right(ours: NativeRows) -> bool:
     pairs = (
         (ours.rms_norm(x, weight, 1e-5), mx.fast.rms_norm(x, weight, 1e-5)),
         (ours.rope(rows, 6, **how), mx.fast.rope(rows, 6, **how)),
+        (ours.swiglu(9 * x, x), 9 * x * mx.sigmoid(9 * x) * x),
     )
     return all(bool(mx.allclose(a, b, atol=1e-4)) for a, b in pairs)

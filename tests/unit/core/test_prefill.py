@@ -60,8 +60,8 @@ def test_the_automatic_goal_has_a_floor():
 def test_a_crowd_of_prompts_stretches_the_automatic_goal_and_no_explicit_one():
     limits = SchedulerLimits(auto_goal_factor=2.0, auto_goal_floor_s=0.0, short_prompt_tokens=0)
     assert sum(_shares(limits, DECODING, *[500] * 4).values()) == 10
-    assert sum(_shares(limits, DECODING, *[500] * 12).values()) == 50
-    assert sum(_shares(limits, DECODING, *[500] * 400).values()) == 8 * 20 - 10
+    assert sum(_shares(limits, DECODING, *[500] * 6).values()) == 20
+    assert sum(_shares(limits, DECODING, *[500] * 400).values()) == 2 * 20 - 10
     explicit = SchedulerLimits(itl_goal_s=0.05)
     assert sum(_shares(explicit, DECODING, *[500] * 12).values()) == 40
 

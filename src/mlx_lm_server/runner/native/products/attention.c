@@ -28,9 +28,6 @@ enum { TILE_KEYS = 64, MAX_VECS = WIDTH == 16 ? 4 : 2, MAX_LANES = MAX_VECS * WI
 #define COUNT_OF(vecs) (WIDTH == 16 ? ((vecs) > 2 ? 4 : 8) : ((vecs) > 1 ? 4 : 8))
 /* What a row has not seen; finite, so that it can be subtracted from itself. */
 #define UNSEEN -1e30f
-/* Weights below exp of this are 0: they vanish beside the largest, which is 1, and a product with a
- * number that small may be a denormal one, which costs a hundred cycles. */
-#define LOWEST_EXPONENT -60.0f
 /* What is common to all rows. */
 typedef struct {
   int32_t num_spans, kv_heads, share, key_dim, value_dim, capacity, window; /* window 0: none */
@@ -65,23 +62,6 @@ typedef struct {
 enum { LINE = 16 }; /* floats in a line of the cache */
 
 INLINE void fetch(const float *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
-
-/* exp of x <= 0, to 3e-7; after Cody & Waite 1980 with the terms of Cephes expf. */
-INLINE vec exp_of(vec x) {
-  const float round = 12582912.0f; /* 1.5 * 2^23: what is added to it loses its fraction */
-  vec shifted = vec_fma(x, vec_fill(1.44269504f), vec_fill(round));
-  vec whole = vec_sub(shifted, vec_fill(round));
-  vec rest = vec_fma(whole, vec_fill(-0.693359375f), x);
-  rest = vec_fma(whole, vec_fill(2.12194440e-4f), rest);
-  vec series = vec_fill(1.9875691500e-4f);
-  series = vec_fma(series, rest, vec_fill(1.3981999507e-3f));
-  series = vec_fma(series, rest, vec_fill(8.3334519073e-3f));
-  series = vec_fma(series, rest, vec_fill(4.1665795894e-2f));
-  series = vec_fma(series, rest, vec_fill(1.6666665459e-1f));
-  series = vec_fma(series, rest, vec_fill(5.0000001201e-1f));
-  vec power = vec_add(vec_fma(vec_mul(series, rest), rest, rest), vec_fill(1.0f));
-  return vec_unless_less(x, vec_fill(LOWEST_EXPONENT), vec_times_power(power, shifted));
-}
 
 /* out[i][lane] = out[i][lane] * factor[lane] + sum_k x[i * x_step + k * x_next] * y[k][lane], for
  * `count` i's; without `factor` out is not read. What stands `ahead` of x is fetched meanwhile. */

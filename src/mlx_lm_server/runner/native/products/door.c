@@ -20,8 +20,9 @@
 #define BYTES_ALPHA 0x1p-108f
 /* Keys, values, and what attention.h calls `told`. */
 #define ATTENTION_ALPHA 0x1p-116f
-/* Rows, and a square matrix that is none: for a rotation it is what rows.h calls `packed`, for a norm
- * nothing. */
+/* Rows, and a square matrix that is none: for a rotation it is what rows.h calls `packed`, for the
+ * others nothing. */
+#define SWIGLU_ALPHA 0x1p-112f
 #define RMS_NORM_ALPHA 0x1p-120f /* and up to twice that: the fraction is epsilon's upper bits */
 #define ROTATION_ALPHA 0x1p-124f
 
@@ -49,6 +50,11 @@ static float *transposed(int m, int k, const float *a, int lda) {
   return rows;
 }
 
+static int is_by_row(float alpha) {
+  const int is_norm = alpha >= RMS_NORM_ALPHA && alpha < 2 * RMS_NORM_ALPHA;
+  return is_norm || alpha == ROTATION_ALPHA || alpha == SWIGLU_ALPHA;
+}
+
 /* Whether it could be done. */
 static int by_row(int trans_a, int m, int k, float alpha, const float *a, int lda, const float *b,
                   float *c) {
@@ -56,6 +62,7 @@ static int by_row(int trans_a, int m, int k, float alpha, const float *a, int ld
   const float *x = rows ? rows : a;
   if (trans_a == TRANS ? !rows : lda != k) return 0;
   if (alpha == ROTATION_ALPHA) rotate(x, m, k, b, c);
+  else if (alpha == SWIGLU_ALPHA) swiglu(x, (long)m * k, c);
   else rms_norm(x, m, k, epsilon_in(alpha), c);
   free(rows);
   return 1;
@@ -72,7 +79,7 @@ static int special(int trans_a, int trans_b, int m, int n, int k, float alpha, c
                    int lda, const float *b, int ldb, float *c, int ldc) {
   const int b_is_rows = trans_b == TRANS;
   if (k == 0) return 0;
-  if (alpha == ROTATION_ALPHA || (alpha >= RMS_NORM_ALPHA && alpha < 2 * RMS_NORM_ALPHA))
+  if (is_by_row(alpha))
     return !b_is_rows && k == n && ldb == n && ldc == n && by_row(trans_a, m, k, alpha, a, lda, b, c);
   if (trans_a == TRANS) return 0;
   if (alpha == BYTES_ALPHA || alpha == NIBBLES_ALPHA) {

@@ -1,8 +1,10 @@
 #include "rows.h"
 
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
+#include "threads.h"
 #include "vectors.h"
 
 void rms_norm(const float *x, long num_rows, long dim, float epsilon, float *out) {
@@ -34,4 +36,43 @@ void rotate(const float *x, long num_rows, long dim, const float *packed, float 
     }
     memcpy(out + 2 * half, x + 2 * half, sizeof(float) * (dim - 2 * half));
   }
+}
+
+/* Neither exponential overflows: 1 / (1 + exp(-|g|)), times exp(-|g|) where g < 0. */
+INLINE vec swiglu_of(vec gate, vec x) {
+  vec power = exp_of(vec_sub(vec_zero(), vec_max(gate, vec_sub(vec_zero(), gate))));
+  vec one = vec_fill(1.0f);
+  vec above = vec_add(vec_unless_less(gate, vec_zero(), vec_sub(one, power)), power);
+  return vec_mul(vec_mul(gate, x), vec_div(above, vec_add(one, power)));
+}
+
+enum { SWIGLU_BLOCK = 8192, FLOPS_OF_SWIGLU = 16 };
+
+typedef struct {
+  const float *x;
+  float *out;
+  long num_floats;
+  atomic_long next; /* the first number that nobody has taken */
+} swiglu_work;
+
+static void swiglu_blocks(void *work) {
+  swiglu_work *w = work;
+  long begin;
+  while ((begin = atomic_fetch_add(&w->next, SWIGLU_BLOCK)) < w->num_floats) {
+    const long end = MIN(begin + SWIGLU_BLOCK, w->num_floats);
+    long i = begin;
+    for (; i + WIDTH <= end; i += WIDTH)
+      vec_store(w->out + i, swiglu_of(vec_load(w->out + i), vec_load(w->x + i)));
+    float gates[WIDTH] = {0}, factors[WIDTH] = {0};
+    memcpy(gates, w->out + i, sizeof(float) * (end - i));
+    memcpy(factors, w->x + i, sizeof(float) * (end - i));
+    vec_store(gates, swiglu_of(vec_load(gates), vec_load(factors)));
+    memcpy(w->out + i, gates, sizeof(float) * (end - i));
+  }
+}
+
+void swiglu(const float *x, long num_floats, float *out) {
+  swiglu_work work = {.x = x, .out = out, .num_floats = num_floats};
+  if (num_floats * FLOPS_OF_SWIGLU < MIN_SHARED_WORK) swiglu_blocks(&work);
+  else share_out(swiglu_blocks, &work);
 }

@@ -1,4 +1,4 @@
-/* What is done to each row of a matrix by itself. */
+/* What is done to each row of a matrix, or each number, by itself. */
 #pragma once
 #pragma GCC visibility push(hidden)
 
@@ -9,5 +9,9 @@ void rms_norm(const float *x, long num_rows, long dim, float epsilon, float *out
  * are rotated, the cosines of half as many angles, and their sines. The first half of these numbers
  * is paired with the second. */
 void rotate(const float *x, long num_rows, long dim, const float *packed, float *out);
+
+/* SwiGLU (Shazeer 2020): `out`, which holds the gates at first, becomes SiLU(gate) * x. A number's
+ * bits do not depend on where it stands. */
+void swiglu(const float *x, long num_floats, float *out);
 
 #pragma GCC visibility pop
