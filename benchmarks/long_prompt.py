@@ -86,6 +86,7 @@ class Trial:
         self._abort("long", *decoders)
         calm_s = median(calm)
         return {
+            "alone_ms": alone_s * 1e3,
             "calm_ms": calm_s * 1e3,
             "longest": max(steps) / calm_s,
             "p95": quantiles(steps, n=20)[-1] / calm_s,

@@ -131,7 +131,6 @@ def _prepare(with_small_gemm: bool = True) -> None:
     from mlx_lm_server.runner import host_memory
 
     host_memory.keep_freed_blocks()
-
     mx.set_default_device(mx.Device(mx.cpu))
 
 
