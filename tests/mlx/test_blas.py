@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lm_server.runner import native
+from mlx_lm_server import native
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate")
 

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from mlx_lm_server.runner import host_memory, native
+from mlx_lm_server import native
+from mlx_lm_server.runner import host_memory
 from mlx_lm_server.runner.host_memory import IDLE_BEFORE_TRIM_S, Upkeep
 
 pytestmark = pytest.mark.skipif(

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import activations
 
-from mlx_lm_server.runner import native
+from mlx_lm_server import native
 from mlx_lm_server.runner.native_rows import NativeRows
 
 pytestmark = pytest.mark.skipif(

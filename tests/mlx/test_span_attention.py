@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lm_server.runner import native, span_attention
+from mlx_lm_server import native
+from mlx_lm_server.runner import span_attention
 from mlx_lm_server.runner.kernels import CpuKernel
 from mlx_lm_server.runner.span_attention import Part, Span
 

@@ -34,7 +34,17 @@ RUNS = 4
 LIMIT_BYTES = 60_000
 CHAINS = [make_chain(seed * 100, 6 + seed % 5) for seed in range(12)]
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
-FAULTY_CALLS = ("create", "write", "read", "rename", "open", "close", "unlink", "facts")
+FAULTY_CALLS = (
+    "create",
+    "write",
+    "read",
+    "read_files",
+    "rename",
+    "open",
+    "close",
+    "unlink",
+    "facts",
+)
 
 
 class Server:

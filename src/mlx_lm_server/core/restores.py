@@ -4,8 +4,8 @@
     take()           what has been read goes to the pool; gives the requests that need not wait more
 
 A read is done in parts, so that neither memory outside the account nor the work of a step grows
-with the prefix; the next part is on its way while one is put in place. Requests that need what is
-being read already wait for that. Nobody waits longer than computing would take: after that, or
+with the prefix; the next parts are on their way while one is put in place. Requests that need what
+is being read already wait for that. Nobody waits longer than computing would take: after that, or
 where a part came back short, the request goes on with what there is.
 """
 
@@ -22,6 +22,7 @@ from mlx_lm_server.core.tier import Label, Payload, Tier
 
 # Of one part; at least one record.
 MAX_PART_BYTES, MAX_PART_RECORDS = 8 << 20, 64
+PARTS_IN_FLIGHT = 2
 # Checkpoints at any token are looked for in so many blocks before the end of what is stored;
 # further back only at the ends of blocks and messages.
 NUM_SEARCHED_BLOCKS = 64
@@ -34,11 +35,11 @@ ComputeS = Callable[[int, int], float]
 
 @dataclass(slots=True, eq=False)
 class _Restore:
-    """`part` is being read, `rest` comes after it; `blocks` are those that came."""
+    """`in_flight` are the parts that are being read, by their reads; `rest` comes after them;
+    `blocks` are those that came."""
 
-    part: Sequence[Label]
     rest: list[Label]
-    read: int
+    in_flight: dict[int, Sequence[Label]] = field(default_factory=dict)
     waiting: dict[Request, float] = field(default_factory=dict)  # until when
     blocks: list[Block] = field(default_factory=list)
 
@@ -92,7 +93,6 @@ class Restores:
         restore = self._waits_for.pop(request)
         del restore.waiting[request]
         if not restore.waiting:
-            self._tier.cancel(restore.read)
             self._end(restore)
 
     # ---- a plan is made
@@ -103,7 +103,7 @@ class Restores:
         for read, payloads in self._tier.poll():
             restore = self._reading.pop(read, None)
             if restore is not None:
-                released += self._take_part(restore, payloads)
+                released += self._take_part(restore, restore.in_flight.pop(read), payloads)
         for request, restore in list(self._waits_for.items()):
             if restore.waiting[request] <= now_s:
                 del restore.waiting[request], self._waits_for[request]
@@ -111,11 +111,17 @@ class Restores:
         return released
 
     def _start(self, labels: list[Label]) -> _Restore:
-        part, rest = self._split(labels)
-        restore = _Restore(part, rest, self._tier.fetch(part))
-        self._reading[restore.read] = restore
+        restore = _Restore(labels)
         self._restore_of.update((label.name, restore) for label in labels)
+        self._fetch(restore)
         return restore
+
+    def _fetch(self, restore: _Restore) -> None:
+        while restore.rest and len(restore.in_flight) < PARTS_IN_FLIGHT:
+            part, restore.rest = self._split(restore.rest)
+            read = self._tier.fetch(part)
+            restore.in_flight[read] = part
+            self._reading[read] = restore
 
     def _split(self, labels: list[Label]) -> tuple[list[Label], list[Label]]:
         num_bytes = 0
@@ -125,17 +131,14 @@ class Restores:
                 return labels[:count], labels[count:]
         return labels, []
 
-    def _take_part(self, restore: _Restore, payloads: Sequence[Payload]) -> list[Request]:
-        part = restore.part
-        if restore.rest and len(payloads) == len(part):
-            restore.part, restore.rest = self._split(restore.rest)
-            restore.read = self._tier.fetch(restore.part)
-            self._reading[restore.read] = restore
-        is_in_place = self._put(restore, part, payloads)
-        if is_in_place and restore.read in self._reading:
+    def _take_part(
+        self, restore: _Restore, part: Sequence[Label], payloads: Sequence[Payload]
+    ) -> list[Request]:
+        is_whole = len(payloads) == len(part)
+        if is_whole:
+            self._fetch(restore)
+        if self._put(restore, part, payloads) and is_whole and restore.in_flight:
             return []
-        if not is_in_place:
-            self._tier.cancel(restore.read)
         self._end(restore)
         # What lies at the tail goes first again.
         self._store.touch(reversed(restore.blocks))
@@ -168,7 +171,9 @@ class Restores:
         return True
 
     def _end(self, restore: _Restore) -> None:
-        self._reading.pop(restore.read, None)
+        for read in restore.in_flight:
+            self._tier.cancel(read)
+            del self._reading[read]
         for name in [n for n, other in self._restore_of.items() if other is restore]:
             del self._restore_of[name]
 

@@ -27,7 +27,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_lm_server.runner import native
+from mlx_lm_server import native
 
 PREFIX = b"scipy_"
 REFERENCE_BLAS = "reference BLAS (slow; install the `cpu` extra)"

@@ -13,7 +13,8 @@ import sys
 import time
 from collections.abc import Callable
 
-from mlx_lm_server.runner import native, native_products
+from mlx_lm_server import native
+from mlx_lm_server.runner import native_products
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3

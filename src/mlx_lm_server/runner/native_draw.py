@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
+from mlx_lm_server import native
 from mlx_lm_server.protocol import SamplingParams
-from mlx_lm_server.runner import native
 
 
 class _RowParams(ctypes.Structure):

@@ -5,7 +5,7 @@
     data      the tensors, in the record's order, without gaps
 
 The checksum covers every byte of the file but its own digits, which count as zeros. Encoding makes
-no copy of the tensors and decoding makes one bytes object for all of them, which safetensors' own
+no copy of the tensors, and neither does decoding, which safetensors' own
 Python functions do not offer; a test reads these files with safetensors itself.
 """
 
@@ -85,7 +85,7 @@ def encode(record: Record) -> EncodedRecord:
     return EncodedRecord((memoryview(header), *data), checksum)
 
 
-def decode(contents: bytes) -> tuple[Record, bytes]:
+def decode(contents: bytes | memoryview) -> tuple[Record, bytes]:
     """The record, whose tensors are views of `contents`, and the file's checksum.
 
     Raises CorruptRecordError.
@@ -110,11 +110,11 @@ def decode(contents: bytes) -> tuple[Record, bytes]:
     return record, header.checksum
 
 
-def read_header(head: bytes) -> RecordHeader:
+def read_header(head: bytes | memoryview) -> RecordHeader:
     """What a file's first bytes say. Raises CorruptRecordError, also where they are too few."""
     if (start := header_end(head)) is None or start > len(head):
         raise CorruptRecordError("no whole header")
-    text = head[LENGTH_BYTES:start]
+    text = bytes(head[LENGTH_BYTES:start])
     if not text.startswith(_START):
         raise CorruptRecordError("not written by this server")
     try:
@@ -128,7 +128,7 @@ def read_header(head: bytes) -> RecordHeader:
         raise CorruptRecordError(str(error)) from error
 
 
-def header_end(head: bytes) -> int | None:
+def header_end(head: bytes | memoryview) -> int | None:
     """Where the data starts, or None where that cannot be a header of ours."""
     if len(head) < LENGTH_BYTES:
         return None

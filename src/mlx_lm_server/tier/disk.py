@@ -83,8 +83,8 @@ class DiskTier:
         """Read, a record a step, until something is missing or nobody wants it any more."""
         records: list[Record] = []
         read_s = 0.0
-        self._reader.begin(job)
         try:
+            self._reader.begin(job)
             for wanted in job.wanted:
                 started_s = self._shelf.clock.monotonic_s()
                 record = None if job.is_cancelled else self._reader.read(job, wanted)
@@ -137,5 +137,4 @@ class DiskTier:
     def close(self) -> None:
         with suppress(OSError):
             self._writer.sync_folders()
-        self._reader.close()
         self._shelf.close()

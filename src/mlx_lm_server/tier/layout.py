@@ -54,13 +54,13 @@ class CacheLayout:
 
     def temporary(self, namespace: str) -> Path:
         name = f"{os.getpid()}-{secrets.token_hex(8)}"
-        return self.temporary_folder(namespace) / name
+        return self.root.joinpath(namespace, "tmp", name)
 
     def shard(self, namespace: str, shard: str) -> Path:
         return self.root / namespace / shard
 
     def record(self, namespace: str, name: bytes) -> Path:
-        return self.shard(namespace, shard_of(name)) / file_name_of(name)
+        return self.root.joinpath(namespace, shard_of(name), file_name_of(name))
 
 
 def shard_of(name: bytes) -> str:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import errno
 import logging
-from concurrent.futures import Future
-from functools import partial
+from collections import deque
+from collections.abc import Generator, Sequence
 
 from mlx_lm_server.tier import codec
 from mlx_lm_server.tier.codec import CorruptRecordError
 from mlx_lm_server.tier.entries import Entry
-from mlx_lm_server.tier.files import read_file
 from mlx_lm_server.tier.jobs import LoadJob
-from mlx_lm_server.tier.read_pool import ReadPool
+from mlx_lm_server.tier.reading import Contents
 from mlx_lm_server.tier.records import Record, Wanted
 from mlx_lm_server.tier.shelf import Shelf
 
-READS_AT_A_TIME = 4
 OUT_OF_HANDLES = (errno.EMFILE, errno.ENFILE)  # says nothing about the file
 
 log = logging.getLogger(__name__)
@@ -27,27 +25,25 @@ class RecordReader:
 
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
-        self._pool = ReadPool(READS_AT_A_TIME) if shelf.settings.async_writes else None
-        self._begun: dict[bytes, Future[bytes]] = {}
+        self._reads_ahead = shelf.settings.async_writes
+        self._begun: deque[bytes] = deque()
+        self._reading: Generator[Contents] | None = None
 
     def begin(self, job: LoadJob) -> None:
         """Start to read what the job wants, for `read` to take one by one, until `end`."""
-        if self._pool is None:
+        if not self._reads_ahead:
             return
-        for wanted in job.wanted:
-            entry = self._shelf.index.get(wanted.name)
-            if entry is not None and wanted.name not in job.at_hand:
-                self._begun[wanted.name] = self._pool.submit(partial(self._contents, entry))
+        stored = (self._shelf.index.get(w.name) for w in job.wanted if w.name not in job.at_hand)
+        entries = [entry for entry in stored if entry is not None]
+        self._begun.extend(entry.name for entry in entries)
+        self._reading = self._read(entries)
 
     def end(self) -> None:
         """Drop what was begun and is not wanted any more."""
-        for future in self._begun.values():
-            future.cancel()
         self._begun.clear()
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.close()
+        if self._reading is not None:
+            self._reading.close()
+            self._reading = None
 
     def read(self, job: LoadJob, wanted: Wanted) -> Record | None:
         """The record, or None where it is absent for whatever reason; then it is forgotten."""
@@ -86,14 +82,25 @@ class RecordReader:
         return None
 
     def _verified(self, entry: Entry) -> Record:
-        begun = self._begun.pop(entry.name, None)
-        contents = begun.result() if begun is not None else self._contents(entry)
+        contents = self._contents(entry)
         self._shelf.counters.bytes_read += len(contents)
         record, checksum = codec.decode(contents)
         if checksum != entry.checksum or record.name != entry.name:
             raise CorruptRecordError("another record than the one that was written")
         return record
 
-    def _contents(self, entry: Entry) -> bytes:
-        """One byte more than there should be, if there is one. Raises OSError."""
-        return read_file(self._shelf.files, self._shelf.path(entry.name), entry.size + 1)
+    def _contents(self, entry: Entry) -> memoryview:
+        """Raises OSError."""
+        if self._reading is not None and self._begun and self._begun[0] == entry.name:
+            self._begun.popleft()
+            contents = next(self._reading)
+        else:
+            (contents,) = self._read([entry])
+        if isinstance(contents, OSError):
+            raise contents
+        return contents
+
+    def _read(self, entries: Sequence[Entry]) -> Generator[Contents]:
+        """One byte more than there should be, if there is one."""
+        paths = [self._shelf.path(entry.name) for entry in entries]
+        return self._shelf.files.read_files(paths, [entry.size + 1 for entry in entries])

@@ -75,10 +75,12 @@ class Sweep:
         return self._shelf.ask(lambda: self._shelf.index.rows_of(namespace), none)
 
     def _listed(self, folder: Path) -> list[str]:
-        """Nothing where the folder cannot be listed: rows are dropped only after a look at each."""
+        """Nothing where the folder cannot be listed: rows are dropped only after a look at each,
+        and files without rows wait for another sweep."""
         try:
             return self._files.list_folder(folder)
         except OSError:
+            self._shelf.is_in_doubt = True
             return []
 
     def _drop_row(self, namespace: str, name: bytes, row: int, size: int) -> None:
@@ -103,6 +105,7 @@ class Sweep:
             self._shelf.counters.files_removed += self._shelf.remove_quietly(path)
             return
         except OSError:
+            self._shelf.is_in_doubt = True  # it still has no row
             return
         if entry.name != name:
             self._shelf.counters.files_removed += self._shelf.remove_quietly(path)

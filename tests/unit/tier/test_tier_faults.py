@@ -84,6 +84,27 @@ def half_files(files: FaultFiles, _folder: Path) -> None:
     )
 
 
+def flipped_bits_in_files(files: FaultFiles, _folder: Path) -> None:
+    def flipped(contents: memoryview) -> memoryview:
+        copy = bytearray(contents)
+        copy[len(copy) // 2] ^= 4
+        return memoryview(copy)
+
+    files.instead["read_files"] = flipped
+
+
+def torn_files(files: FaultFiles, _folder: Path) -> None:
+    files.instead["read_files"] = lambda contents: contents[:300]
+
+
+def longer_files(files: FaultFiles, _folder: Path) -> None:
+    files.instead["read_files"] = lambda contents: memoryview(bytes(contents) + b" ")
+
+
+def empty_files(files: FaultFiles, _folder: Path) -> None:
+    files.instead["read_files"] = lambda contents: contents[:0]
+
+
 def deleted_before(call: str) -> Fault:
     """Somebody deletes the whole cache folder each time before this call."""
 
@@ -136,6 +157,15 @@ FAULTS: dict[str, dict[str, Fault]] = {
         "torn": half_files,
         "slow": slow("read"),
     },
+    "read_files": {
+        **errors("read_files", errno.EIO, errno.EACCES, errno.ENOENT, errno.EMFILE),
+        "flipped bit": flipped_bits_in_files,
+        "torn": torn_files,
+        "longer": longer_files,
+        "empty": empty_files,
+        "slow": slow("read_files"),
+        "folder deleted": deleted_before("read_files"),
+    },
     "fsync": {**errors("fsync", errno.EIO, errno.ENOSPC), "slow": slow("fsync")},
     "close": errors("close", errno.EIO, errno.ENOSPC),
     "rename": {
@@ -168,6 +198,16 @@ def test_every_call_has_fault_cases() -> None:
     assert calls == set(FAULTS)
 
 
+def put_without_rows(folder: Path, chain: list[Record]) -> None:
+    """As a server leaves them that is killed before its commit."""
+    other = folder.with_name("other")
+    store = open_store(other, async_writes=False)
+    save_all(store, chain)
+    assert store.close(1.0)
+    for path in files_in(other):
+        shutil.copy(path, folder / path.relative_to(other))
+
+
 def use_it(store: SsdStore, chains: list[list[Record]]) -> None:
     """Save, read, evict, tidy: `load` fails on a wrong byte."""
     for chain in chains:
@@ -191,6 +231,7 @@ def test_a_fault_is_a_shorter_prefix_and_it_works_again_after(
     healthy = open_store(folder, **given)
     save_all(healthy, make_chain(900, 5))
     assert healthy.close(1.0)
+    put_without_rows(folder, make_chain(950, 3))
 
     files = FaultFiles()
     fault(files, folder)

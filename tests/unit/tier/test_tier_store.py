@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -35,8 +34,6 @@ from tier_fakes import (
 
 from mlx_lm_server.tier import Namespace, SsdStore, Wanted, state_name
 from mlx_lm_server.tier.clock import TICK_S
-from mlx_lm_server.tier.files import OsFiles, read_file
-from mlx_lm_server.tier.records import Record
 
 WAYS = [
     pytest.param({"async_writes": True}, id="thread"),
@@ -109,83 +106,22 @@ def test_a_record_on_its_way_is_there_and_is_read_from_memory(tmp_path: Path) ->
     wait_until(lambda: bool(read.extend(store.poll()) or read))
     assert read[0].ticket == ticket
     assert as_bytes(read[0].records[0]) == as_bytes(second)
-    assert files.calls["open"] == 0
-    store.close(5.0)
-
-
-def reading_that_is_held(
-    folder: Path, files: FaultFiles, call: str, chain: list[Record]
-) -> tuple[SsdStore, Pin]:
-    """A store that has begun to read the chain back, and the pin that holds the first such call."""
-    store = open_store(folder, files)
-    save_all(store, chain)
-    assert store.flush(5.0)
-    pin = Pin(files, call)
-    store.prefetch(wanted(chain), "r")
-    pin.wait_until_held()
-    return store, pin
-
-
-def test_files_are_read_several_at_a_time(tmp_path: Path) -> None:
-    """The first is held: others are opened meanwhile, and come in their order."""
-    files, chain = FaultFiles(), make_chain(1, 9)
-    store, pin = reading_that_is_held(tmp_path, files, "read", chain)
-    wait_until(lambda: files.calls["open"] >= 4)
-    pin.release()
-    read: list[Any] = []
-    wait_until(lambda: bool(read.extend(store.poll()) or read))
-    assert [record.name for record in read[0].records] == [record.name for record in chain]
+    assert files.calls["read_files"] == 0
     store.close(5.0)
 
 
 def test_a_read_that_hangs_holds_up_no_stop(tmp_path: Path) -> None:
-    store, pin = reading_that_is_held(tmp_path, FaultFiles(), "open", make_chain(1, 3))
+    files, chain = FaultFiles(), make_chain(1, 3)
+    store = open_store(tmp_path, files)
+    save_all(store, chain)
+    assert store.flush(5.0)
+    pin = Pin(files, "read_files")
+    store.prefetch(wanted(chain), "r")
+    pin.wait_until_held()
     begun_s = time.monotonic()
     assert store.close(0.2), "nothing was left to write"
     assert time.monotonic() - begun_s < 2.0
     pin.release()
-
-
-@pytest.mark.parametrize("num_bytes", [1, 4095, 4096, 4097, 10_000_000])
-def test_a_file_is_read_in_pieces_of_any_size(tmp_path: Path, num_bytes: int) -> None:
-    files, path = OsFiles(), tmp_path / "file"
-    contents = os.urandom(num_bytes)
-    path.write_bytes(contents)
-    assert read_file(files, path, num_bytes + 1) == contents
-    assert read_file(files, path, num_bytes) == contents
-    fd = files.open(path)
-    read = b""
-    while more := files.read(fd, max(1, num_bytes // 3)):
-        read += more
-    files.close(fd)
-    assert read == contents
-
-
-@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no such flag here")
-@pytest.mark.parametrize("refuses", ["open", "readv"])
-def test_a_file_system_without_direct_reads_is_read_as_usual(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: str
-) -> None:
-    real_open = os.open
-
-    def refuse_flag(path: Any, flags: int, *mode: int) -> int:
-        if flags & os.O_DIRECT:
-            raise OSError(errno.EINVAL, "injected")
-        return real_open(path, flags, *mode)
-
-    def refuse(_fd: int, _buffers: Any) -> int:
-        raise OSError(errno.EINVAL, "injected")
-
-    if refuses == "open":
-        monkeypatch.setattr(os, "open", refuse_flag)
-    else:
-        monkeypatch.setattr(os, "readv", refuse)
-    store = open_store(tmp_path)
-    chain = make_chain(1, 5, nbytes=10_000)
-    save_all(store, chain)
-    assert store.flush(5.0)
-    assert len(load(store, chain)) == 5
-    store.close(5.0)
 
 
 def test_a_read_ends_at_the_first_record_that_is_absent(
@@ -373,14 +309,14 @@ def test_an_abort_gives_no_read_back_and_frees_the_owner(tmp_path: Path) -> None
     store = open_store(tmp_path, files)
     chain = make_chain(1, 30)
     save_all(store, chain)
-    pin = Pin(files, "read")
+    pin = Pin(files, "read_files")
     store.prefetch(wanted(chain), "req-1")
     pin.wait_until_held()
     store.abort("req-1")
     assert store.stats().pending_reads == 0
     pin.release()
     assert len(load(store, chain, "req-1")) == 30  # asserts that the first thing read is its own
-    assert files.calls["open"] < 50, "the aborted read stopped where it was"
+    assert files.calls["read_files"] < 50, "the aborted read stopped where it was"
     store.close(5.0)
 
 

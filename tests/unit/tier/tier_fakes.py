@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -21,6 +21,7 @@ from mlx_lm_server.tier import (
     namespace_digest,
 )
 from mlx_lm_server.tier.files import FileFacts, OsFiles
+from mlx_lm_server.tier.reading import Contents
 
 NAMESPACE = Namespace(namespace_digest({"model": "tiny"}), {"model": "tiny"})
 BLOCK_TOKENS = 16
@@ -96,6 +97,25 @@ class FaultFiles:
 
     def read(self, fd: int, max_bytes: int) -> bytes:
         return self._do("read", fd, max_bytes)
+
+    def read_files(self, paths: Sequence[Path], max_bytes: Sequence[int]) -> Generator[Contents]:
+        """Faults come file by file."""
+        real = self._real.read_files(paths, max_bytes)
+        for path in paths:
+            try:
+                contents = self._do_with(real, path)
+            except OSError as error:
+                contents = error
+            yield contents
+
+    def _do_with(self, real: Generator[Contents], path: Path) -> Contents:
+        self.calls["read_files"] += 1
+        if "read_files" in self.before:
+            self.before["read_files"](path)
+        contents = next(real)
+        if "read_files" in self.instead and not isinstance(contents, OSError):
+            return self.instead["read_files"](contents)
+        return contents
 
     def fsync(self, fd: int) -> None:
         self._do("fsync", fd)
