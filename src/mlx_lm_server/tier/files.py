@@ -9,18 +9,17 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import sys
 from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from mlx_lm_server.tier.native_files import files_library, write_pieces
 from mlx_lm_server.tier.reading import Contents, FilesReader
 
-RWF_DONTCACHE = 0x80  # Linux 6.14; the file system has to know it too
-NO_SUCH_FLAG = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-WHERE_IT_IS = -1
+O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+NO_SUCH_FLAG = (errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +38,9 @@ class Files(Protocol):
     def open(self, path: Path) -> int:
         """Open a file for reading."""
 
-    def write(self, fd: int, pieces: Sequence[memoryview]) -> int:
-        """Write some of the pieces' bytes, in order; how many were written."""
+    def write(self, fd: int, pieces: Sequence[memoryview], *, when_idle: bool) -> int:
+        """Write some of the pieces' bytes, in order; how many were written. With `when_idle` only
+        while a core has nothing else to do, where the system can do that."""
 
     def read(self, fd: int, max_bytes: int) -> bytes:
         """Some of the next bytes; none at the end."""
@@ -78,11 +78,20 @@ class OsFiles:
     system lets us say so: memory has it, or had it and let it go."""
 
     def __init__(self) -> None:
-        self._can_skip_cache = sys.platform == "linux" and hasattr(os, "pwritev")
+        self._library = files_library()
         self._reader = FilesReader()
 
     def create(self, path: Path) -> int:
-        return _uncached(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
+        if self._library is not None and O_DIRECT:
+            try:
+                return os.open(path, flags | O_DIRECT, 0o600)
+            except OSError as error:
+                if error.errno not in NO_SUCH_FLAG:
+                    raise
+                with suppress(FileNotFoundError):  # a file system may make it and refuse then
+                    os.unlink(path)
+        return _uncached(os.open(path, flags, 0o600))
 
     def open(self, path: Path) -> int:
         fd = _uncached(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
@@ -90,15 +99,10 @@ class OsFiles:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # a head is read, and no more
         return fd
 
-    def write(self, fd: int, pieces: Sequence[memoryview]) -> int:
-        if self._can_skip_cache:
-            try:
-                return os.pwritev(fd, pieces, WHERE_IT_IS, RWF_DONTCACHE)
-            except OSError as error:
-                if error.errno not in NO_SUCH_FLAG:
-                    raise
-                self._can_skip_cache = False
-        return os.writev(fd, pieces)
+    def write(self, fd: int, pieces: Sequence[memoryview], *, when_idle: bool) -> int:
+        if self._library is None:
+            return os.writev(fd, pieces)
+        return write_pieces(self._library, fd, pieces, when_idle=when_idle)
 
     def read(self, fd: int, max_bytes: int) -> bytes:
         return os.read(fd, max_bytes)
@@ -150,11 +154,18 @@ def _uncached(fd: int) -> int:
     return fd
 
 
-def write_file(files: Files, path: Path, pieces: Sequence[memoryview], *, durably: bool) -> None:
+def write_file(
+    files: Files,
+    path: Path,
+    pieces: Sequence[memoryview],
+    *,
+    durably: bool = False,
+    when_idle: bool = False,
+) -> None:
     """Make a new file of the pieces. What an error leaves of it is the caller's to remove."""
     fd = files.create(path)
     try:
-        _write_all(files, fd, pieces)
+        _write_all(files, fd, pieces, when_idle)
         if durably:
             files.fsync(fd)
     except BaseException:
@@ -177,10 +188,10 @@ def read_file(files: Files, path: Path, max_bytes: int) -> bytes:
         _close_quietly(files, fd)
 
 
-def _write_all(files: Files, fd: int, pieces: Sequence[memoryview]) -> None:
+def _write_all(files: Files, fd: int, pieces: Sequence[memoryview], when_idle: bool) -> None:
     left = list(pieces)
     while left:
-        written = files.write(fd, left)
+        written = files.write(fd, left, when_idle=when_idle)
         if written <= 0:
             raise OSError("the file system took no byte and gave no reason")
         while left and written >= left[0].nbytes:

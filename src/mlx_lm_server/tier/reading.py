@@ -7,7 +7,6 @@ lock to each other and take seven times the CPU time.
 from __future__ import annotations
 
 import ctypes
-import functools
 import mmap
 import os
 import threading
@@ -18,8 +17,8 @@ from itertools import accumulate
 from pathlib import Path
 from pickle import PickleBuffer
 
-from mlx_lm_server import native
 from mlx_lm_server.tier.background import never_interrupt
+from mlx_lm_server.tier.native_files import files_library
 
 FILES_AT_A_TIME = 4
 # Of memory for files that nobody looks at any more so much is kept for the next.
@@ -80,18 +79,6 @@ class FilesReader:
         if len(pages) <= MAX_IDLE_BYTES:
             self._idle.append(pages)
             del self._idle[:-MAX_IDLE_BUFFERS]
-
-
-@functools.cache
-def files_library() -> ctypes.CDLL | None:
-    """Compiled at the first start, which takes a moment."""
-    library = native.load("files")
-    if library is not None:
-        library.begin_reading.restype = ctypes.c_void_p
-        library.result_of.argtypes = ctypes.c_void_p, ctypes.c_int
-        library.result_of.restype = ctypes.c_long
-        library.end_reading.argtypes = (ctypes.c_void_p,)
-    return library
 
 
 def _read_in_threads(paths: Sequence[Path], max_bytes: Sequence[int]) -> Generator[Contents]:

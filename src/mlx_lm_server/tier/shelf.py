@@ -148,7 +148,7 @@ class Shelf:
         text = msgspec.json.format(msgspec.json.encode(about), indent=1)
         temporary = self.layout.temporary(self.namespace)
         try:
-            write_file(self.files, temporary, [memoryview(text)], durably=False)
+            write_file(self.files, temporary, [memoryview(text)])
             self.files.rename(temporary, meta)
         except OSError:
             self.remove_quietly(temporary)
