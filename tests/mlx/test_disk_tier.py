@@ -125,9 +125,9 @@ def test_a_stop_writes_all_to_a_slow_disk_whatever_the_queue_takes(
     engine, write = restarts.start(writer_queue_size=4), OsFiles.write
     ask(engine, "first", OTHER)
 
-    def slow_write(files: OsFiles, fd: int, pieces: Sequence[memoryview], **how: bool) -> int:
+    def slow_write(files: OsFiles, fd: int, pieces: Sequence[memoryview]) -> int:
         time.sleep(0.05)
-        return write(files, fd, pieces, **how)
+        return write(files, fd, pieces)
 
     with monkeypatch.context() as slow:
         slow.setattr(OsFiles, "write", slow_write)

@@ -38,9 +38,8 @@ class Files(Protocol):
     def open(self, path: Path) -> int:
         """Open a file for reading."""
 
-    def write(self, fd: int, pieces: Sequence[memoryview], *, when_idle: bool) -> int:
-        """Write some of the pieces' bytes, in order; how many were written. With `when_idle` only
-        while a core has nothing else to do, where the system can do that."""
+    def write(self, fd: int, pieces: Sequence[memoryview]) -> int:
+        """Write some of the pieces' bytes, in order; how many were written."""
 
     def read(self, fd: int, max_bytes: int) -> bytes:
         """Some of the next bytes; none at the end."""
@@ -99,10 +98,10 @@ class OsFiles:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # a head is read, and no more
         return fd
 
-    def write(self, fd: int, pieces: Sequence[memoryview], *, when_idle: bool) -> int:
+    def write(self, fd: int, pieces: Sequence[memoryview]) -> int:
         if self._library is None:
             return os.writev(fd, pieces)
-        return write_pieces(self._library, fd, pieces, when_idle=when_idle)
+        return write_pieces(self._library, fd, pieces)
 
     def read(self, fd: int, max_bytes: int) -> bytes:
         return os.read(fd, max_bytes)
@@ -160,12 +159,11 @@ def write_file(
     pieces: Sequence[memoryview],
     *,
     durably: bool = False,
-    when_idle: bool = False,
 ) -> None:
     """Make a new file of the pieces. What an error leaves of it is the caller's to remove."""
     fd = files.create(path)
     try:
-        _write_all(files, fd, pieces, when_idle)
+        _write_all(files, fd, pieces)
         if durably:
             files.fsync(fd)
     except BaseException:
@@ -188,10 +186,10 @@ def read_file(files: Files, path: Path, max_bytes: int) -> bytes:
         _close_quietly(files, fd)
 
 
-def _write_all(files: Files, fd: int, pieces: Sequence[memoryview], when_idle: bool) -> None:
+def _write_all(files: Files, fd: int, pieces: Sequence[memoryview]) -> None:
     left = list(pieces)
     while left:
-        written = files.write(fd, left, when_idle=when_idle)
+        written = files.write(fd, left)
         if written <= 0:
             raise OSError("the file system took no byte and gave no reason")
         while left and written >= left[0].nbytes:

@@ -29,15 +29,12 @@ class SaveOutcome(Enum):
 
 @dataclass(slots=True, eq=False)
 class SaveJob:
-    """`give_up_at_s`: when a record that came to a full queue is dropped. Until `idle_until_s` its
-    bytes are written only while a core has nothing else to do."""
+    """`give_up_at_s`: when a record that came to a full queue is dropped."""
 
     record: Record
     owner: str
     nbytes: int
     give_up_at_s: float = math.inf
-    idle_until_s: float = -math.inf
-    when_idle: bool = False
     is_cancelled: bool = False
 
 

@@ -11,8 +11,6 @@ from mlx_lm_server.tier.settings import TierSettings
 
 # How far over its size the queue takes records, which then wait for a bounded time only.
 BACKLOG_SHARE = 8
-# Of the flush interval a save may wait for idle cores.
-IDLE_SHARE = 0.5
 
 
 class Mailbox:
@@ -27,7 +25,6 @@ class Mailbox:
         self._size = settings.writer_queue_size
         self._max_bytes = settings.max_pending_bytes
         self._backlog_wait_s = settings.backlog_wait_s
-        self._idle_wait_s = IDLE_SHARE * settings.flush_interval_s
         self._clock = clock
         self._changed = Condition()
         self._urgent: deque[LoadJob | UseJob] = deque()
@@ -101,9 +98,6 @@ class Mailbox:
             waiting: deque[LoadJob | UseJob] | deque[SaveJob | FlushJob]
             waiting = self._urgent or self._saves
             self._doing = waiting.popleft() if waiting else None
-            if isinstance(self._doing, SaveJob):
-                is_early = self._clock.monotonic_s() < self._doing.idle_until_s
-                self._doing.when_idle = is_early and not self._is_closing
             return self._doing
 
     def finish(self, job: Job) -> None:
@@ -135,10 +129,8 @@ class Mailbox:
     def _put_save(self, job: SaveJob | FlushJob) -> None:
         if isinstance(job, SaveJob):
             self.save_bytes += job.nbytes
-            now_s = self._clock.monotonic_s()
-            job.idle_until_s = now_s + self._idle_wait_s
             if len(self._saves) >= self._size:
-                job.give_up_at_s = now_s + self._backlog_wait_s
+                job.give_up_at_s = self._clock.monotonic_s() + self._backlog_wait_s
         self._saves.append(job)
 
     def _waiting(self) -> list[SaveJob]:

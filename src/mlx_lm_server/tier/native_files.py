@@ -22,14 +22,12 @@ def files_library() -> ctypes.CDLL | None:
     return library
 
 
-def write_pieces(
-    library: ctypes.CDLL, fd: int, pieces: Sequence[memoryview], *, when_idle: bool
-) -> int:
+def write_pieces(library: ctypes.CDLL, fd: int, pieces: Sequence[memoryview]) -> int:
     """Write all bytes of the pieces; how many they are. Raises OSError."""
     num_pieces = len(pieces)
     addresses = (ctypes.c_void_p * num_pieces)(*map(_address_of, pieces))
     sizes = (ctypes.c_long * num_pieces)(*(piece.nbytes for piece in pieces))
-    result = library.write_pieces(fd, addresses, sizes, num_pieces, when_idle)
+    result = library.write_pieces(fd, addresses, sizes, num_pieces)
     if result < 0:
         raise OSError(-result, os.strerror(-result))
     return sum(sizes)

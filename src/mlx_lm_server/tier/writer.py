@@ -133,13 +133,7 @@ class RecordWriter:
         temporary = self._shelf.layout.temporary(self._shelf.namespace)
         target = self._shelf.path(job.record.name)
         try:
-            write_file(
-                self._files,
-                temporary,
-                encoded.pieces,
-                durably=self._is_persistent,
-                when_idle=job.when_idle,
-            )
+            write_file(self._files, temporary, encoded.pieces, durably=self._is_persistent)
             if not job.is_cancelled:
                 self._files.rename(temporary, target)
         except OSError:

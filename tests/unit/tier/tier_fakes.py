@@ -58,15 +58,14 @@ class FaultFiles:
         self.instead: dict[str, Callable[..., Any]] = {}
         self.calls: Counter[str] = Counter()
         self.bytes_written = 0
-        self.idle_writes = 0
 
-    def _do(self, call: str, *args: Any, **how: Any) -> Any:
+    def _do(self, call: str, *args: Any) -> Any:
         self.calls[call] += 1
         if call in self.before:
             self.before[call](*args)
         if call in self.instead:
             return self.instead[call](*args)
-        return getattr(self._real, call)(*args, **how)
+        return getattr(self._real, call)(*args)
 
     def fail(self, call: str, error: int, *, times: int | None = None, only: str = "") -> None:
         """Raise OSError, so many times; `only` for paths that contain it."""
@@ -91,9 +90,8 @@ class FaultFiles:
     def open(self, path: Path) -> int:
         return self._do("open", path)
 
-    def write(self, fd: int, pieces: Sequence[memoryview], *, when_idle: bool) -> int:
-        self.idle_writes += when_idle
-        written = self._do("write", fd, pieces, when_idle=when_idle)
+    def write(self, fd: int, pieces: Sequence[memoryview]) -> int:
+        written = self._do("write", fd, pieces)
         self.bytes_written += written
         return written
 
