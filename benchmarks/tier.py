@@ -3,7 +3,7 @@
     python -m benchmarks.tier [start | bytes | speed] [--quick]
 
 Blocks of 16 tokens, as nano has them (4 KiB a token) and as a 4B model has them (144 KiB a token).
-Reads are those after a restart of the server, not of the machine: the page cache is warm.
+Reads go past the page cache, as the server's do.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import os
 from collections.abc import Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -78,24 +79,27 @@ class OsFiles:
 
     def __init__(self) -> None:
         self._library = files_library()
-        self._reader = FilesReader()
+        self._reader = FilesReader(partial(read_file, self))
+        self._writes_direct = self._library is not None and bool(O_DIRECT)
 
     def create(self, path: Path) -> int:
         flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC
-        if self._library is not None and O_DIRECT:
+        if self._writes_direct:
             try:
                 return os.open(path, flags | O_DIRECT, 0o600)
             except OSError as error:
                 if error.errno not in NO_SUCH_FLAG:
                     raise
-                with suppress(FileNotFoundError):  # a file system may make it and refuse then
-                    os.unlink(path)
+            self._writes_direct = False
+            with suppress(FileNotFoundError):  # a file system may make it and refuse then
+                os.unlink(path)
         return _uncached(os.open(path, flags, 0o600))
 
     def open(self, path: Path) -> int:
         fd = _uncached(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # a head is read, and no more
+            with suppress(OSError):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # what is asked, and no more
         return fd
 
     def write(self, fd: int, pieces: Sequence[memoryview]) -> int:

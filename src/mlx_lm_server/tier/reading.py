@@ -11,7 +11,7 @@ import mmap
 import os
 import threading
 import weakref
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from itertools import accumulate
 from pathlib import Path
@@ -25,20 +25,23 @@ FILES_AT_A_TIME = 4
 MAX_IDLE_BUFFERS, MAX_IDLE_BYTES = 2, 16 << 20
 
 Contents = memoryview | OSError
+ReadOne = Callable[[Path, int], bytes]
 
 
 class FilesReader:
-    """Owned by one thread; what it has read may be dropped by any."""
+    """Owned by one thread; what it has read may be dropped by any. `read_one` reads up to so many
+    bytes of a file where there is no library."""
 
-    def __init__(self) -> None:
+    def __init__(self, read_one: ReadOne) -> None:
         self._library = files_library()
+        self._read_one = read_one
         self._idle: list[mmap.mmap] = []
 
     def read(self, paths: Sequence[Path], max_bytes: Sequence[int]) -> Generator[Contents]:
         """Each file's first bytes, or why it cannot be read, in order and as soon as that is known.
         All are being read from the first `next` on; closing the generator ends it."""
         if self._library is None:
-            return _read_in_threads(paths, max_bytes)
+            return _read_in_threads(self._read_one, paths, max_bytes)
         return self._read_in_c(self._library, paths, max_bytes)
 
     def _read_in_c(
@@ -81,7 +84,9 @@ class FilesReader:
             del self._idle[:-MAX_IDLE_BUFFERS]
 
 
-def _read_in_threads(paths: Sequence[Path], max_bytes: Sequence[int]) -> Generator[Contents]:
+def _read_in_threads(
+    read_one: ReadOne, paths: Sequence[Path], max_bytes: Sequence[int]
+) -> Generator[Contents]:
     """Daemon threads, unlike those of an executor: a read that hangs holds up no exit."""
     futures: list[Future[Contents]] = [Future() for _ in paths]
     tasks = iter(zip(futures, paths, max_bytes, strict=True))
@@ -95,8 +100,12 @@ def _read_in_threads(paths: Sequence[Path], max_bytes: Sequence[int]) -> Generat
             if task is None:
                 return
             future, path, size = task
-            if future.set_running_or_notify_cancel():
-                future.set_result(_read(path, size))
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(memoryview(read_one(path, size)))
+            except OSError as error:
+                future.set_result(error)
 
     for _ in range(min(FILES_AT_A_TIME, len(futures))):
         threading.Thread(target=work, name="tier-read", daemon=True).start()
@@ -106,14 +115,3 @@ def _read_in_threads(paths: Sequence[Path], max_bytes: Sequence[int]) -> Generat
     finally:
         for future in futures:
             future.cancel()
-
-
-def _read(path: Path, max_bytes: int) -> Contents:
-    try:
-        with path.open("rb", buffering=0) as file:
-            pieces = [file.read(max_bytes)]
-            while pieces[-1] and sum(map(len, pieces)) < max_bytes:
-                pieces.append(file.read(max_bytes - sum(map(len, pieces))))
-    except OSError as error:
-        return error
-    return memoryview(b"".join(pieces))

@@ -6,14 +6,14 @@ import errno
 import os
 import sys
 import threading
-from contextlib import closing
+import time
 from pathlib import Path
 
 import pytest
 from tier_fakes import make_chain, open_store, save_all, wait_until, wanted
 
 from mlx_lm_server.tier import reading
-from mlx_lm_server.tier.reading import FilesReader
+from mlx_lm_server.tier.files import OsFiles
 
 NO_LIBRARY = reading.files_library() is None
 WAYS = [
@@ -35,7 +35,7 @@ def test_a_file_is_read_whole_or_as_far_as_is_asked(tmp_path: Path, num_bytes: i
     contents = os.urandom(num_bytes)
     path.write_bytes(contents)
     limits = [num_bytes + 1, num_bytes, num_bytes // 2, 10]
-    found = list(FilesReader().read([path] * 4, limits))
+    found = list(OsFiles().read_files([path] * 4, limits))
     assert found == [contents[:limit] for limit in limits]
 
 
@@ -43,28 +43,28 @@ def test_what_cannot_be_read_is_an_error_in_its_place(tmp_path: Path) -> None:
     good, missing, folder = tmp_path / "good", tmp_path / "missing", tmp_path / "folder"
     good.write_bytes(b"12345")
     folder.mkdir()
-    found = list(FilesReader().read([good, missing, folder, good], [6] * 4))
+    found = list(OsFiles().read_files([good, missing, folder, good], [6] * 4))
     assert found[0] == found[3] == b"12345"
     errors = [each.errno for each in found if isinstance(each, OSError)]
     assert errors == [errno.ENOENT, errno.EISDIR]
 
 
 def test_no_files_are_no_contents() -> None:
-    assert list(FilesReader().read([], [])) == []
+    assert list(OsFiles().read_files([], [])) == []
 
 
 def test_many_files_come_in_their_order(tmp_path: Path) -> None:
     paths = [tmp_path / str(n) for n in range(200)]
     for n, path in enumerate(paths):
         path.write_bytes(str(n).encode() * 1000)
-    found = FilesReader().read(paths, [9000] * 200)
+    found = OsFiles().read_files(paths, [9000] * 200)
     assert list(found) == [str(n).encode() * 1000 for n in range(200)]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no such files here")
 def test_a_file_system_without_direct_reads_is_read_as_usual() -> None:
     path = Path("/proc/version")
-    (found,) = FilesReader().read([path], [10_000])
+    (found,) = OsFiles().read_files([path], [10_000])
     assert found == path.read_bytes()
 
 
@@ -77,7 +77,7 @@ def test_files_are_read_several_at_a_time(tmp_path: Path) -> None:
     ended = threading.Event()
 
     def read() -> None:
-        list(FilesReader().read(paths, [10] * len(paths)))
+        list(OsFiles().read_files(paths, [10] * len(paths)))
         ended.set()
 
     threading.Thread(target=read, daemon=True).start()
@@ -97,22 +97,34 @@ def _has_reader(pipe: Path) -> bool:
 
 
 def test_who_stops_early_reads_no_more(tmp_path: Path) -> None:
-    paths = [tmp_path / f"{n}" for n in range(100)]
-    for path in paths:
-        path.write_bytes(b"x")
-    with closing(FilesReader().read(paths, [2] * 100)) as found:
-        assert next(found) == b"x"
-    with pytest.raises(StopIteration):
-        next(found)
+    """One file, then pipes that hold all threads: none of them comes to the last pipe."""
+    paths = [tmp_path / f"{n}" for n in range(10)]
+    paths[0].write_bytes(b"x")
+    for pipe in paths[1:]:
+        os.mkfifo(pipe)
+    found = OsFiles().read_files(paths, [2] * 10)
+    assert next(found) == b"x"
+    held = paths[1 : 1 + reading.FILES_AT_A_TIME]
+    ended = threading.Event()
+
+    def stop() -> None:
+        found.close()
+        ended.set()
+
+    threading.Thread(target=stop, daemon=True).start()
+    time.sleep(0.05)  # before the pipes let anybody go on
+    wait_until(lambda: not any(_has_reader(pipe) for pipe in held) and ended.is_set())
+    time.sleep(0.05)
+    assert not any(_has_reader(pipe) for pipe in paths[1 + reading.FILES_AT_A_TIME :])
 
 
 def test_contents_stay_while_somebody_has_them(tmp_path: Path) -> None:
     """What is read later may use memory again, but only that of contents that nobody has."""
-    files, kept = FilesReader(), []
+    files, kept = OsFiles(), []
     for n in range(20):
         path = tmp_path / f"{n}"
         path.write_bytes(bytes([n]) * 5000)
-        first, second = files.read([path] * 2, [5001] * 2)
+        first, second = files.read_files([path] * 2, [5001] * 2)
         assert first == second
         kept.append(first[100:] if n % 3 == 0 else None)
     assert kept[::3] == [bytes([n]) * 4900 for n in range(0, 20, 3)]
@@ -121,7 +133,7 @@ def test_contents_stay_while_somebody_has_them(tmp_path: Path) -> None:
 def test_nobody_writes_to_contents(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"y")
-    (found,) = FilesReader().read([path], [2])
+    (found,) = OsFiles().read_files([path], [2])
     with pytest.raises(TypeError):
         found[0] = 1
 

@@ -102,20 +102,20 @@ class FaultFiles:
         """Faults come file by file."""
         real = self._real.read_files(paths, max_bytes)
         for path in paths:
-            try:
-                contents = self._do_with(real, path)
-            except OSError as error:
-                contents = error
-            yield contents
+            self.calls["read_files"] += 1
+            fault = self._fault_before_reading(path)
+            contents = next(real)
+            if "read_files" in self.instead and not isinstance(contents, OSError):
+                contents = self.instead["read_files"](contents)
+            yield fault or contents
 
-    def _do_with(self, real: Generator[Contents], path: Path) -> Contents:
-        self.calls["read_files"] += 1
-        if "read_files" in self.before:
-            self.before["read_files"](path)
-        contents = next(real)
-        if "read_files" in self.instead and not isinstance(contents, OSError):
-            return self.instead["read_files"](contents)
-        return contents
+    def _fault_before_reading(self, path: Path) -> OSError | None:
+        try:
+            if "read_files" in self.before:
+                self.before["read_files"](path)
+        except OSError as error:
+            return error
+        return None
 
     def fsync(self, fd: int) -> None:
         self._do("fsync", fd)

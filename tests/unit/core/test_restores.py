@@ -1,0 +1,89 @@
+"""What the tier has of a prompt is read in parts, a few at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from scheduler_sim import FakeTier, Simulation, expected_output, make_request
+
+from mlx_lm_server.core.prefix_cache import CacheSettings
+from mlx_lm_server.core.restores import MAX_PART_BYTES, PARTS_IN_FLIGHT
+from mlx_lm_server.core.scheduler import SchedulerLimits
+from mlx_lm_server.core.tier import Label, Payload
+
+BLOCK, NUM_BLOCKS = 16, 40
+
+
+class TierOfParts(FakeTier):
+    """Its reads end one at a time, the first first. What is `lost` cannot be read any more."""
+
+    def __init__(self) -> None:
+        super().__init__(0, writes_through=True, is_flaky=False)
+        self.most_in_flight = 0
+        self.num_cancelled = 0
+        self.lost: bytes | None = None
+
+    def size_of(self, name: bytes) -> int:
+        return MAX_PART_BYTES // 8
+
+    def fetch(self, labels: Sequence[Label]) -> int:
+        read = super().fetch(labels)
+        assert len(labels) <= 8
+        self.most_in_flight = max(self.most_in_flight, len(self.reads))
+        return read
+
+    def cancel(self, read: int) -> None:
+        del self.reads[read]
+        self.num_cancelled += 1
+
+    def poll(self) -> list[tuple[int, Sequence[Payload]]]:
+        if not self.reads:
+            return []
+        first = min(self.reads)
+        labels = self.reads.pop(first)
+        names = [label.name for label in labels]
+        if self.lost in names:
+            labels = labels[: names.index(self.lost)]
+        return [(first, self._found(labels))]
+
+
+def _filled_tier() -> TierOfParts:
+    tier = TierOfParts()
+    sim = _simulation(tier)
+    sim.add(make_request("before", NUM_BLOCKS * BLOCK + 1, 4))
+    sim.run()
+    assert len(tier.records) >= NUM_BLOCKS
+    return tier
+
+
+def _simulation(tier: TierOfParts) -> Simulation:
+    return Simulation(
+        SchedulerLimits(), cache=CacheSettings(block_size=BLOCK, segment_bytes=300), tier=tier
+    )
+
+
+def _run_again(tier: TierOfParts) -> int:
+    """How many tokens of the prompt came from the tier; the answer is the same in any case."""
+    sim = _simulation(tier)
+    sim.add(make_request("after", NUM_BLOCKS * BLOCK + 1, 4))
+    sim.run()
+    assert sim.tokens_of("after") == expected_output(0, 4)
+    assert not tier.reads
+    return sim.cache.restores.num_restored_tokens
+
+
+def test_two_parts_are_on_their_way_and_not_more():
+    tier = _filled_tier()
+    assert _run_again(tier) == NUM_BLOCKS * BLOCK
+    assert tier.num_reads == NUM_BLOCKS / 8
+    assert tier.most_in_flight == PARTS_IN_FLIGHT
+    assert not tier.num_cancelled
+
+
+def test_what_comes_after_a_part_that_is_short_is_not_read():
+    tier = _filled_tier()
+    by_place = sorted(tier.records.values(), key=lambda record: record[0].num_tokens)
+    tier.lost = by_place[12][0].name
+    assert _run_again(tier) == 12 * BLOCK
+    assert tier.num_reads == 3
+    assert tier.num_cancelled == 1
