@@ -98,7 +98,15 @@ class PrefillPlan:
         num_tokens = self._cost_model.max_chunk_tokens(slack_s, context)
         if self._is_short(request):
             return num_tokens
-        return min(num_tokens, max(0, self._ramp_tokens - sum(self._granted.values())))
+        num_tokens = min(num_tokens, max(0, self._ramp_tokens - sum(self._granted.values())))
+        return num_tokens if self._limits.itl_goal_s is not None else self._whole_tiles(num_tokens)
+
+    def _whole_tiles(self, num_tokens: int) -> int:
+        """The nearest number that makes the tokens of the step whole tiles."""
+        tile = self._limits.token_tile
+        others = self._num_decodes + sum(self._granted.values())
+        whole = round((others + num_tokens) / tile) * tile - others
+        return whole if whole > 0 and num_tokens > 0 else num_tokens
 
     def _is_short(self, request: Request) -> bool:
         return request.prefill_until <= self._limits.short_prompt_tokens

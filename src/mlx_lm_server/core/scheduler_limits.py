@@ -22,7 +22,8 @@ class SchedulerLimits:
     `short_prompt_tokens`. Where more prompts wait than rows decode, that goal is longer by this
     ratio, up to `MAX_CROWD`: else a few early rows would slow down many. A chunk has at least
     `min_chunk_tokens`, whatever the goal; of longer prompts beside decoding rows a step takes at
-    most `first_chunk_tokens` at first. A row gets room for `lookahead_tokens` of its answer when it
+    most `first_chunk_tokens` at first, and of one beside an automatic goal a number that makes the
+    step's tokens whole `token_tile`s: it takes about as long as without the last few. A row gets room for `lookahead_tokens` of its answer when it
     joins.
     """
 
@@ -37,6 +38,7 @@ class SchedulerLimits:
     short_prompt_factor: float = 1.5
     min_chunk_tokens: int = 4
     first_chunk_tokens: int = 24
+    token_tile: int = 1
     lookahead_tokens: int = 256
 
     def __post_init__(self) -> None:

@@ -94,7 +94,10 @@ def assemble(
         keeps_holes=runner.passes_over_holes,
     )
     limits = _limits(
-        order, max_step_tokens, ledger.kv_limit_bytes // max(1, geometry.bytes_per_token)
+        order,
+        max_step_tokens,
+        ledger.kv_limit_bytes // max(1, geometry.bytes_per_token),
+        blas.rows_of_a_tile if loaded.weights == "float32" else 1,
     )
     settings = _cache_settings(order, runner.batching, ledger.kv_limit_bytes)
     disk = _disk_cache(order, loaded, runner) if settings.is_on else None
@@ -183,7 +186,9 @@ def _fastest_threads(runner: ModelRunner, blas: Blas) -> Blas:
     return blas.with_threads(min(taken_s, key=taken_s.__getitem__))
 
 
-def _limits(order: LoadModel, max_step_tokens: int, kv_tokens: int) -> SchedulerLimits:
+def _limits(
+    order: LoadModel, max_step_tokens: int, kv_tokens: int, token_tile: int
+) -> SchedulerLimits:
     lookahead = int(MAX_LOOKAHEAD_SHARE * kv_tokens) // order.max_batch_size
     return SchedulerLimits(
         max_batch_size=order.max_batch_size,
@@ -191,6 +196,7 @@ def _limits(order: LoadModel, max_step_tokens: int, kv_tokens: int) -> Scheduler
         prefill_step_size=order.prefill_step_size,
         prefill_batch_size=order.prefill_batch_size,
         itl_goal_s=order.itl_goal_s,
+        token_tile=token_tile,
         lookahead_tokens=min(MAX_LOOKAHEAD, max(MIN_LOOKAHEAD, lookahead)),
     )
 

@@ -341,6 +341,8 @@ static void align_rows(product *p) {
   p->lda = p->depth;
 }
 
+int rows_of_a_tile(void) { return WIDTH; }
+
 /* Groups of rows, each [depth][lanes]; lanes beyond the last row repeat it. */
 static void pack_rows(product *p) {
   int vecs = group_vecs(p->rows), lanes = vecs * WIDTH;

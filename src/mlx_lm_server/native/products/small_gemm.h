@@ -3,6 +3,9 @@
 #pragma once
 #pragma GCC visibility push(hidden)
 
+/* So many rows take about the time of one more than the last multiple of them. */
+int rows_of_a_tile(void);
+
 /* What B consists of: floats, or whole numbers of 8 or 4 bits, the low half of a byte first. */
 enum { FLOATS, BYTES, NIBBLES };
 
