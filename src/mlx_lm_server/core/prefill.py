@@ -106,7 +106,9 @@ class PrefillPlan:
         tile = self._limits.token_tile
         others = self._num_decodes + sum(self._granted.values())
         whole = round((others + num_tokens) / tile) * tile - others
-        return whole if whole > 0 and num_tokens > 0 else num_tokens
+        if num_tokens <= 0 or (whole <= 0 and not self._granted):
+            return num_tokens
+        return max(0, whole)
 
     def _is_short(self, request: Request) -> bool:
         return request.prefill_until <= self._limits.short_prompt_tokens

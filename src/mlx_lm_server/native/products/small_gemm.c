@@ -23,7 +23,8 @@
 #include "vectors.h"
 
 enum { TILE_ROWS = WIDTH == 16 ? 8 : 4, TILE_COLS = 3 };
-enum { WIDE_VECS = WIDTH == 16 ? 3 : 2, WIDE_COLS = WIDTH == 16 ? 8 : 4, WIDE_BLOCK = 96 };
+enum { WIDE_VECS = WIDTH == 16 ? 4 : 2, WIDE_SUMS = WIDTH == 16 ? 24 : 8, WIDE_BLOCK = 96 };
+enum { MAX_WIDE_COLS = WIDTH == 16 ? 8 : 4 };
 enum { FETCH_AHEAD = 128 };
 
 enum { MAX_ROWS = 192, MAX_NN_ROWS = 16, MAX_NN_COLS = 256, NN_VECS = 4, NN_ROWS = 4 };
@@ -164,7 +165,7 @@ static int group_vecs(int rows) {
  * column is fetched FETCH_AHEAD numbers before it is read, at last those of the next tile. */
 INLINE void wide_tile(int vecs, int cols, long depth, const float *a, const float *b, long ldb,
                       float *out) {
-  vec sums[WIDE_COLS][WIDE_VECS];
+  vec sums[MAX_WIDE_COLS][WIDE_VECS];
   UNROLL
   for (int n = 0; n < cols; n++)
     UNROLL
@@ -212,9 +213,10 @@ static void store_columns(int vecs, int rows, int cols, const float *sums, float
 INLINE void wide_columns(int vecs, int rows, int cols, long depth, const float *a, const float *b,
                          long ldb, float *c, long ldc) {
   float sums[WIDE_BLOCK * WIDE_VECS * WIDTH];
+  const int step = MIN(WIDE_SUMS / vecs, MAX_WIDE_COLS);
   int n = 0;
-  for (; n + WIDE_COLS <= cols; n += WIDE_COLS)
-    wide_tile(vecs, WIDE_COLS, depth, a, b + n * ldb, ldb, sums + n * vecs * WIDTH);
+  for (; n + step <= cols; n += step)
+    wide_tile(vecs, step, depth, a, b + n * ldb, ldb, sums + n * vecs * WIDTH);
   for (; n < cols; n++) wide_tile(vecs, 1, depth, a, b + n * ldb, ldb, sums + n * vecs * WIDTH);
   store_columns(vecs, rows, cols, sums, c, ldc);
 }
@@ -231,6 +233,7 @@ static void wide_block(const product *p, int first) {
         case 2: wide_columns(2, rows, cols, p->depth, a, b, p->ldb, c, p->ldc); break;
 #if WIDTH == 16
         case 3: wide_columns(3, rows, cols, p->depth, a, b, p->ldb, c, p->ldc); break;
+        case 4: wide_columns(4, rows, cols, p->depth, a, b, p->ldb, c, p->ldc); break;
 #endif
       }
     }
