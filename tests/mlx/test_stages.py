@@ -18,12 +18,15 @@ from mlx_lm_server.core.plan import (
     OffloadBlocks,
     OffloadTokens,
     ResizeSlab,
+    RestoreBlocks,
     SaveBlocks,
 )
 from mlx_lm_server.core.tier import Label
+from mlx_lm_server.runner import block_store
 from mlx_lm_server.runner.block_store import BlockStore
 from mlx_lm_server.runner.kv_storage import KVStorage, LayerShape
 from mlx_lm_server.runner.record_bytes import read_array
+from mlx_lm_server.runner.stages import ends_of
 from mlx_lm_server.tier import Record
 
 BLOCK, SLOTS = 4, 3
@@ -133,4 +136,57 @@ def test_only_a_few_blocks_to_read_are_short() -> None:
     assert stages.are_short
     cache.blocks.save(CreateSegment(0, 3))
     cache.blocks.save(SaveBlocks(0, 1, 0, 11, (Place(0, 0), Place(0, 1), Place(0, 2))))
+    assert stages.are_short
+    cache.blocks.save(MoveBlocks(((Place(0, 0), Place(0, 1)),)))
     assert not stages.are_short, "copies that MLX makes are waited for"
+
+
+@pytest.mark.parametrize("is_in_host_memory", [True, False])
+def test_restored_blocks_are_moved_with_what_came_back(
+    is_in_host_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block_store, "is_in_host_memory", lambda: is_in_host_memory)
+    cache = Cache()
+    wanted = [cache.tokens(2, 0, 4), cache.tokens(2, 12, 16)]
+    cache.blocks.save(OffloadTokens(0, (2, 2), (0, 3), (label(0), label(1))))
+    cache.storage.stages.run()
+    records = tuple(cache.records)
+    cache.records.clear()
+    for segment_id in range(2):
+        cache.blocks.save(CreateSegment(segment_id, 3))
+    came, moved = (Place(0, 1), Place(0, 2)), (Place(1, 0), Place(0, 0))
+    cache.blocks.save(RestoreBlocks(came, records))
+    cache.blocks.save(MoveBlocks(tuple(zip(came, moved, strict=True))))
+    cache.blocks.save(OffloadBlocks(moved, (label(2), label(3))))
+    cache.storage.stages.run()
+    cache.check(*wanted)
+
+
+@pytest.mark.parametrize("is_in_host_memory", [True, False])
+@pytest.mark.parametrize("change", [Cache.overwrite, drop, shrink, move_another_row_there])
+def test_blocks_of_a_row_are_saved_as_they_were(
+    change: Callable[[Cache], None], is_in_host_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first is there already; the last is filled in part, and in another segment."""
+    monkeypatch.setattr(block_store, "is_in_host_memory", lambda: is_in_host_memory)
+    cache = Cache()
+    wanted = [cache.tokens(2, 4, 8), cache.tokens(2, 8, 12), cache.tokens(2, 12, 15)]
+    places = (Place(0, 2), Place(0, 0), Place(1, 1))
+    for segment_id in range(2):
+        cache.blocks.save(CreateSegment(segment_id, 3))
+    cache.blocks.save(SaveBlocks(0, 2, 1, 15, places))
+    change(cache)
+    cache.blocks.save(OffloadBlocks(places, (label(0), label(1), label(2, 3))))
+    cache.storage.stages.run()
+    cache.check(*wanted)
+
+
+def test_who_waits_for_ends_waits_for_nothing_that_is_written_later() -> None:
+    state = mx.zeros((4, 1 << 20))
+    ends = ends_of([state])
+    state[1:3] = mx.random.normal((2, 1 << 20))
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(ends)
+    assert mx.get_peak_memory() - before < 20 << 20, "the zeros alone"
+    assert not mx.array_equal(state[1], state[0]).item()

@@ -22,9 +22,9 @@ class SchedulerLimits:
     `short_prompt_tokens`. Where more prompts wait than rows decode, that goal is longer by this
     ratio, up to `MAX_CROWD`: else a few early rows would slow down many. A chunk has at least
     `min_chunk_tokens`, whatever the goal; of longer prompts beside decoding rows a step takes at
-    most `first_chunk_tokens` at first, and of one beside an automatic goal a number that makes the
-    step's tokens whole `token_tile`s: it takes about as long as without the last few. A row gets room for `lookahead_tokens` of its answer when it
-    joins.
+    most `first_chunk_tokens` at first, and for an automatic goal a number that makes the step's
+    tokens whole `token_tile`s: the last few of a tile cost next to nothing. A row gets room for
+    `lookahead_tokens` of its answer when it joins.
     """
 
     max_batch_size: int = 32

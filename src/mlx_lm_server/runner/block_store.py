@@ -41,10 +41,10 @@ from mlx_lm_server.core.plan import (
 from mlx_lm_server.core.tier import Label, Payload
 from mlx_lm_server.runner import native_products
 from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.plane_spans import Span, copy_between
 from mlx_lm_server.runner.record_bytes import (
     ArraySpec,
     RecordShapes,
-    Span,
     copy_spans,
     read_array,
     stacked_bytes,
@@ -77,6 +77,7 @@ class BlockStore:
         self._size = block_size
         numbers = range(len(storage.layers))
         self._full = [n for n in numbers if storage.layers[n].ring is None]
+        self._token_bytes = sum(storage.layers[n].bytes_per_token for n in self._full)
         self._windows = [n for n in numbers if storage.layers[n].ring is not None]
         self._segments: dict[int, list[Planes]] = {}
         self._states: dict[int, _KeptState] = {}
@@ -152,39 +153,74 @@ class BlockStore:
             ]
 
     def _save_blocks(self, op: SaveBlocks) -> None:
+        """The last block may be filled in part."""
+        save = self._copy_blocks if self._is_in_host_memory else self._scatter_blocks
         first = op.first_block
-        for segment_id, group in groupby(op.places, key=lambda place: place.segment_id):
-            places = list(group)
-            num_full = min(len(places), op.num_tokens // self._size - first)
-            for layers in self._storage.layer_groups(self._full, len(places) * self._size):
-                written = []
-                for layer in layers:
-                    slots = self._storage.slabs[op.slab_id].planes[layer]
-                    pool = self._segments[segment_id][self._full.index(layer)]
-                    for source, target in zip(slots, pool, strict=True):
-                        self._save_plane(source[op.slot, :], target, places, first, num_full, op)
-                        written.append(target)
-                self._storage.stages.add(written)
-            first += len(places)
+        for segment_id, run in groupby(op.places, key=lambda place: place.segment_id):
+            numbers = [place.number for place in run]
+            save(op, first, segment_id, numbers)
+            first += len(numbers)
+
+    def _copy_blocks(
+        self, op: SaveBlocks, first: int, segment_id: int, numbers: Sequence[int]
+    ) -> None:
+        """Bytes, from where the row lies to where the blocks stay."""
+        spans = []
+        for index, number in enumerate(numbers, first):
+            start = index * self._size
+            num_tokens = min(self._size, op.num_tokens - start)
+            spans.append((Span(op.slot, start, num_tokens), Span(number, 0, num_tokens)))
+        slots, segment = self._storage.slabs[op.slab_id].planes, self._segments[segment_id]
+        pool = dict(zip(self._full, segment, strict=True))
+        groups = [
+            (
+                [_unchanged(slots[layer][number]) for layer, number in group],
+                [_unchanged(pool[layer][number]) for layer, number in group],
+            )
+            for group in self.shapes.plane_groups
+        ]
+
+        def copy() -> None:
+            mx.eval(groups)
+            for sources, targets in groups:
+                copy_between(sources, targets, spans)
+
+        num_tokens = sum(span.num_tokens for span, _ in spans)
+        self._storage.stages.add_copy(copy, num_tokens * self._token_bytes)
+
+    def _scatter_blocks(
+        self, op: SaveBlocks, first: int, segment_id: int, numbers: Sequence[int]
+    ) -> None:
+        """By operations."""
+        num_full = min(len(numbers), op.num_tokens // self._size - first)
+        for layers in self._storage.layer_groups(self._full, len(numbers) * self._size):
+            written = []
+            for layer in layers:
+                slots = self._storage.slabs[op.slab_id].planes[layer]
+                pool = self._segments[segment_id][self._full.index(layer)]
+                for source, target in zip(slots, pool, strict=True):
+                    self._save_plane(source[op.slot, :], target, numbers, first, num_full, op)
+                    written.append(target)
+            self._storage.stages.add(written)
 
     def _save_plane(
         self,
         tokens: mx.array,
         target: mx.array,
-        places: Sequence[Place],
+        numbers: Sequence[int],
         first: int,
         num_full: int,
         op: SaveBlocks,
     ) -> None:
-        """From `[kv_heads, places, width]` to the pool's blocks; the last may be filled in part."""
+        """From `[kv_heads, places, width]` to the pool's blocks."""
         start = first * self._size
         end = start + num_full * self._size
         if num_full:
-            numbers = mx.array([place.number for place in places[:num_full]], mx.int32)
+            full = mx.array(list(numbers[:num_full]), mx.int32)
             shape = (tokens.shape[0], num_full, self._size, tokens.shape[2])
-            target[numbers] = tokens[:, start:end].reshape(shape).swapaxes(0, 1)
-        if num_full < len(places):
-            target[places[-1].number, :, : op.num_tokens - end] = tokens[:, end : op.num_tokens]
+            target[full] = tokens[:, start:end].reshape(shape).swapaxes(0, 1)
+        if num_full < len(numbers):
+            target[numbers[-1], :, : op.num_tokens - end] = tokens[:, end : op.num_tokens]
 
     def _save_state(self, op: SaveState) -> None:
         rings = []
@@ -229,9 +265,8 @@ class BlockStore:
             for number, label in enumerate(labels):
                 self._give(label, [copies[number] for copies in tensors])
 
-        token_bytes = sum(self._storage.layers[layer].bytes_per_token for layer in planes)
         num_tokens = sum(span.num_tokens for span in spans)
-        self._storage.stages.add_copy(give, num_tokens * token_bytes)
+        self._storage.stages.add_copy(give, num_tokens * self._token_bytes)
 
     def _offload_state(self, op: OffloadState) -> None:
         kept = self._states[op.state_id]
@@ -265,7 +300,7 @@ class BlockStore:
     def _put(self, segment: Sequence[Planes], items: Sequence[Restored]) -> None:
         """Straight from the records to where the blocks lie."""
         groups = [
-            [segment[self._full.index(layer)][number] for layer, number in group]
+            [_unchanged(segment[self._full.index(layer)][number]) for layer, number in group]
             for group in self.shapes.plane_groups
         ]
 

@@ -24,13 +24,14 @@ from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.language_model import LanguageModel
 from mlx_lm_server.runner.rectangular import ChunkCache, DecodeRowsCache
 from mlx_lm_server.runner.row_states import RowStates
+from mlx_lm_server.runner.stages import ends_of
 from mlx_lm_server.runner.step_layout import StepLayout, layout_of
 
 
 @dataclass(slots=True)
 class Outcome:
     """`result` is `[rows that sample, vocab]` logits, or anything of the forward where none does;
-    `beside` are arrays to be computed with it, such as state that only the next step reads;
+    `beside` is to be computed with it, such as state that only the next step reads;
     `hidden` are the states `[L, 1, dim]` of the chunks that were asked for, by row."""
 
     result: mx.array
@@ -116,7 +117,7 @@ class SplitForward:
             (results if chunk.samples else beside).append(outputs)
             if chunk.row in kept:
                 hidden[chunk.row] = states.swapaxes(0, 1)
-        beside += self.states.arrays + self._storage.take_unread()
+        beside += ends_of(self.states.arrays) + self._storage.take_unread()
         if not results:
             results.append(beside.pop(0))
         return Outcome(_joined(results), beside, hidden)
@@ -167,7 +168,7 @@ class AloneForward:
                 hidden[chunk.row] = states.swapaxes(0, 1)
         rows = {decode.row for decode in plan.decodes} | {chunk.row for chunk in plan.prefills}
         for row in rows:
-            beside += arrays_of(self._caches[row])
+            beside += ends_of(arrays_of(self._caches[row]))
         if not results:
             results.append(beside.pop(0))
         return Outcome(_joined(results), beside, hidden)

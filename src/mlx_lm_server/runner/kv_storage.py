@@ -35,7 +35,7 @@ from mlx_lm_server.core.plan import (
 )
 from mlx_lm_server.runner import native_products
 from mlx_lm_server.runner.kv_quantisation import PackedKV, Quantisation
-from mlx_lm_server.runner.stages import Stages
+from mlx_lm_server.runner.stages import Stages, ends_of
 from mlx_lm_server.runner.step_layout import StepLayout
 
 # K or V of some tokens, `[…, dim]`, as they are or in few bits.
@@ -318,12 +318,10 @@ class KVStorage:
         return keys, values
 
     def take_unread(self) -> list[mx.array]:
-        """Arrays that the forward wrote and does not read, so that they are computed with it."""
-        arrays: list[mx.array] = []
-        for slab_id, layer in self._written_unread:
-            arrays += self._planes(layer, slab_id)
+        """The ends of what the forward wrote and does not read, so that it is computed with it."""
+        written = [self._planes(layer, slab_id) for slab_id, layer in self._written_unread]
         self._written_unread.clear()
-        return arrays
+        return ends_of(plane for planes in written for plane in planes)
 
     def _planes(self, layer: int, slab_id: int) -> list[mx.array]:
         return self.slabs[slab_id].planes[layer]

@@ -7,13 +7,13 @@ state   per kind of array   [arrays, …]
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 
 from mlx_lm_server.runner.cache_kinds import RecurrentState
 from mlx_lm_server.runner.kv_storage import LayerShape
+from mlx_lm_server.runner.plane_spans import Span, bytes_of, runs_of, written_bytes
 from mlx_lm_server.tier import Record, Tensor
 
 DTYPES = {
@@ -107,17 +107,8 @@ class RecordShapes:
 def stacked_bytes(arrays: Sequence[mx.array]) -> Tensor:
     """A copy of arrays of one shape, with nothing of them in it."""
     first = arrays[0]
-    data = b"".join(map(_bytes_of, arrays))
+    data = b"".join(map(bytes_of, arrays))
     return Tensor(DTYPE_NAMES[first.dtype], (len(arrays), *first.shape), data)
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Tokens of a slot of a plane: a slot of a slab, or a block of the pool."""
-
-    slot: int
-    start: int
-    num_tokens: int
 
 
 def copy_spans(planes: Sequence[mx.array], spans: Sequence[Span]) -> list[Tensor]:
@@ -125,10 +116,10 @@ def copy_spans(planes: Sequence[mx.array], spans: Sequence[Span]) -> list[Tensor
     `[planes, kv_heads, num_tokens, width]`. The planes are computed: a run of tokens is copied
     once, from where it lies to where it stays."""
     _, kv_heads, _, width = planes[0].shape
-    sources = [_bytes_of(plane) for plane in planes]
+    sources = [bytes_of(plane) for plane in planes]
     copies = []
     for span in spans:
-        starts, length = _runs_of(span, planes[0])
+        starts, length = runs_of(span, planes[0])
         data = b"".join(source[at : at + length] for source in sources for at in starts)
         shape = (len(planes), kv_heads, span.num_tokens, width)
         copies.append(Tensor(DTYPE_NAMES[planes[0].dtype], shape, data))
@@ -138,33 +129,15 @@ def copy_spans(planes: Sequence[mx.array], spans: Sequence[Span]) -> list[Tensor
 def write_spans(
     planes: Sequence[mx.array], spans: Sequence[Span], tensors: Sequence[Tensor]
 ) -> None:
-    """The way back, where arrays lie in the host's memory: bytes are copied once, to where they
-    stay. The planes are computed, and nothing that reads or writes them is under way."""
-    targets = [memoryview(cast(Any, plane)).cast("B") for plane in planes]
+    """The way back, where arrays lie in the host's memory."""
+    targets = [written_bytes(plane) for plane in planes]
     for span, tensor in zip(spans, tensors, strict=True):
-        starts, length = _runs_of(span, planes[0])
+        starts, length = runs_of(span, planes[0])
         data, first = memoryview(tensor.data), 0
         for target in targets:
             for at in starts:
                 target[at : at + length] = data[first : first + length]
                 first += length
-
-
-def _runs_of(span: Span, plane: mx.array) -> tuple[range, int]:
-    """Where in bytes the span of each KV head begins, and how long it is."""
-    _, kv_heads, places, width = plane.shape
-    token_bytes = width * plane.itemsize
-    head_bytes = places * token_bytes
-    first = span.slot * kv_heads * head_bytes + span.start * token_bytes
-    return range(first, first + kv_heads * head_bytes, head_bytes), span.num_tokens * token_bytes
-
-
-def _bytes_of(array: mx.array) -> memoryview:
-    """The elements of an array in order; of one that is computed, where they lie."""
-    if not array.size:
-        return memoryview(b"")
-    view = memoryview(cast(Any, array))  # a buffer, which its types do not say
-    return (view if view.c_contiguous else memoryview(cast(Any, mx.contiguous(array)))).cast("B")
 
 
 def read_array(tensor: Tensor) -> mx.array:

@@ -10,12 +10,19 @@ and all of them before that forward is submitted.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import mlx.core as mx
 
 # Copied in a millisecond or two.
 SHORT_COPY_BYTES = 4 << 20
+
+
+def ends_of(arrays: Iterable[mx.array]) -> list[mx.array]:
+    """Who waits for these waits for the arrays as they are now, and holds nothing of them: empty
+    slices depend on them all the same. A list of the arrays themselves would stand for whatever
+    was written to them since."""
+    return [array[:0] for array in arrays]
 
 
 class Stages:
@@ -27,10 +34,9 @@ class Stages:
         self._has_writes = False
 
     def add(self, written: Sequence[mx.array], then: Callable[[], None] | None = None) -> None:
-        """The operations that gave these arrays make a stage, after which `then` is called.
-        Nothing of the arrays themselves is held: an empty slice depends on them all the same."""
+        """The operations that gave these arrays make a stage, after which `then` is called."""
         if written:
-            self._stages.append(([array[:0] for array in written], then))
+            self._stages.append((ends_of(written), then))
             self._has_writes = True
 
     def add_copy(self, copy: Callable[[], None], num_bytes: int) -> None:
