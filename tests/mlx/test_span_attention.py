@@ -100,15 +100,33 @@ def test_it_is_attention(
     assert np.abs(np.array(out) - _expected(q, k, v, start, window, sinks)).max() < 1e-5
 
 
-def test_a_prompt_cut_anywhere_gives_the_same_bits() -> None:
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "key_dim", "value_dim"),
+    [(6, 2, 64, 64), (2, 2, 80, 48), (5, 1, 48, 80), (8, 1, 128, 128), (9, 1, 16, 16)],
+)
+def test_a_prompt_cut_anywhere_gives_the_same_bits(
+    heads: int, kv_heads: int, key_dim: int, value_dim: int, window: int | None, has_sinks: bool
+) -> None:
     length = 211
-    q = _queries(6, length, 64)
-    k, v = _slice_of_slab(2, length, 64), _slice_of_slab(2, length, 64)
-    whole = _attend(q, k, v, 0)
+    q = _queries(heads, length, key_dim)
+    k, v = _slice_of_slab(kv_heads, length, key_dim), _slice_of_slab(kv_heads, length, value_dim)
+    sinks = mx.random.normal((heads,)) if has_sinks else None
+    whole = _attend(q, k, v, 0, window, sinks)
     for size in (1, 7, 64, 100):
         ends = [(first, min(length, first + size)) for first in range(0, length, size)]
-        parts = [_attend(q[:, a:b], k[:, :b], v[:, :b], a) for a, b in ends]
+        parts = [_attend(q[:, a:b], k[:, :b], v[:, :b], a, window, sinks) for a, b in ends]
         assert mx.array_equal(mx.concatenate(parts, axis=1), whole)
+
+
+@pytest.mark.parametrize("share", range(1, 10))
+def test_single_tokens_of_any_number_of_heads(share: int) -> None:
+    for start in (0, 15, 63, 64, 200):
+        q = _queries(2 * share, 1, 64)
+        k, v = _slice_of_slab(2, start + 1, 64), _slice_of_slab(2, start + 1, 64)
+        out = np.array(_attend(q, k, v, start))
+        assert np.abs(out - _expected(q, k, v, start, None, None)).max() < 1e-5
 
 
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (40, 24), (24, 40)])

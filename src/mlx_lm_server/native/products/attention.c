@@ -21,13 +21,12 @@
 #include <string.h>
 
 #include "threads.h"
+#include "token_attention.h"
 #include "vectors.h"
 
-enum { TILE_KEYS = 64, MAX_VECS = WIDTH == 16 ? 4 : 2, MAX_LANES = MAX_VECS * WIDTH };
+enum { MAX_VECS = WIDTH == 16 ? 4 : 2, MAX_LANES = MAX_VECS * WIDTH };
 /* Tiles take so many keys, or numbers of a value, at once: the sums and a row of y fill the registers. */
 #define COUNT_OF(vecs) (WIDTH == 16 ? ((vecs) > 2 ? 4 : 8) : ((vecs) > 1 ? 4 : 8))
-/* What a row has not seen; finite, so that it can be subtracted from itself. */
-#define UNSEEN -1e30f
 /* What is common to all rows. */
 typedef struct {
   int32_t num_spans, kv_heads, share, key_dim, value_dim, capacity, window; /* window 0: none */
@@ -212,13 +211,48 @@ static void show_keys(block *b, int lanes, int first, int end) {
   for (int j = 0; j < lanes; j++) b->first_key[j] = first, b->end_key[j] = end;
 }
 
-/* Token p lies in place p % capacity: what a single token sees of a ring may be in two pieces. */
+static void load_heads(const attention *a, heads *h, const span *s, int kv_head) {
+  const facts *f = &a->facts;
+  for (int j = 0; j < h->num; j++) {
+    const float *query = row_of(a, s, kv_head, j);
+    for (int d = 0; d < f->key_dim; d++) h->queries[j * f->key_dim + d] = query[d] * f->scale;
+    h->top[j] = a->sinks ? a->sinks[kv_head * f->share + j] : UNSEEN;
+    h->total[j] = a->sinks ? 1.0f : 0.0f;
+  }
+  memset(h->sums, 0, sizeof(float) * h->num * f->value_dim);
+}
+
+static void store_heads(const attention *a, const heads *h, const span *s, int kv_head) {
+  const long value_dim = a->facts.value_dim;
+  for (int j = 0; j < h->num; j++) {
+    float *out = row_of(a, s, kv_head, j), share = 1.0f / h->total[j];
+    for (int d = 0; d < value_dim; d++) out[d] = h->sums[j * value_dim + d] * share;
+  }
+}
+
+/* What a single token sees. Token p lies in place p % capacity: of a ring it may be two pieces. */
+static void attend_token(const attention *a, block *b, const span *s, int kv_head,
+                         const float *keys, const float *values) {
+  const facts *f = &a->facts;
+  heads h = {f->share, f->key_dim, f->value_dim, b->queries, b->scores, b->sums, {0}, {0}};
+  const int seen = s->start + 1, held = MIN(f->window ? MIN(seen, f->window) : seen, f->capacity);
+  const int begin = (seen - held) % f->capacity, end = begin + held;
+  load_heads(a, &h, s, kv_head);
+  walk_heads(&h, keys, values, begin, MIN(end, f->capacity));
+  if (end > f->capacity) walk_heads(&h, keys, values, 0, end - f->capacity);
+  store_heads(a, &h, s, kv_head);
+}
+
 static void attend_block(const attention *a, block *b, const span *s, int kv_head, long first,
                          int num) {
   const facts *f = &a->facts;
   const int vecs = (num + WIDTH - 1) / WIDTH, lanes = vecs * WIDTH;
   const long place = ((long)s->slot * f->kv_heads + kv_head) * f->capacity;
   const float *keys = a->keys + place * f->key_dim, *values = a->values + place * f->value_dim;
+  if (s->num_tokens == 1 && can_walk(num, f->key_dim, f->value_dim)) {
+    attend_token(a, b, s, kv_head, keys, values);
+    return;
+  }
   load_rows(a, b, s, kv_head, first, num, lanes);
   int wrapped = 0;
   if (s->num_tokens == 1) {
