@@ -20,6 +20,8 @@ from mlx_lm_server.core.scheduler_limits import SchedulerLimits
 
 OLDEST_PROMPT_SHARE = 0.25
 MAX_TAIL_SHARE = 0.25
+# A step may take so much longer than its goal to have whole tiles.
+MAX_OVER_GOAL = 1.2
 
 
 class PrefillPlan:
@@ -99,13 +101,19 @@ class PrefillPlan:
         if self._is_short(request):
             return num_tokens
         num_tokens = min(num_tokens, max(0, self._ramp_tokens - sum(self._granted.values())))
-        return num_tokens if self._limits.itl_goal_s is not None else self._whole_tiles(num_tokens)
+        if self._limits.itl_goal_s is not None:
+            return num_tokens
+        return self._whole_tiles(num_tokens, context, MAX_OVER_GOAL * goal_s)
 
-    def _whole_tiles(self, num_tokens: int) -> int:
-        """The nearest number that makes the tokens of the step whole tiles."""
+    def _whole_tiles(self, num_tokens: int, context: int, at_most_s: float) -> int:
+        """The nearest number that makes the tokens of the step whole tiles; the next one below
+        where the step would take longer than that."""
         tile = self._limits.token_tile
         others = self._num_decodes + sum(self._granted.values())
         whole = round((others + num_tokens) / tile) * tile - others
+        if whole > num_tokens:
+            step = self._features.with_chunk(context, whole)
+            whole -= tile if self._cost_model.forecast_s(step) > at_most_s else 0
         if num_tokens <= 0 or (whole <= 0 and not self._granted):
             return num_tokens
         return max(0, whole)

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 COMPILE_TIMEOUT_S = 60
-# Without some of them the compiler keeps branches that stand for errors nobody looks at. Two ways to
-# one result agree in each bit only if no compiler joins a product and a sum as it likes.
+# Without some of them the compiler keeps branches that stand for errors nobody looks at; and two
+# ways to one result agree in each bit only if it does not join products and sums as it likes.
 OPTIONS = (
     "-O3",
     "-march=native",

@@ -26,7 +26,8 @@ class Arrival:
 
 
 class VirtualEngine:
-    """One step ahead, as the real loop: a step is planned while the one before it runs."""
+    """One step ahead, as the real loop: a step is planned while the one before it runs. Steps with
+    prefill take as long as with the whole `tile` of tokens that their last one is in."""
 
     def __init__(
         self,
@@ -34,6 +35,7 @@ class VirtualEngine:
         initial: StepCosts = TRUE_COSTS,
         noise: float = 0.0,
         seed: int = 0,
+        tile: int = 1,
     ) -> None:
         layout = KVLayout(KVGeometry(1000), 10**9, max_rows=limits.max_batch_size)
         cache = PrefixCache(CacheSettings(is_on=False), layout)
@@ -43,6 +45,7 @@ class VirtualEngine:
         self._truth = CostModel(TRUE_COSTS)
         self._random = random.Random(seed)
         self._noise = noise
+        self._tile = tile
         self._now_s = 0.0
         self._device_free_s = 0.0
         self._in_flight: list[tuple[StepPlan, float, float]] = []
@@ -73,9 +76,14 @@ class VirtualEngine:
         step_s = 0.0
         if plan.decodes or plan.prefills:
             factor = max(0.5, 1 + self._random.gauss(0, self._noise))
-            step_s = self._truth.forecast_s(StepFeatures.of(plan)) * factor
+            step_s = self._truth.forecast_s(self._whole_tiles(StepFeatures.of(plan))) * factor
         self._device_free_s = max(self._device_free_s, self._now_s) + step_s
         self._in_flight.append((plan, step_s, self._device_free_s))
+
+    def _whole_tiles(self, step: StepFeatures) -> StepFeatures:
+        num_tokens = step.rows + step.prefill_tokens
+        missing = -num_tokens % self._tile if step.prefill_tokens else 0
+        return step._replace(prefill_tokens=step.prefill_tokens + missing)
 
     def _read(self) -> None:
         plan, step_s, end_s = self._in_flight.pop(0)
