@@ -32,7 +32,7 @@ class SchedulerLimits:
     prefill_step_size: int | None = None
     prefill_batch_size: int | None = None
     itl_goal_s: float | None = None
-    auto_goal_factor: float = 2.3
+    auto_goal_factor: float = 2.4
     auto_goal_floor_s: float = 0.025
     short_prompt_tokens: int = 256
     short_prompt_factor: float = 1.5
