@@ -120,11 +120,12 @@ def test_a_prompt_cut_anywhere_gives_the_same_bits(
         assert mx.array_equal(mx.concatenate(parts, axis=1), whole)
 
 
-@pytest.mark.parametrize("share", range(1, 10))
-def test_single_tokens_of_any_number_of_heads(share: int) -> None:
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("share", [*range(1, 10), 17, 40])
+def test_single_tokens_of_any_number_of_heads(share: int, kv_heads: int) -> None:
     for start in (0, 15, 63, 64, 200):
-        q = _queries(2 * share, 1, 64)
-        k, v = _slice_of_slab(2, start + 1, 64), _slice_of_slab(2, start + 1, 64)
+        q = _queries(share * kv_heads, 1, 64)
+        k, v = (_slice_of_slab(kv_heads, start + 1, 64) for _ in range(2))
         out = np.array(_attend(q, k, v, start))
         assert np.abs(out - _expected(q, k, v, start, None, None)).max() < 1e-5
 

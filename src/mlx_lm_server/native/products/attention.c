@@ -249,7 +249,7 @@ static void attend_block(const attention *a, block *b, const span *s, int kv_hea
   const int vecs = (num + WIDTH - 1) / WIDTH, lanes = vecs * WIDTH;
   const long place = ((long)s->slot * f->kv_heads + kv_head) * f->capacity;
   const float *keys = a->keys + place * f->key_dim, *values = a->values + place * f->value_dim;
-  if (s->num_tokens == 1 && can_walk(num, f->key_dim, f->value_dim)) {
+  if (s->num_tokens == 1 && can_walk(f->share, f->key_dim, f->value_dim)) {
     attend_token(a, b, s, kv_head, keys, values);
     return;
   }
