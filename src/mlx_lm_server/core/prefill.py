@@ -3,7 +3,8 @@
 While rows decode, the step may take as long as the ITL goal; the cost model says how many prefill
 tokens that allows (Sarathi-Serve, Agrawal et al. 2024, with time in place of a token count). They
 are shared so that a short prompt does not wait behind a long one and a long one always goes on:
-the oldest prompt gets a quarter, the rest goes to the prompts with the least left.
+the oldest prompt gets a quarter, the rest goes to the prompts with the least left. Where products
+take tokens in tiles, all of that is rounded to whole ones.
 
 A token in a small chunk costs a little more than one in the large chunks of an idle machine, so a
 long prompt beside decoding rows starts small and grows by at most half from step to step
@@ -106,15 +107,15 @@ class PrefillPlan:
         return self._whole_tiles(num_tokens, context, MAX_OVER_GOAL * goal_s)
 
     def _whole_tiles(self, num_tokens: int, context: int, at_most_s: float) -> int:
-        """The nearest number that makes the tokens of the step whole tiles; the next one below
-        where the step would take longer than that."""
+        """The nearest number that makes the tokens of the step whole tiles, halves rounded up; the
+        next one below where the step would take longer than that."""
         tile = self._limits.token_tile
         others = self._num_decodes + sum(self._granted.values())
-        whole = round((others + num_tokens) / tile) * tile - others
+        whole = (others + num_tokens + tile // 2) // tile * tile - others
         if whole > num_tokens:
             step = self._features.with_chunk(context, whole)
             whole -= tile if self._cost_model.forecast_s(step) > at_most_s else 0
-        if num_tokens <= 0 or (whole <= 0 and not self._granted):
+        if num_tokens <= 0 or (whole < self._limits.min_chunk_tokens and not self._granted):
             return num_tokens
         return max(0, whole)
 

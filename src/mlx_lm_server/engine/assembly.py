@@ -97,7 +97,7 @@ def assemble(
         order,
         max_step_tokens,
         ledger.kv_limit_bytes // max(1, geometry.bytes_per_token),
-        blas.rows_of_a_tile if loaded.weights == "float32" else 1,
+        _token_tile(loaded, runner, blas),
     )
     settings = _cache_settings(order, runner.batching, ledger.kv_limit_bytes)
     disk = _disk_cache(order, loaded, runner) if settings.is_on else None
@@ -184,6 +184,12 @@ def _fastest_threads(runner: ModelRunner, blas: Blas) -> Blas:
         blas.with_threads(num_threads)
         taken_s[num_threads] = runner.time_chunk()
     return blas.with_threads(min(taken_s, key=taken_s.__getitem__))
+
+
+def _token_tile(loaded: LoadedModel, runner: ModelRunner, blas: Blas) -> int:
+    """In what numbers a step's tokens go through a product together."""
+    are_ours = _is_on_cpu() and loaded.weights == "float32" and runner.batching == "packed"
+    return blas.rows_of_a_tile if are_ours else 1
 
 
 def _limits(

@@ -39,7 +39,7 @@ OPENBLAS_SPIN_LOG2_CYCLES = "18"
 
 @dataclass(frozen=True, slots=True)
 class Blas:
-    """What multiplies float32 matrices on the CPU. Some rows take as long as the next multiple of
+    """What multiplies float32 matrices on the CPU. A few rows take as long as the next multiple of
     `rows_of_a_tile`."""
 
     name: str

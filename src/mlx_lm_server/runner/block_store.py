@@ -6,8 +6,9 @@
 Only layers that keep every token lie in blocks. A checkpoint has the rest of a row after so many
 tokens: the rings of layers with a window as they lie in the slab, and recurrent state.
 
-What the core ordered is done literally and in order, group of layers by group of layers, so that
-what is copied at once stays small.
+What the core ordered is done literally and in order. In the host's memory bytes are copied to where
+they stay; elsewhere operations do it, group of layers by group of layers, so that what is copied at
+once stays small.
 """
 
 from __future__ import annotations

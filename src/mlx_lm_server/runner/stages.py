@@ -22,7 +22,7 @@ def ends_of(arrays: Iterable[mx.array]) -> list[mx.array]:
     """Who waits for these waits for the arrays as they are now, and holds nothing of them: empty
     slices depend on them all the same. A list of the arrays themselves would stand for whatever
     was written to them since."""
-    return [array[:0] for array in arrays]
+    return [(array if array.ndim else array[None])[:0] for array in arrays]
 
 
 class Stages:

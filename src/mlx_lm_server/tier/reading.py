@@ -7,6 +7,7 @@ lock to each other and take seven times the CPU time.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import threading
@@ -106,6 +107,8 @@ def _read_in_threads(
                 future.set_result(memoryview(read_one(path, size)))
             except OSError as error:
                 future.set_result(error)
+            except MemoryError:  # or who waits for it would wait for ever
+                future.set_result(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)))
 
     for _ in range(min(FILES_AT_A_TIME, len(futures))):
         threading.Thread(target=work, name="tier-read", daemon=True).start()

@@ -58,6 +58,16 @@ def test_steps_of_whole_tiles_bring_a_long_prompt_further_for_the_same_gaps():
     assert gaps_s[1] <= gaps_s[0]
 
 
+@pytest.mark.parametrize("num_decoders", [3, 8, 12, 13, 14, 15, 16, 17, 31])
+def test_whole_tiles_hold_up_no_prompt_whatever_decodes_beside_it(num_decoders: int):
+    costs, ttfts_s = StepCosts(0.012, 0.0004, 0.0004, 5e-7, 1e-7), []
+    for limits in SchedulerLimits(), SchedulerLimits(token_tile=16):
+        engine = VirtualEngine(limits, costs, tile=16, truth=costs)
+        engine.run([*_decoders(num_decoders, 800), Arrival(4.0, _request("long", 2000, 2))])
+        ttfts_s.append(engine.ttft_s("long", 4.0))
+    assert ttfts_s[1] < 1.15 * ttfts_s[0]
+
+
 def test_an_explicit_goal_is_kept_while_somebody_decodes():
     engine = VirtualEngine(SchedulerLimits(itl_goal_s=0.04))
     engine.run([*_decoders(4, 300), Arrival(3.0, _request("long", 1000, 2))])

@@ -36,13 +36,14 @@ class VirtualEngine:
         noise: float = 0.0,
         seed: int = 0,
         tile: int = 1,
+        truth: StepCosts = TRUE_COSTS,
     ) -> None:
         layout = KVLayout(KVGeometry(1000), 10**9, max_rows=limits.max_batch_size)
         cache = PrefixCache(CacheSettings(is_on=False), layout)
         self.scheduler = Scheduler(limits, layout, CostModel(initial), cache)
         self.times: dict[str, list[float]] = {}
         self.on_end: Callable[[str], Request | None] = lambda req_id: None
-        self._truth = CostModel(TRUE_COSTS)
+        self._truth = CostModel(truth)
         self._random = random.Random(seed)
         self._noise = noise
         self._tile = tile

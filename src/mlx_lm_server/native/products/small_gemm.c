@@ -344,7 +344,7 @@ static void align_rows(product *p) {
   p->lda = p->depth;
 }
 
-int rows_of_a_tile(void) { return WIDTH; }
+int rows_of_a_tile(void) { return WIDTH == 16 ? WIDTH : 2 * WIDTH; }
 
 /* Groups of rows, each [depth][lanes]; lanes beyond the last row repeat it. */
 static void pack_rows(product *p) {

@@ -3,7 +3,7 @@
 #pragma once
 #pragma GCC visibility push(hidden)
 
-/* So many rows take about the time of one more than the last multiple of them. */
+/* Up to four times so many rows take as long as the next multiple of that. */
 int rows_of_a_tile(void);
 
 /* What B consists of: floats, or whole numbers of 8 or 4 bits, the low half of a byte first. */

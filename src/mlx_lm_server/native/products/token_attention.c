@@ -102,7 +102,7 @@ INLINE void add_values(const heads *h, int num_heads, int vecs, const float *val
 }
 
 INLINE void walk(heads *h, int num_heads, const float *keys, const float *values, long first, long end) {
-  const int step = num_heads > 4 ? 2 : VALUE_VECS; /* sums and values fill the registers */
+  const int step = num_heads > WIDTH / 4 ? 2 : VALUE_VECS; /* sums and values fit the registers */
   for (long t = first / TILE_KEYS * TILE_KEYS; t < end; t += TILE_KEYS) {
     int num = MIN(TILE_KEYS, end - t);
     float factor[MAX_HEADS];

@@ -1,8 +1,8 @@
 /* Attention of one token: the few query heads that share K and V. */
 #pragma once
-#pragma GCC visibility push(hidden)
-
 #include "vectors.h"
+
+#pragma GCC visibility push(hidden)
 
 enum { MAX_HEADS = WIDTH == 16 ? 8 : 4, TILE_KEYS = 64 };
 /* What a row has not seen; finite, so that it can be subtracted from itself. */
