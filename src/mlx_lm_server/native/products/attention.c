@@ -60,8 +60,6 @@ typedef struct {
 
 enum { LINE = 16 }; /* floats in a line of the cache */
 
-INLINE void fetch(const float *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
-
 /* out[i][lane] = out[i][lane] * factor[lane] + sum_k x[i * x_step + k * x_next] * y[k][lane], for
  * `count` i's; without `factor` out is not read. What stands `ahead` of x is fetched meanwhile. */
 INLINE void tile(int vecs, int count, long depth, const float *x, long x_step, long x_next,
@@ -230,16 +228,27 @@ static void store_heads(const attention *a, const heads *h, const span *s, int k
   }
 }
 
-/* What a single token sees. Token p lies in place p % capacity: of a ring it may be two pieces. */
+/* The places that a single token sees, and how many of them begin at 0 again: token p lies in place
+ * p % capacity. */
+typedef struct {
+  int begin, end, wrapped;
+} places;
+
+static places seen_by_token(const facts *f, const span *s) {
+  const int seen = s->start + 1, held = MIN(f->window ? MIN(seen, f->window) : seen, f->capacity);
+  const int begin = (seen - held) % f->capacity, end = begin + held;
+  const int wrapped = MAX(0, end - f->capacity);
+  return (places){begin, end - wrapped, wrapped};
+}
+
 static void attend_token(const attention *a, block *b, const span *s, int kv_head,
                          const float *keys, const float *values) {
   const facts *f = &a->facts;
   heads h = {f->share, f->key_dim, f->value_dim, b->queries, b->scores, b->sums, {0}, {0}};
-  const int seen = s->start + 1, held = MIN(f->window ? MIN(seen, f->window) : seen, f->capacity);
-  const int begin = (seen - held) % f->capacity, end = begin + held;
+  const places seen = seen_by_token(f, s);
   load_heads(a, &h, s, kv_head);
-  walk_heads(&h, keys, values, begin, MIN(end, f->capacity));
-  if (end > f->capacity) walk_heads(&h, keys, values, 0, end - f->capacity);
+  walk_heads(&h, keys, values, seen.begin, seen.end);
+  if (seen.wrapped) walk_heads(&h, keys, values, 0, seen.wrapped);
   store_heads(a, &h, s, kv_head);
 }
 
@@ -254,16 +263,14 @@ static void attend_block(const attention *a, block *b, const span *s, int kv_hea
     return;
   }
   load_rows(a, b, s, kv_head, first, num, lanes);
-  int wrapped = 0;
+  places seen = {0};
   if (s->num_tokens == 1) {
-    int seen = MIN(b->end_key[0] - b->first_key[0], f->capacity);
-    int begin = (b->end_key[0] - seen) % f->capacity, end = begin + seen;
-    wrapped = MAX(0, end - f->capacity);
-    show_keys(b, lanes, begin, end - wrapped);
+    seen = seen_by_token(f, s);
+    show_keys(b, lanes, seen.begin, seen.end);
   }
   walk_block(b, vecs, keys, f->key_dim, values, f->value_dim);
-  if (wrapped) {
-    show_keys(b, lanes, 0, wrapped);
+  if (seen.wrapped) {
+    show_keys(b, lanes, 0, seen.wrapped);
     walk_block(b, vecs, keys, f->key_dim, values, f->value_dim);
   }
   store_rows(a, b, s, kv_head, first, num, lanes);

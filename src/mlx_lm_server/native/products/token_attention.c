@@ -13,8 +13,6 @@
 
 enum { VALUE_VECS = 4 };
 
-INLINE void fetch(const float *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
-
 int can_walk(int num, long key_dim, long value_dim) {
   return num <= MAX_HEADS && key_dim % WIDTH == 0 && value_dim % WIDTH == 0;
 }

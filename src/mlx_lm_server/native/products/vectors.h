@@ -102,6 +102,8 @@ INLINE void transpose(vec rows[WIDTH]) {
 #endif
 }
 
+INLINE void fetch(const float *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
+
 /* exp of this and of less is 0: a product with a number that small may be a denormal one, which costs a
  * hundred cycles, and beside the weight of 1 that some other has it vanishes. */
 #define LOWEST_EXPONENT -60.0f
