@@ -16,8 +16,7 @@ from mlx_lm_server.core import offloads, restores
 from mlx_lm_server.engine.disk_cache import DiskCache
 from mlx_lm_server.errors import ConfigError
 from mlx_lm_server.protocol import DiskTier
-from mlx_lm_server.runner import block_store
-from mlx_lm_server.runner.block_store import BlockStore
+from mlx_lm_server.runner import block_store, plane_spans
 from mlx_lm_server.runner.record_bytes import Span, copy_spans, read_array, stacked_bytes
 from mlx_lm_server.server.boot import load_message
 from mlx_lm_server.tier.files import OsFiles
@@ -90,8 +89,8 @@ def test_a_conversation_goes_on_after_a_restart(
 def test_where_memory_is_not_the_hosts_blocks_are_restored_by_operations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(BlockStore, "_put", None)
-    monkeypatch.setattr(block_store, "is_in_host_memory", lambda: False)
+    monkeypatch.setattr(block_store, "BlockBytes", None)
+    monkeypatch.setattr(plane_spans, "is_in_host_memory", lambda: False)
     model = write_model("gemma3_text", tmp_path / "model")
     check_conversation(Restarts(model, tmp_path), Cold(model), is_killed=True)
 

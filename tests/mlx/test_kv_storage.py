@@ -17,6 +17,7 @@ from mlx_lm_server.core.plan import (
     SaveBlocks,
     StepPlan,
 )
+from mlx_lm_server.runner import plane_spans
 from mlx_lm_server.runner.attention import LayerCache
 from mlx_lm_server.runner.block_store import BlockStore
 from mlx_lm_server.runner.kernels import AttentionKernel, CpuKernel, FusedKernel
@@ -111,18 +112,25 @@ def test_a_row_cut_into_chunks_and_single_tokens_attends_as_a_whole(
     assert mx.allclose(both[90:], plain_attention(other_q, other_k, other_v), atol=1e-5)
 
 
-def test_moves_and_resizes_keep_what_rows_hold() -> None:
+@pytest.mark.parametrize("is_in_host_memory", [True, False])
+@pytest.mark.parametrize("is_one_plan", [True, False])
+def test_moves_and_resizes_keep_what_rows_hold(
+    is_one_plan: bool, is_in_host_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plane_spans, "is_in_host_memory", lambda: is_in_host_memory)
     storage = storage_with(CreateSlab(0, 2, 8), CreateSlab(1, 1, 16))
     keys = storage.slabs[0].planes[0]
     keys[0] = mx.arange(keys[0].size, dtype=mx.float32).reshape(keys[0].shape)
     second = mx.array(keys[0][1, :, :5])
-    storage.apply(MoveRow(0, 1, 1, 0, 5))
+    mx.eval(second, storage.slabs[1].planes)
+    moves = MoveRow(0, 1, 1, 0, 5), ResizeSlab(0, 4), MoveRow(0, 1, 0, 0, 5), ResizeSlab(0, 1)
+    for op in moves:
+        storage.apply(op)
+        if not is_one_plan:
+            storage.stages.run()
+    storage.stages.run()
+    assert keys[0].shape[0] == 1
     assert mx.array_equal(storage.slabs[1].planes[0][0][0, :, :5], second)
-    storage.apply(ResizeSlab(0, 4))
-    assert keys[0].shape[0] == 4
-    assert mx.array_equal(keys[0][1, :, :5], second)
-    storage.apply(MoveRow(0, 1, 0, 0, 5))
-    storage.apply(ResizeSlab(0, 1))
     assert mx.array_equal(keys[0][0, :, :5], second)
     storage.apply(DropSlab(0))
     assert storage.nbytes == 2 * 16 * KV_HEADS * DIM * 4
@@ -164,13 +172,13 @@ def test_the_last_blocks_of_a_long_row_are_saved_without_a_copy_of_the_row() -> 
     keys[0] = mx.random.normal(keys[0].shape)
     last = mx.array(keys[0][0, :, 4000:4020])
     store.save(CreateSegment(0, 16))
-    mx.eval(last, storage.slabs[0].planes, store._segments[0])
+    mx.eval(last, storage.slabs[0].planes, store._pool.segment(0))
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     store.save(SaveBlocks(0, 0, 250, 4020, (Place(0, 3), Place(0, 7))))
     storage.stages.run()
     assert mx.get_peak_memory() - before < keys[0].nbytes / 4
-    saved = store._segments[0][0][0]
+    saved = store._pool.segment(0)[0][0]
     assert mx.array_equal(saved[3], last[:, :16])
     assert mx.array_equal(saved[7, :, :4], last[:, 16:])
 

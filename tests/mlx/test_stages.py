@@ -22,7 +22,7 @@ from mlx_lm_server.core.plan import (
     SaveBlocks,
 )
 from mlx_lm_server.core.tier import Label
-from mlx_lm_server.runner import block_store
+from mlx_lm_server.runner import plane_spans
 from mlx_lm_server.runner.block_store import BlockStore
 from mlx_lm_server.runner.kv_storage import KVStorage, LayerShape
 from mlx_lm_server.runner.record_bytes import read_array
@@ -145,7 +145,7 @@ def test_only_a_few_blocks_to_read_are_short() -> None:
 def test_restored_blocks_are_moved_with_what_came_back(
     is_in_host_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_store, "is_in_host_memory", lambda: is_in_host_memory)
+    monkeypatch.setattr(plane_spans, "is_in_host_memory", lambda: is_in_host_memory)
     cache = Cache()
     wanted = [cache.tokens(2, 0, 4), cache.tokens(2, 12, 16)]
     cache.blocks.save(OffloadTokens(0, (2, 2), (0, 3), (label(0), label(1))))
@@ -168,7 +168,7 @@ def test_blocks_of_a_row_are_saved_as_they_were(
     change: Callable[[Cache], None], is_in_host_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first is there already; the last is filled in part, and in another segment."""
-    monkeypatch.setattr(block_store, "is_in_host_memory", lambda: is_in_host_memory)
+    monkeypatch.setattr(plane_spans, "is_in_host_memory", lambda: is_in_host_memory)
     cache = Cache()
     wanted = [cache.tokens(2, 4, 8), cache.tokens(2, 8, 12), cache.tokens(2, 12, 15)]
     places = (Place(0, 2), Place(0, 0), Place(1, 1))

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 
-from mlx_lm_server import native
 from mlx_lm_server.runner import native_products
 
 M_TRIM_THRESHOLD = -1
@@ -49,9 +48,8 @@ class Upkeep:
     ) -> None:
         self._most_ahead = min(MOST_AHEAD, int(MOST_AHEAD_SHARE * memory_limit_bytes))
         self._clock = clock
-        self._grow_ahead = None
-        if _glibc() is not None and native_products.is_there():
-            self._grow_ahead = getattr(native.load("products"), "grow_heap_ahead", None)
+        library = native_products.library() if _glibc() is not None else None
+        self._grow_ahead = None if library is None else library.grow_heap_ahead
         self._num_steps = 0
         self._idle_since_s: float | None = None
 

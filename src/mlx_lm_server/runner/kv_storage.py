@@ -33,9 +33,10 @@ from mlx_lm_server.core.plan import (
     MoveRow,
     ResizeSlab,
 )
-from mlx_lm_server.runner import native_products
+from mlx_lm_server.runner import native_products, plane_spans
 from mlx_lm_server.runner.kv_quantisation import PackedKV, Quantisation
-from mlx_lm_server.runner.stages import Stages, ends_of
+from mlx_lm_server.runner.plane_spans import Span, copy_between
+from mlx_lm_server.runner.stages import Stages, ends_of, unchanged
 from mlx_lm_server.runner.step_layout import StepLayout
 
 # K or V of some tokens, `[…, dim]`, as they are or in few bits.
@@ -155,7 +156,7 @@ class KVStorage:
     def __init__(self, layers: Sequence[LayerShape]) -> None:
         self.layers = list(layers)
         self.slabs: dict[int, Slab] = {}
-        self.fresh: set[int] = set()  # slabs that the plan at hand has made
+        self.is_in_host_memory = plane_spans.is_in_host_memory()
         # Whether places that no token was written to may be multiplied by zero.
         self.needs_zeros = True
         self.stages = Stages()
@@ -204,7 +205,6 @@ class KVStorage:
             shapes = [(plane.shape(op.num_slots, places), plane.dtype) for plane in layer.planes]
             slab.planes.append([self.new_array(*each) for each in shapes])
         self.slabs[op.slab_id] = slab
-        self.fresh.add(op.slab_id)
 
     def _resize(self, op: ResizeSlab) -> None:
         for planes in self.slabs[op.slab_id].planes:
@@ -226,6 +226,9 @@ class KVStorage:
 
     def copy_tokens(self, op: CopyTokens, layers: Sequence[int]) -> None:
         """Between slots, of these layers. A ring is copied as it lies, whole from token 0."""
+        if self.is_in_host_memory:
+            self._copy_as_bytes(op, layers)
+            return
         for group in self.layer_groups(layers, op.stop - op.start):
             pairs = []
             for layer in group:
@@ -237,6 +240,32 @@ class KVStorage:
             for tokens, new in pairs:
                 new[op.to_slot, :, op.start : op.start + tokens.shape[1]] = tokens
             self.stages.add([new for _, new in pairs])
+
+    def _copy_as_bytes(self, op: CopyTokens, layers: Sequence[int]) -> None:
+        by_places: dict[int, list[tuple[mx.array, mx.array]]] = {}
+        for layer in layers:
+            sources = self.slabs[op.from_slab].planes[layer]
+            for old, new in zip(sources, self.slabs[op.to_slab].planes[layer], strict=True):
+                by_places.setdefault(min(op.stop, old.shape[2]), []).append((old, new))
+        for stop, pairs in by_places.items():
+            num_tokens = stop - op.start
+            old_span = Span(op.from_slot, op.start, num_tokens)
+            self.copy_bytes(pairs, [(old_span, Span(op.to_slot, op.start, num_tokens))])
+
+    def copy_bytes(
+        self, pairs: Sequence[tuple[mx.array, mx.array]], spans: Sequence[tuple[Span, Span]]
+    ) -> None:
+        """In each pair of planes from the first span of each pair to the second, between what is
+        written before and after, when nothing runs."""
+        held = [(unchanged(source), unchanged(target)) for source, target in pairs]
+
+        def copy() -> None:
+            mx.eval(held)
+            copy_between(held, spans)
+
+        num_tokens = sum(span.num_tokens for span, _ in spans)
+        token_bytes = sum(p.shape[1] * p.shape[3] * p.itemsize for p, _ in pairs)
+        self.stages.add_copy(copy, num_tokens * token_bytes)
 
     def layer_groups(self, layers: Sequence[int], num_tokens: int) -> Iterator[Sequence[int]]:
         """Layers whose state of so many tokens may be copied at once."""

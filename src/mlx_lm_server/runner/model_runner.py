@@ -162,7 +162,6 @@ class ModelRunner:
             self._storage.apply(op)
         for load in plan.loads:
             self._blocks.load(load)
-        self._storage.fresh.clear()
         if self._drawn is None:
             self._storage.stages.start()  # and build the forward meanwhile
         if plan.decodes or plan.prefills:

@@ -8,11 +8,14 @@ poses as a matrix; nothing but the library may read it.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import struct
 
 import mlx.core as mx
+
+from mlx_lm_server import native
 
 # As in native/products/door.c.
 NIBBLES_ALPHA = 2.0**-104
@@ -40,6 +43,12 @@ def is_there() -> bool:
     """Whether our library stands in front of the BLAS: it answers NaN to what does not fit."""
     not_square = mx.ones((2, 1))
     return bool(mx.isnan(run(not_square.T, not_square, ROTATION_ALPHA)).item())
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The library itself, for what it does beside operations; None where it is not there."""
+    return native.load("products") if is_there() else None
 
 
 def unwritten(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

@@ -1,16 +1,25 @@
 """Tokens of K and V as bytes, where arrays lie in the host's memory: copied once, from where they
 lie to where they stay, which no operation of MLX does.
 
-Arrays `[slots, kv_heads, places, width]` are computed, and nothing that writes them is under way.
+Planes are `[slots, kv_heads, places, width]`. They are computed, and nothing that writes them is
+under way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import ctypes
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, cast
 
 import mlx.core as mx
+
+from mlx_lm_server.native.memory import address_of, unwritten_bytes
+from mlx_lm_server.runner import native_products
+
+Move = tuple[int, int, int]  # from, to, length, in bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +31,61 @@ class Span:
     num_tokens: int
 
 
-def runs_of(span: Span, plane: mx.array) -> tuple[range, int]:
-    """Where in bytes the span of each KV head begins, and how long it is."""
-    _, kv_heads, places, width = plane.shape
-    token_bytes = width * plane.itemsize
-    head_bytes = places * token_bytes
-    first = span.slot * kv_heads * head_bytes + span.start * token_bytes
-    return range(first, first + kv_heads * head_bytes, head_bytes), span.num_tokens * token_bytes
+def is_in_host_memory() -> bool:
+    """Whether what is written to an array's buffer is what MLX computes with."""
+    return bool(mx.default_device() == mx.Device(mx.cpu))
+
+
+def copy_between(
+    pairs: Iterable[tuple[mx.array, mx.array]], spans: Sequence[tuple[Span, Span]]
+) -> None:
+    """In each pair of planes from the first span of each pair to the second."""
+    alike: dict[tuple[_Layout, _Layout], list[tuple[mx.array, mx.array]]] = {}
+    for source, target in pairs:
+        alike.setdefault((_Layout.of(source), _Layout.of(target)), []).append((source, target))
+    for (old, new), group in alike.items():
+        moves = [(old.start(a), new.start(b), old.length(a)) for a, b in spans]
+        sources = [bytes_of(source) for source, _ in group]
+        targets = [_memory_of(target) for _, target in group]
+        from_, to = list(map(address_of, sources)), list(map(address_of, targets))
+        _copy(from_, to, moves, old.kv_heads, old.head_bytes, new.head_bytes)
+
+
+def copy_out(planes: Sequence[mx.array], spans: Sequence[Span]) -> list[memoryview]:
+    """For each span of planes of one shape the bytes of `[planes, kv_heads, num_tokens, width]`."""
+    layout, views = _Layout.of(planes[0]), [bytes_of(plane) for plane in planes]
+    from_ = list(map(address_of, views))
+    copies: list[memoryview] = []
+    for num_tokens, run in groupby(spans, key=lambda span: span.num_tokens):
+        length = num_tokens * layout.token_bytes
+        plane_bytes = layout.kv_heads * length
+        num_bytes = len(planes) * plane_bytes
+        alike = list(run)
+        room = unwritten_bytes(len(alike) * num_bytes)
+        places = range(0, len(room), num_bytes)
+        moves = [(layout.start(span), at, length) for span, at in zip(alike, places, strict=True)]
+        to = [address_of(room) + number * plane_bytes for number in range(len(planes))]
+        _copy(from_, to, moves, layout.kv_heads, layout.head_bytes, length)
+        copies += [room[at : at + num_bytes].toreadonly() for at in places]
+    return copies
+
+
+def copy_in(
+    planes: Sequence[mx.array], spans: Sequence[Span], copies: Sequence[bytes | memoryview]
+) -> None:
+    """The way back. Raises ValueError where the bytes are not as many."""
+    layout, views = _Layout.of(planes[0]), [_memory_of(plane) for plane in planes]
+    to = list(map(address_of, views))
+    pairs = zip(spans, copies, strict=True)
+    for num_tokens, run in groupby(pairs, key=lambda pair: pair[0].num_tokens):
+        length = num_tokens * layout.token_bytes
+        plane_bytes = layout.kv_heads * length
+        alike = [(span, memoryview(copy)) for span, copy in run]
+        if any(copy.nbytes != len(planes) * plane_bytes for _, copy in alike):
+            raise ValueError("bytes of other planes")
+        moves = [(address_of(copy), layout.start(span), length) for span, copy in alike]
+        from_ = [number * plane_bytes for number in range(len(planes))]
+        _copy(from_, to, moves, layout.kv_heads, length, layout.head_bytes)
 
 
 def bytes_of(array: mx.array) -> memoryview:
@@ -39,21 +96,69 @@ def bytes_of(array: mx.array) -> memoryview:
     return (view if view.c_contiguous else memoryview(cast(Any, mx.contiguous(array)))).cast("B")
 
 
-def written_bytes(array: mx.array) -> memoryview:
+def _memory_of(array: mx.array) -> memoryview:
     """The memory of an array itself."""
     return memoryview(cast(Any, array)).cast("B")
 
 
-def copy_between(
-    sources: Sequence[mx.array], targets: Sequence[mx.array], spans: Iterable[tuple[Span, Span]]
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    num_slots: int
+    kv_heads: int
+    places: int
+    token_bytes: int
+
+    @classmethod
+    def of(cls, plane: mx.array) -> _Layout:
+        num_slots, kv_heads, places, width = plane.shape
+        return cls(num_slots, kv_heads, places, width * plane.itemsize)
+
+    @property
+    def head_bytes(self) -> int:
+        return self.places * self.token_bytes
+
+    def start(self, span: Span) -> int:
+        """Where the span begins in its first head; the others follow in steps of `head_bytes`."""
+        if not (
+            0 <= span.slot < self.num_slots and 0 <= span.start <= self.places - span.num_tokens
+        ):
+            raise ValueError(f"{span} is outside of {self}")
+        return span.slot * self.kv_heads * self.head_bytes + span.start * self.token_bytes
+
+    def length(self, span: Span) -> int:
+        return span.num_tokens * self.token_bytes
+
+
+def _copy(
+    sources: Sequence[int],
+    targets: Sequence[int],
+    moves: Sequence[Move],
+    num_heads: int,
+    from_stride: int,
+    to_stride: int,
 ) -> None:
-    """From the first span of each pair to the second, from each source to the target beside it;
-    sources have one shape, and so have targets."""
-    runs = []
-    for source_span, target_span in spans:
-        from_heads, length = runs_of(source_span, sources[0])
-        to_heads, _ = runs_of(target_span, targets[0])
-        runs += [(a, b, length) for a, b in zip(from_heads, to_heads, strict=True)]
-    for source, target in zip(map(bytes_of, sources), map(written_bytes, targets), strict=True):
-        for a, b, length in runs:
-            target[b : b + length] = source[a : a + length]
+    """What native/products/copies.c says, with its threads or here."""
+    columns = list(zip(*moves, strict=True)) or [(), (), ()]
+    if (copy_heads := _copy_heads()) is not None:
+        arrays = len(sources), _longs(sources), _longs(targets)
+        copy_heads(*arrays, len(moves), *map(_longs, columns), num_heads, from_stride, to_stride)
+        return
+    for source, target in zip(sources, targets, strict=True):
+        for from_, to, length in moves:
+            for head in range(num_heads):
+                into = target + to + head * to_stride
+                ctypes.memmove(into, source + from_ + head * from_stride, length)
+
+
+@functools.cache
+def _copy_heads() -> Callable[..., None] | None:
+    if (library := native_products.library()) is None:
+        return None
+    one, many = ctypes.c_long, ctypes.POINTER(ctypes.c_long)
+    library.copy_heads.argtypes = one, many, many, one, many, many, many, one, one, one
+    library.copy_heads.restype = None
+    return cast(Callable[..., None], library.copy_heads)
+
+
+def _longs(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_long]:
+    return (ctypes.c_long * len(numbers))(*numbers)

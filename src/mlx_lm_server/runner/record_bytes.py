@@ -11,9 +11,10 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 
+from mlx_lm_server.core.tier import Payload
 from mlx_lm_server.runner.cache_kinds import RecurrentState
 from mlx_lm_server.runner.kv_storage import LayerShape
-from mlx_lm_server.runner.plane_spans import Span, bytes_of, runs_of, written_bytes
+from mlx_lm_server.runner.plane_spans import Span, bytes_of, copy_out
 from mlx_lm_server.tier import Record, Tensor
 
 DTYPES = {
@@ -29,6 +30,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Key = TypeVar("Key", bound=Hashable)
 
 
+# The planes, as (layer, number of the plane), of each tensor of a block's record.
+PlaneGroups = Sequence[Sequence[tuple[int, int]]]
+
+
 class ArraySpec(NamedTuple):
     shape: tuple[int, ...]
     dtype: mx.Dtype
@@ -39,8 +44,7 @@ class ArraySpec(NamedTuple):
 
 
 class RecordShapes:
-    """`plane_groups[i]` are the planes, as (layer, number of the plane), of tensor `i` of a block's
-    record; only layers that keep every token are in blocks."""
+    """Only layers that keep every token are in blocks."""
 
     def __init__(
         self, layers: Sequence[LayerShape], recurrent: Sequence[RecurrentState], block_size: int
@@ -55,7 +59,7 @@ class RecordShapes:
             for number, plane in enumerate(shape.planes)
         ]
         groups = _grouped([plane for _, _, plane in planes])
-        self.plane_groups = [[planes[n][:2] for n in group] for group in groups]
+        self.plane_groups: PlaneGroups = [[planes[n][:2] for n in group] for group in groups]
         self._group_planes = [planes[group[0]][2] for group in groups]
 
     @property
@@ -113,31 +117,18 @@ def stacked_bytes(arrays: Sequence[mx.array]) -> Tensor:
 
 def copy_spans(planes: Sequence[mx.array], spans: Sequence[Span]) -> list[Tensor]:
     """Each span of planes of one shape, `[slots, kv_heads, places, width]`, as a tensor
-    `[planes, kv_heads, num_tokens, width]`. The planes are computed: a run of tokens is copied
-    once, from where it lies to where it stays."""
+    `[planes, kv_heads, num_tokens, width]`. The planes are computed."""
     _, kv_heads, _, width = planes[0].shape
-    sources = [bytes_of(plane) for plane in planes]
-    copies = []
-    for span in spans:
-        starts, length = runs_of(span, planes[0])
-        data = b"".join(source[at : at + length] for source in sources for at in starts)
-        shape = (len(planes), kv_heads, span.num_tokens, width)
-        copies.append(Tensor(DTYPE_NAMES[planes[0].dtype], shape, data))
-    return copies
+    name = DTYPE_NAMES[planes[0].dtype]
+    return [
+        Tensor(name, (len(planes), kv_heads, span.num_tokens, width), data)
+        for span, data in zip(spans, copy_out(planes, spans), strict=True)
+    ]
 
 
-def write_spans(
-    planes: Sequence[mx.array], spans: Sequence[Span], tensors: Sequence[Tensor]
-) -> None:
-    """The way back, where arrays lie in the host's memory."""
-    targets = [written_bytes(plane) for plane in planes]
-    for span, tensor in zip(spans, tensors, strict=True):
-        starts, length = runs_of(span, planes[0])
-        data, first = memoryview(tensor.data), 0
-        for target in targets:
-            for at in starts:
-                target[at : at + length] = data[first : first + length]
-                first += length
+def tensors_of(payload: Payload) -> tuple[Tensor, ...]:
+    """Of a record that the core has carried."""
+    return cast(Record, payload).tensors
 
 
 def read_array(tensor: Tensor) -> mx.array:

@@ -25,6 +25,11 @@ def ends_of(arrays: Iterable[mx.array]) -> list[mx.array]:
     return [(array if array.ndim else array[None])[:0] for array in arrays]
 
 
+def unchanged(array: mx.array) -> mx.array:
+    """The array as it is now, whatever is written to it later."""
+    return array.reshape(array.shape)
+
+
 class Stages:
     """Used on the engine's main thread only."""
 

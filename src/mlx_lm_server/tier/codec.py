@@ -1,12 +1,13 @@
 """Record ↔ bytes of a safetensors file.
 
     8 bytes   length of the header, little endian
-    header    {"__metadata__":{"checksum":"…","name":"…",…},"0":{"dtype":…},…}, padded to 8 bytes
-    data      the tensors, in the record's order, without gaps
+    header    {"__metadata__":{"checksum":"…","name":"…",…},"0":{"dtype":…},…}, and spaces
+    data      the tensors, in the record's order, without gaps; it begins at a sector, so that it
+              can be written from where it lies
 
 The checksum covers every byte of the file but its own digits, which count as zeros. Encoding makes
-no copy of the tensors, and neither does decoding, which safetensors' own
-Python functions do not offer; a test reads these files with safetensors itself.
+no copy of the tensors, and neither does decoding, which safetensors' own Python functions do not
+offer; a test reads these files with safetensors itself.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from typing import Any
 import msgspec
 from xxhash import xxh3_128
 
+from mlx_lm_server.native.memory import SECTOR_BYTES
 from mlx_lm_server.tier.records import DTYPE_BITS, NAME_BYTES, Kind, Record, Tensor
 
 FILE_VERSION = "3"
 CHECKSUM_BYTES = 16
 MAX_HEADER_BYTES = 1 << 20
 LENGTH_BYTES = 8
-_ALIGNMENT = 8
 _START = b'{"__metadata__":{"checksum":"'
 _CHECKSUM = slice(len(_START), len(_START) + 2 * CHECKSUM_BYTES)
 _NO_CHECKSUM = b"0" * (2 * CHECKSUM_BYTES)
@@ -157,7 +158,7 @@ def _header(record: Record) -> bytes:
         }
         offset = end
     text = msgspec.json.encode(entries)
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-(LENGTH_BYTES + len(text)) % SECTOR_BYTES)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 

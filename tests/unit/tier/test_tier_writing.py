@@ -11,6 +11,7 @@ from random import Random
 
 import pytest
 
+from mlx_lm_server.native.memory import unwritten_bytes
 from mlx_lm_server.tier import files as tier_files
 from mlx_lm_server.tier.files import OsFiles, write_file
 from mlx_lm_server.tier.native_files import files_library
@@ -22,6 +23,8 @@ WAYS = [
 ]
 # Of pieces, around what is written at a time and what a direct write wants.
 SIZES = [(1,), (4095, 1), (4096,), (4097,), (300, 0, 5000), (1 << 20,), (1000, 1 << 20, 77)]
+# What can be written from where it lies, if it begins at a sector, and what cannot be.
+SECTORS = [(512,), (1024, 1 << 18), (512, 0, 512, 3 << 20), (1024, 1 << 18, 77), (512,) * 20]
 
 
 @pytest.fixture(params=WAYS)
@@ -36,12 +39,30 @@ def pieces_of(sizes: tuple[int, ...]) -> list[memoryview]:
     return [memoryview(random.randbytes(size)) for size in sizes]
 
 
+def at_sectors(pieces: list[memoryview]) -> list[memoryview]:
+    copies = [unwritten_bytes(piece.nbytes) for piece in pieces]
+    for copy, piece in zip(copies, pieces, strict=True):
+        copy[:] = piece
+    return copies
+
+
 @pytest.mark.parametrize("sizes", [*SIZES, (3 << 20, 5, 3 << 20)])
 def test_a_file_has_the_bytes_of_all_pieces(
     tmp_path: Path, files: OsFiles, sizes: tuple[int, ...]
 ) -> None:
     pieces, path = pieces_of(sizes), tmp_path / "file"
     write_file(files, path, pieces, durably=True)
+    assert path.read_bytes() == b"".join(pieces)
+
+
+@pytest.mark.parametrize("sizes", SECTORS)
+@pytest.mark.parametrize("num_elsewhere", [0, 1, 2])
+def test_pieces_at_sectors_are_written_from_where_they_lie(
+    tmp_path: Path, files: OsFiles, sizes: tuple[int, ...], num_elsewhere: int
+) -> None:
+    pieces, path = pieces_of(sizes), tmp_path / "file"
+    written = [*pieces[:num_elsewhere], *at_sectors(pieces[num_elsewhere:])]
+    write_file(files, path, written)
     assert path.read_bytes() == b"".join(pieces)
 
 
@@ -61,14 +82,17 @@ def test_a_file_goes_on_where_the_last_write_ended(tmp_path: Path, files: OsFile
     assert path.read_bytes() == b"".join(pieces)
 
 
-def test_what_the_system_refuses_is_an_error(tmp_path: Path, files: OsFiles) -> None:
+@pytest.mark.parametrize("pieces", [pieces_of((20_000,)), at_sectors(pieces_of((512, 20_480)))])
+def test_what_the_system_refuses_is_an_error(
+    tmp_path: Path, files: OsFiles, pieces: list[memoryview]
+) -> None:
     """A file may not grow beyond a limit of the process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
     try:
         with pytest.raises(OSError, match=os.strerror(errno.EFBIG)):
-            write_file(files, tmp_path / "file", pieces_of((20_000,)))
+            write_file(files, tmp_path / "file", pieces)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         signal.signal(signal.SIGXFSZ, old)

@@ -4,15 +4,17 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #ifndef O_DIRECT
 #define O_DIRECT 0
 #endif
 
-enum { PAGE_BYTES = 4096, STAGING_BYTES = 1 << 20 };
+enum { PAGE_BYTES = 4096, SECTOR_BYTES = 512, STAGING_BYTES = 1 << 20, MAX_IN_PLACE = 16 };
 
 struct pieces {
   int num_pieces;
@@ -40,19 +42,52 @@ static int write_at(int fd, const char *from, long num_bytes, long position) {
   return 0;
 }
 
-/* The next bytes of the pieces, up to STAGING_BYTES; `piece` and `offset` say where they begin and
- * then where they end. */
-static long gather(const struct pieces *w, char *into, int *piece, long *offset) {
+/* Where reading of the pieces has come to. */
+struct spot {
+  int piece;
+  long offset;
+};
+
+static void skip(const struct pieces *w, struct spot *at, long num_bytes) {
+  at->offset += num_bytes;
+  while (at->piece < w->num_pieces && at->offset >= w->sizes[at->piece])
+    at->offset -= w->sizes[at->piece++];
+}
+
+/* The next bytes of the pieces, up to STAGING_BYTES; `at` is where they begin and then where they
+ * end. */
+static long gather(const struct pieces *w, char *into, struct spot *at) {
   long had = 0;
-  while (*piece < w->num_pieces && had < STAGING_BYTES) {
-    long left = w->sizes[*piece] - *offset, room = STAGING_BYTES - had;
+  skip(w, at, 0);
+  while (at->piece < w->num_pieces && had < STAGING_BYTES) {
+    long left = w->sizes[at->piece] - at->offset, room = STAGING_BYTES - had;
     long taken = left < room ? left : room;
-    memcpy(into + had, w->pieces[*piece] + *offset, taken);
+    memcpy(into + had, w->pieces[at->piece] + at->offset, taken);
     had += taken;
-    *offset += taken;
-    if (*offset == w->sizes[*piece]) *piece += 1, *offset = 0;
+    skip(w, at, taken);
   }
   return had;
+}
+
+/* A direct write of the pieces from where they lie: what was written, 0 where it cannot be done so, or
+ * -errno. Each has to end at a sector and to begin at one; of those that do not, such as a header, the
+ * first is copied. */
+static long write_in_place(int fd, const struct pieces *w, char *staging, long position) {
+  struct iovec parts[MAX_IN_PLACE];
+  int has_copied = 0;
+  if (!is_direct(fd) || position % SECTOR_BYTES || w->num_pieces > MAX_IN_PLACE) return 0;
+  for (int i = 0; i < w->num_pieces; i++) {
+    const char *from = w->pieces[i];
+    if (w->sizes[i] % SECTOR_BYTES) return 0;
+    if ((uintptr_t)from % SECTOR_BYTES) {
+      if (has_copied++ || w->sizes[i] > STAGING_BYTES) return 0;
+      from = memcpy(staging, from, w->sizes[i]);
+    }
+    parts[i] = (struct iovec){(void *)from, w->sizes[i]};
+  }
+  long wrote = pwritev(fd, parts, w->num_pieces, position);
+  /* A medium may have larger sectors. */
+  return wrote >= 0 ? wrote : errno == EINVAL || errno == EINTR ? 0 : -errno;
 }
 
 /* All pieces, at the file's position: 0, or -errno with something of them written or nothing. */
@@ -63,9 +98,13 @@ int write_pieces(int fd, const char *const *pieces, const long *sizes, int num_p
     staging = NULL;
     return -ENOMEM;
   }
-  long position = lseek(fd, 0, SEEK_CUR), offset = 0, had;
+  long position = lseek(fd, 0, SEEK_CUR), had;
   if (position < 0) return -errno;
-  for (int piece = 0; (had = gather(&all, staging, &piece, &offset)) > 0; position += had) {
+  struct spot at = {0, 0};
+  long wrote = write_in_place(fd, &all, staging, position);
+  if (wrote < 0) return wrote;
+  skip(&all, &at, wrote);
+  for (position += wrote; (had = gather(&all, staging, &at)) > 0; position += had) {
     long whole = (had + PAGE_BYTES - 1) / PAGE_BYTES * PAGE_BYTES;
     long num_bytes = is_direct(fd) && position % PAGE_BYTES == 0 ? whole : had;
     memset(staging + had, 0, num_bytes - had);

@@ -1,0 +1,121 @@
+"""Tokens are copied as bytes, by threads in C and without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import pytest
+
+from mlx_lm_server.native.memory import SECTOR_BYTES, address_of, unwritten_bytes
+from mlx_lm_server.runner import native_products, plane_spans
+from mlx_lm_server.runner.plane_spans import Span, copy_between, copy_in, copy_out
+
+WAYS = [
+    pytest.param(
+        "C", marks=pytest.mark.skipif(native_products.library() is None, reason="no such library")
+    ),
+    "Python",
+]
+DTYPES = pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.uint32])
+HEADS = 2
+
+
+@pytest.fixture(params=WAYS, autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "Python":
+        monkeypatch.setattr(plane_spans, "_copy_heads", lambda: None)
+
+
+def plane_of(num_slots: int, places: int, width: int, dtype: mx.Dtype) -> mx.array:
+    plane = mx.random.randint(0, 1 << 16, (num_slots, HEADS, places, width)).astype(dtype)
+    mx.eval(plane)
+    return plane
+
+
+def tokens_of(plane: mx.array, span: Span) -> mx.array:
+    return plane[span.slot, :, span.start : span.start + span.num_tokens]
+
+
+@DTYPES
+def test_spans_go_to_other_places_and_nothing_else_changes(dtype: mx.Dtype) -> None:
+    """Planes of two widths, some large enough for all threads."""
+    pairs = [
+        (plane_of(3, 300, width, dtype), plane_of(2, 700, width, dtype)) for width in (8, 512, 8)
+    ]
+    spans = [
+        (Span(2, 0, 300), Span(0, 400, 300)),
+        (Span(0, 7, 1), Span(1, 0, 1)),
+        (Span(1, 5, 0), Span(1, 9, 0)),
+        (Span(1, 290, 10), Span(0, 0, 10)),
+    ]
+    wanted = []
+    for source, target in pairs:
+        expected = target + 0
+        for old, new in spans:
+            stop = new.start + new.num_tokens
+            expected[new.slot, :, new.start : stop] = tokens_of(source, old)
+        mx.eval(expected)
+        wanted.append(expected)
+    copy_between(pairs, spans)
+    for (_, target), expected in zip(pairs, wanted, strict=True):
+        assert mx.array_equal(target, expected)
+
+
+@DTYPES
+def test_what_goes_out_comes_in_bit_by_bit(dtype: mx.Dtype) -> None:
+    planes = [plane_of(3, 160, 64, dtype) for _ in range(5)]
+    spans = [Span(0, 0, 16), Span(2, 144, 16), Span(1, 3, 1), Span(1, 16, 16), Span(0, 0, 160)]
+    copies = copy_out(planes, spans)
+    for span, copy in zip(spans, copies, strict=True):
+        stacked = mx.stack([tokens_of(plane, span) for plane in planes])
+        assert copy.tobytes() == bytes(memoryview(stacked))  # type: ignore[arg-type]
+    others = [mx.zeros_like(plane) for plane in planes]
+    mx.eval(others)
+    copy_in(others, spans, [copies[0], bytes(copies[1]), *copies[2:]])
+    for plane, other in zip(planes, others, strict=True):
+        for span in spans:
+            assert mx.array_equal(tokens_of(plane, span), tokens_of(other, span))
+        assert not mx.any(other[1, :, 32:])
+
+
+def test_what_goes_out_begins_at_a_sector_and_stays_as_it_is() -> None:
+    planes = [plane_of(1, 64, 64, mx.float32)]
+    copies = copy_out(planes, [Span(0, 0, 16), Span(0, 16, 16)])
+    before = [bytes(copy) for copy in copies]
+    assert all(address_of(copy) % SECTOR_BYTES == 0 for copy in copies)
+    assert all(copy.readonly for copy in copies)
+    planes[0][:] = 0.0
+    mx.eval(planes)
+    assert [bytes(copy) for copy in copies] == before
+
+
+@pytest.mark.parametrize("span", [Span(2, 0, 4), Span(0, 17, 4), Span(0, -1, 4), Span(-1, 0, 4)])
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda plane, span: copy_between([(plane, plane)], [(span, Span(0, 0, 4))]),
+        lambda plane, span: copy_between([(plane, plane)], [(Span(0, 0, 4), span)]),
+        lambda plane, span: copy_out([plane], [span]),
+        lambda plane, span: copy_in([plane], [span], [bytes(4 * HEADS * 8 * 4)]),
+    ],
+    ids=["from", "to", "out", "in"],
+)
+def test_nothing_outside_of_a_plane_is_touched(
+    copy: Callable[[mx.array, Span], None], span: Span
+) -> None:
+    with pytest.raises(ValueError, match="outside"):
+        copy(plane_of(2, 20, 8, mx.float32), span)
+
+
+def test_bytes_that_are_too_few_are_refused() -> None:
+    with pytest.raises(ValueError, match="other planes"):
+        copy_in([plane_of(2, 20, 8, mx.float32)], [Span(0, 0, 4)], [bytes(8)])
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 512, 100_000])
+def test_memory_that_nobody_wrote_begins_at_a_sector(num_bytes: int) -> None:
+    room = unwritten_bytes(num_bytes)
+    assert len(room) == num_bytes
+    assert address_of(room) % SECTOR_BYTES == 0
+    room[:] = bytes(num_bytes)
