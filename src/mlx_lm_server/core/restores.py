@@ -21,8 +21,8 @@ from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.tier import Label, Payload, Tier
 
 # Of one part; at least one record.
-MAX_PART_BYTES, MAX_PART_RECORDS = 8 << 20, 64
-PARTS_IN_FLIGHT = 2
+MAX_PART_BYTES, MAX_PART_RECORDS = 4 << 20, 64
+PARTS_IN_FLIGHT = 3
 # Checkpoints at any token are looked for in so many blocks before the end of what is stored;
 # further back only at the ends of blocks and messages.
 NUM_SEARCHED_BLOCKS = 64

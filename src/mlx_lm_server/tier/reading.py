@@ -23,7 +23,7 @@ from mlx_lm_server.tier.native_files import files_library
 
 FILES_AT_A_TIME = 4
 # Of memory for files that nobody looks at any more so much is kept for the next.
-MAX_IDLE_BUFFERS, MAX_IDLE_BYTES = 2, 16 << 20
+MAX_IDLE_BUFFERS, MAX_IDLE_BYTES = 4, 8 << 20
 
 Contents = memoryview | OSError
 ReadOne = Callable[[Path, int], bytes]
