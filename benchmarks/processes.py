@@ -52,11 +52,18 @@ class Server:
 
     def cpu_s(self) -> float:
         """User and system time of the server process alone."""
-        times = self.process.cpu_times()
-        return times.user + times.system
+        return _cpu_s(self.process)
+
+    def engine_cpu_s(self) -> float:
+        return _cpu_s(self.engine)
 
     def rss_bytes(self) -> int:
         return self.process.memory_info().rss
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 def ours(

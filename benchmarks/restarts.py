@@ -111,7 +111,7 @@ def cost(effort: Effort) -> Findings:
     model = str(ensure_models()["float32"])
     threads = ("--cpu-threads", str(len(os.sched_getaffinity(0))))
     workloads = ["clients8", "clients32", "ttft"]
-    sessions, written = [], 0
+    sessions, written, cpu_shares = [], 0, []
     with cache_folder() as folder:
         for number in range(2 * effort.rounds):
             launches = (
@@ -119,7 +119,11 @@ def cost(effort: Effort) -> Findings:
                 processes.ours(model, *threads, name="in memory"),
             )
             with servers(*launches) as running:
+                before_s = [server.engine_cpu_s() for server in running]
                 sessions.append(measure(running, workloads, 2, shape_of(effort)))
+                after_s = [server.engine_cpu_s() for server in running]
+                disk_s, memory_s = (b - a for a, b in zip(before_s, after_s, strict=True))
+                cpu_shares.append(disk_s / memory_s)
                 written += _tier_facts(running[0].url)["bytes_written"]
     made = []
     for workload in workloads:
@@ -134,6 +138,8 @@ def cost(effort: Effort) -> Findings:
             ),
             Claim(f"{workload}: longest gap", median(more), at_most=MAX_GAP_MS, unit="ms more"),
         ]
+    console.print("  CPU time over that without a disk", *map("{:.3f}".format, cpu_shares))
+    made += [Claim("engine's CPU time over that without a disk", median(cpu_shares))]
     made += [Claim("written", written / 1e6, unit="MB"), no_errors(*sessions)]
     return made, {"pairs": [details(one) for one in sessions]}
 

@@ -43,6 +43,7 @@ def storage_with(*ops: CreateSlab) -> KVStorage:
     storage = KVStorage([LayerShape(KV_HEADS, DIM, DIM)])
     for op in ops:
         storage.apply(op)
+    storage.stages.run()
     return storage
 
 

@@ -90,12 +90,14 @@ def test_what_goes_out_begins_at_a_sector_and_stays_as_it_is() -> None:
     assert [bytes(copy) for copy in copies] == before
 
 
-@pytest.mark.parametrize("span", [Span(2, 0, 4), Span(0, 17, 4), Span(0, -1, 4), Span(-1, 0, 4)])
+@pytest.mark.parametrize(
+    "span", [Span(2, 0, 4), Span(0, 17, 4), Span(0, -1, 4), Span(-1, 0, 4), Span(0, 8, -4)]
+)
 @pytest.mark.parametrize(
     "copy",
     [
-        lambda plane, span: copy_between([(plane, plane)], [(span, Span(0, 0, 4))]),
-        lambda plane, span: copy_between([(plane, plane)], [(Span(0, 0, 4), span)]),
+        lambda plane, span: copy_between([(plane, plane)], [(span, other(span))]),
+        lambda plane, span: copy_between([(plane, plane)], [(other(span), span)]),
         lambda plane, span: copy_out([plane], [span]),
         lambda plane, span: copy_in([plane], [span], [bytes(4 * HEADS * 8 * 4)]),
     ],
@@ -104,8 +106,30 @@ def test_what_goes_out_begins_at_a_sector_and_stays_as_it_is() -> None:
 def test_nothing_outside_of_a_plane_is_touched(
     copy: Callable[[mx.array, Span], None], span: Span
 ) -> None:
-    with pytest.raises(ValueError, match="outside"):
+    with pytest.raises(ValueError, match=r"outside|bytes|size"):
         copy(plane_of(2, 20, 8, mx.float32), span)
+
+
+def other(span: Span) -> Span:
+    return Span(0, 0, span.num_tokens)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    plane = plane_of(2, 20, 8, mx.float32)
+    with pytest.raises(ValueError, match="different length"):
+        copy_between([(plane, plane)], [(Span(0, 0, 16), Span(1, 18, 2))])
+    with pytest.raises(ValueError, match="do not fit"):
+        copy_between([(plane, plane_of(2, 20, 4, mx.float32))], [(Span(0, 0, 4), Span(0, 0, 4))])
+
+
+def test_nothing_is_copied_of_planes_and_spans_that_are_empty() -> None:
+    empty, plane = mx.zeros((2, HEADS, 20, 0)), plane_of(2, 20, 8, mx.float32)
+    mx.eval(empty)
+    copy_between([(empty, empty), (plane, plane)], [(Span(0, 0, 4), Span(1, 0, 4))])
+    assert mx.array_equal(plane[0, :, :4], plane[1, :, :4])
+    assert [bytes(copy) for copy in copy_out([empty], [Span(0, 0, 4)])] == [b""]
+    assert [bytes(copy) for copy in copy_out([plane], [Span(0, 4, 0)])] == [b""]
+    copy_in([empty], [Span(0, 0, 4)], [b""])
 
 
 def test_bytes_that_are_too_few_are_refused() -> None:

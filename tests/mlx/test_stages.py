@@ -10,9 +10,12 @@ import pytest
 
 from mlx_lm_server.core.block import Place
 from mlx_lm_server.core.plan import (
+    CopyTokens,
     CreateSegment,
     CreateSlab,
     DropSlab,
+    LoadBlocks,
+    LoadState,
     MoveBlocks,
     MoveRow,
     OffloadBlocks,
@@ -20,10 +23,12 @@ from mlx_lm_server.core.plan import (
     ResizeSlab,
     RestoreBlocks,
     SaveBlocks,
+    SaveState,
 )
 from mlx_lm_server.core.tier import Label
 from mlx_lm_server.runner import plane_spans
 from mlx_lm_server.runner.block_store import BlockStore
+from mlx_lm_server.runner.kv_quantisation import Quantisation
 from mlx_lm_server.runner.kv_storage import KVStorage, LayerShape
 from mlx_lm_server.runner.record_bytes import read_array
 from mlx_lm_server.runner.stages import ends_of
@@ -35,14 +40,19 @@ BLOCK, SLOTS = 4, 3
 class Cache:
     """A slab of random K and V of two layers, and what was offloaded."""
 
-    def __init__(self, capacity: int = 18, dim: int = 8) -> None:
-        self.storage = KVStorage([LayerShape(2, dim, dim)] * 2)
+    def __init__(
+        self, capacity: int = 18, dim: int = 8, quantisation: Quantisation | None = None
+    ) -> None:
+        self.storage = KVStorage([LayerShape(2, dim, dim, quantisation=quantisation)] * 2)
         self.blocks = BlockStore(self.storage, None, BLOCK)
         self.records: list[Record] = []
         self.blocks.offload = self.records.append
         self.storage.apply(CreateSlab(0, SLOTS, capacity))
+        self.storage.stages.run()
         for planes in self.storage.slabs[0].planes:
-            planes[:] = [mx.random.normal(plane.shape) for plane in planes]
+            planes[:] = [
+                mx.random.randint(0, 1 << 20, plane.shape).astype(plane.dtype) for plane in planes
+            ]
         mx.eval(self.planes)
 
     @property
@@ -120,7 +130,7 @@ def test_an_offload_lets_the_slab_be_written_in_place() -> None:
     assert mx.get_peak_memory() - before < held / 16
 
 
-def test_only_a_few_blocks_to_read_are_short() -> None:
+def test_only_a_few_blocks_to_copy_are_short() -> None:
     cache = Cache(capacity=4096, dim=64)
     stages = cache.storage.stages
     few, many = tuple(map(label, range(2))), tuple(map(label, range(200)))
@@ -139,6 +149,12 @@ def test_only_a_few_blocks_to_read_are_short() -> None:
     assert stages.are_short
     cache.blocks.save(MoveBlocks(((Place(0, 0), Place(0, 1)),)))
     assert not stages.are_short, "copies that MLX makes are waited for"
+    stages.run()
+    cache.storage.apply(CreateSlab(1, 1, 64))
+    assert not stages.are_short, "zeros, too"
+    stages.run()
+    cache.blocks.load(LoadBlocks(1, 0, 0, 4, (Place(0, 1),)))
+    assert stages.are_short
 
 
 @pytest.mark.parametrize("is_in_host_memory", [True, False])
@@ -179,6 +195,104 @@ def test_blocks_of_a_row_are_saved_as_they_were(
     cache.blocks.save(OffloadBlocks(places, (label(0), label(1), label(2, 3))))
     cache.storage.stages.run()
     cache.check(*wanted)
+
+
+@pytest.mark.parametrize("is_in_host_memory", [True, False])
+@pytest.mark.parametrize("quantisation", [None, Quantisation(8, 8)])
+@pytest.mark.parametrize(
+    ("capacity", "start", "stop"),
+    [(18, 0, 11), (16, 0, 12), (16, 0, 11), (16, 4, 12), (16, 5, 11), (18, 3, 4), (16, 7, 8)],
+)
+def test_blocks_come_back_to_another_row(
+    capacity: int,
+    start: int,
+    stop: int,
+    quantisation: Quantisation | None,
+    is_in_host_memory: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Into a slab that the same plan makes, and into one that is there; nothing else changes."""
+    monkeypatch.setattr(plane_spans, "is_in_host_memory", lambda: is_in_host_memory)
+    cache = Cache(quantisation=quantisation)
+    places = (Place(0, 1), Place(1, 0), Place(1, 2))
+    for segment_id in range(2):
+        cache.blocks.save(CreateSegment(segment_id, 3))
+    cache.blocks.save(SaveBlocks(0, 1, 0, 11 if stop < 12 else 12, places))
+    wanted = [plane[1, :, start:stop] + 0 for plane in cache.planes]
+    others = [plane[0] + 0 for plane in cache.planes]
+    mx.eval(wanted, others)
+    first, last = start // BLOCK, -(-stop // BLOCK)
+    cache.storage.apply(CreateSlab(1, 1, capacity))
+    for slab_id, slot in ((1, 0), (0, 2)):
+        cache.blocks.load(LoadBlocks(slab_id, slot, start, stop, places[first:last]))
+    cache.storage.stages.run()
+    for slab_id, slot in ((1, 0), (0, 2)):
+        planes = [plane for planes in cache.storage.slabs[slab_id].planes for plane in planes]
+        for plane, tokens in zip(planes, wanted, strict=True):
+            assert mx.array_equal(plane[slot, :, start:stop], tokens).item()
+    for plane, other in zip(cache.planes, others, strict=True):
+        assert mx.array_equal(plane[0], other).item()
+
+
+def test_blocks_are_loaded_for_all_tokens_or_not_at_all() -> None:
+    cache = Cache()
+    cache.blocks.save(CreateSegment(0, 3))
+    for num_blocks in (1, 3):
+        places = tuple(Place(0, number) for number in range(num_blocks))
+        with pytest.raises(ValueError, match="for tokens 1 to 8"):
+            cache.blocks.load(LoadBlocks(0, 1, 1, 8, places))
+
+
+@pytest.mark.parametrize("is_in_host_memory", [True, False])
+def test_tokens_are_copied_between_slots(
+    is_in_host_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plane_spans, "is_in_host_memory", lambda: is_in_host_memory)
+    cache = Cache()
+    wanted = cache.tokens(2, 3, 14)
+    cache.storage.apply(CreateSlab(1, 1, 40))
+    cache.blocks.load(CopyTokens(0, 2, 1, 0, 3, 14))
+    cache.blocks.load(CopyTokens(1, 0, 0, 0, 3, 14))
+    cache.overwrite()
+    cache.storage.stages.run()
+    planes = [plane for planes in cache.storage.slabs[1].planes for plane in planes]
+    assert mx.array_equal(mx.stack([plane[0, :, 3:14] for plane in planes]), wanted).item()
+
+
+@pytest.mark.parametrize("is_in_host_memory", [True, False])
+@pytest.mark.parametrize(
+    ("num_slots", "from_slab", "from_slot", "window", "dim"),
+    [(1, 0, 0, 24, 64), (2, 1, 1, 24, 16), (2, 1, 1, 56, 64)],
+    ids=["the only slot", "a tiny ring", "a ring"],
+)
+def test_a_checkpoint_stays_as_it_is_when_another_row_moves_in(
+    num_slots: int,
+    from_slab: int,
+    from_slot: int,
+    window: int,
+    dim: int,
+    is_in_host_memory: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """MLX lets a small slice share the memory of what it was taken from."""
+    monkeypatch.setattr(plane_spans, "is_in_host_memory", lambda: is_in_host_memory)
+    storage = KVStorage([LayerShape(2, dim, dim, window=window)])
+    blocks = BlockStore(storage, None, BLOCK)
+    for slab_id, slots, capacity in ((0, 2, 64), (1, num_slots, 128)):
+        storage.apply(CreateSlab(slab_id, slots, capacity))
+        (planes,) = storage.slabs[slab_id].planes
+        planes[:] = [mx.random.normal(plane.shape) for plane in planes]
+        mx.eval(planes)
+    blocks.save(SaveState(0, 0, 1, 0, 100))
+    wanted = [plane[0] + 0 for plane in storage.slabs[1].planes[0]]
+    mx.eval(wanted)
+    storage.apply(MoveRow(from_slab, from_slot, 1, 0, 60))
+    storage.stages.run()
+    storage.apply(CreateSlab(2, 1, 128))
+    blocks.load(LoadState(0, 0, 2, 0, 100))
+    storage.stages.run()
+    for plane, ring in zip(storage.slabs[2].planes[0], wanted, strict=True):
+        assert mx.array_equal(plane[0], ring).item()
 
 
 def test_whatever_has_a_shape_has_an_end() -> None:

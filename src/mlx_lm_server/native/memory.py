@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ctypes
 
-# What a direct write or read wants memory to begin at, in bytes.
-SECTOR_BYTES = 512
+# A direct write or read wants memory and files to be cut at the first; some media at the second.
+SECTOR_BYTES, PAGE_BYTES = 512, 4096
 
 
 class _Buffer(ctypes.Structure):
@@ -27,8 +27,8 @@ class _Buffer(ctypes.Structure):
 
 
 def address_of(view: memoryview) -> int:
-    """Where the view's bytes lie, for as long as it lives; 0 where there are none. ctypes itself
-    tells it of memory that may be written only."""
+    """Where the view's bytes lie, for as long as it lives. ctypes itself tells it only of memory
+    that may be written."""
     buffer = _Buffer()
     ctypes.pythonapi.PyObject_GetBuffer(ctypes.py_object(view), ctypes.byref(buffer), 0)
     address: int | None = buffer.buf
@@ -37,10 +37,10 @@ def address_of(view: memoryview) -> int:
 
 
 def unwritten_bytes(num_bytes: int) -> memoryview:
-    """Memory that begins at a sector's multiple and holds whatever stood there."""
-    room = _new_bytearray(None, num_bytes + SECTOR_BYTES)
+    """Memory that begins at a page and holds whatever stood there."""
+    room = _new_bytearray(None, num_bytes + PAGE_BYTES)
     view = memoryview(room)
-    first = -address_of(view) % SECTOR_BYTES
+    first = -address_of(view) % PAGE_BYTES
     return view[first : first + num_bytes]
 
 

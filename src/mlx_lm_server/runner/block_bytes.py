@@ -36,6 +36,8 @@ class BlockBytes:
 
     def load(self, op: LoadBlocks) -> None:
         size = self._pool.block_size
+        if len(op.places) != -(-op.stop // size) - op.start // size:
+            raise ValueError(f"{len(op.places)} blocks for tokens {op.start} to {op.stop}")
         spots = enumerate(op.places, op.start // size)
         for segment_id, run in groupby(spots, key=lambda spot: spot[1].segment_id):
             spans = []

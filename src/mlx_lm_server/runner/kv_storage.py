@@ -12,8 +12,8 @@ longer than the ring, whatever the slab's capacity.
 Invariants
 - A plane is `[num_slots, kv_heads, places, width]`, where `places` is the slab's capacity or the
   layer's ring, whichever is less.
-- Nobody keeps a reference to a slab's array across a step: a second reference would turn the next
-  in-place write into a copy of the whole slab.
+- Nobody holds a reference to a slab's array when a write to it is submitted: a second one would
+  turn the write, which is in place, into a copy of the whole slab.
 - What the core ordered (`KVOp`) is done literally and in order; the core keeps the account.
 """
 
@@ -205,6 +205,8 @@ class KVStorage:
             shapes = [(plane.shape(op.num_slots, places), plane.dtype) for plane in layer.planes]
             slab.planes.append([self.new_array(*each) for each in shapes])
         self.slabs[op.slab_id] = slab
+        if self.needs_zeros:
+            self.stages.add([plane for planes in slab.planes for plane in planes])
 
     def _resize(self, op: ResizeSlab) -> None:
         for planes in self.slabs[op.slab_id].planes:
@@ -225,38 +227,37 @@ class KVStorage:
         return (mx.zeros if self.needs_zeros else native_products.unwritten)(shape, dtype)
 
     def copy_tokens(self, op: CopyTokens, layers: Sequence[int]) -> None:
-        """Between slots, of these layers. A ring is copied as it lies, whole from token 0."""
-        if self.is_in_host_memory:
-            self._copy_as_bytes(op, layers)
-            return
-        for group in self.layer_groups(layers, op.stop - op.start):
-            pairs = []
-            for layer in group:
-                sources = self.slabs[op.from_slab].planes[layer]
-                for old, new in zip(sources, self.slabs[op.to_slab].planes[layer], strict=True):
-                    stop = min(op.stop, old.shape[2])
-                    pairs.append((mx.contiguous(old[op.from_slot, :, op.start : stop]), new))
-            self.stages.add([tokens for tokens, _ in pairs])
-            for tokens, new in pairs:
-                new[op.to_slot, :, op.start : op.start + tokens.shape[1]] = tokens
-            self.stages.add([new for _, new in pairs])
+        """Between slots, of these layers. A ring is copied as it lies, whole from token 0, and by
+        operations: a checkpoint may share its memory."""
+        whole = [n for n in layers if self.is_in_host_memory and self.layers[n].ring is None]
+        if whole:
+            ends = self._all_planes(op.from_slab, whole), self._all_planes(op.to_slab, whole)
+            num_tokens = op.stop - op.start
+            old, new = (Span(slot, op.start, num_tokens) for slot in (op.from_slot, op.to_slot))
+            self.copy_bytes(list(zip(*ends, strict=True)), [(old, new)])
+        others = [layer for layer in layers if layer not in whole]
+        for group in self.layer_groups(others, op.stop - op.start):
+            self._copy_by_operations(op, group)
 
-    def _copy_as_bytes(self, op: CopyTokens, layers: Sequence[int]) -> None:
-        by_places: dict[int, list[tuple[mx.array, mx.array]]] = {}
-        for layer in layers:
-            sources = self.slabs[op.from_slab].planes[layer]
-            for old, new in zip(sources, self.slabs[op.to_slab].planes[layer], strict=True):
-                by_places.setdefault(min(op.stop, old.shape[2]), []).append((old, new))
-        for stop, pairs in by_places.items():
-            num_tokens = stop - op.start
-            old_span = Span(op.from_slot, op.start, num_tokens)
-            self.copy_bytes(pairs, [(old_span, Span(op.to_slot, op.start, num_tokens))])
+    def _copy_by_operations(self, op: CopyTokens, layers: Sequence[int]) -> None:
+        pairs = []
+        ends = self._all_planes(op.from_slab, layers), self._all_planes(op.to_slab, layers)
+        for old, new in zip(*ends, strict=True):
+            stop = min(op.stop, old.shape[2])
+            pairs.append((mx.contiguous(old[op.from_slot, :, op.start : stop]), new))
+        self.stages.add([tokens for tokens, _ in pairs])
+        for tokens, new in pairs:
+            new[op.to_slot, :, op.start : op.start + tokens.shape[1]] = tokens
+        self.stages.add([new for _, new in pairs])
+
+    def _all_planes(self, slab_id: int, layers: Sequence[int]) -> list[mx.array]:
+        return [plane for layer in layers for plane in self._planes(layer, slab_id)]
 
     def copy_bytes(
         self, pairs: Sequence[tuple[mx.array, mx.array]], spans: Sequence[tuple[Span, Span]]
     ) -> None:
         """In each pair of planes from the first span of each pair to the second, between what is
-        written before and after, when nothing runs."""
+        written before and after, when nothing runs. Nobody shares the memory of the second."""
         held = [(unchanged(source), unchanged(target)) for source, target in pairs]
 
         def copy() -> None:

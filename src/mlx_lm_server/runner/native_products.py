@@ -55,9 +55,10 @@ def unwritten(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     """An array of numbers that are whatever stood there, for those who read only what they have
     written: nothing goes through memory, and the system need not find the pages yet. Zeros where
     it cannot be made."""
-    if dtype.size != 4 or not is_there():
+    width, is_odd = divmod(shape[-1] * dtype.size, 4)
+    if dtype.size not in (2, 4) or is_odd or not is_there():
         return mx.zeros(shape, dtype)
-    nothing, width = _NOTHING.view(mx.float32), shape[-1]
+    nothing = _NOTHING.view(mx.float32)
     left = mx.as_strided(nothing, (math.prod(shape[:-1]), 8), (8, 1))
     return (left @ mx.as_strided(nothing, (8, width), (width, 1))).view(dtype).reshape(shape)
 

@@ -1,8 +1,9 @@
 """Tokens of K and V as bytes, where arrays lie in the host's memory: copied once, from where they
 lie to where they stay, which no operation of MLX does.
 
-Planes are `[slots, kv_heads, places, width]`. They are computed, and nothing that writes them is
-under way.
+Planes are `[slots, kv_heads, places, width]`. They are computed, nothing that writes them is under
+way, and the memory of one that is written to is nobody else's: MLX copies a shared array before it
+writes, which is not done here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import mlx.core as mx
 from mlx_lm_server.native.memory import address_of, unwritten_bytes
 from mlx_lm_server.runner import native_products
 
-Move = tuple[int, int, int]  # from, to, length, in bytes
+Move = tuple[int, int, int]  # from, to and length, in bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,17 @@ def is_in_host_memory() -> bool:
 def copy_between(
     pairs: Iterable[tuple[mx.array, mx.array]], spans: Sequence[tuple[Span, Span]]
 ) -> None:
-    """In each pair of planes from the first span of each pair to the second."""
+    """In each pair of planes from the first span of each pair to the second. Raises ValueError
+    where they do not fit each other."""
     alike: dict[tuple[_Layout, _Layout], list[tuple[mx.array, mx.array]]] = {}
     for source, target in pairs:
         alike.setdefault((_Layout.of(source), _Layout.of(target)), []).append((source, target))
     for (old, new), group in alike.items():
-        moves = [(old.start(a), new.start(b), old.length(a)) for a, b in spans]
+        if (old.kv_heads, old.token_bytes) != (new.kv_heads, new.token_bytes):
+            raise ValueError(f"tokens of {old} do not fit {new}")
+        if any(a.num_tokens != b.num_tokens for a, b in spans):
+            raise ValueError("spans of different length")
+        moves = [(old.start(a), new.start(b), a.num_tokens * old.token_bytes) for a, b in spans]
         sources = [bytes_of(source) for source, _ in group]
         targets = [_memory_of(target) for _, target in group]
         from_, to = list(map(address_of, sources)), list(map(address_of, targets))
@@ -55,19 +61,14 @@ def copy_out(planes: Sequence[mx.array], spans: Sequence[Span]) -> list[memoryvi
     """For each span of planes of one shape the bytes of `[planes, kv_heads, num_tokens, width]`."""
     layout, views = _Layout.of(planes[0]), [bytes_of(plane) for plane in planes]
     from_ = list(map(address_of, views))
-    copies: list[memoryview] = []
-    for num_tokens, run in groupby(spans, key=lambda span: span.num_tokens):
-        length = num_tokens * layout.token_bytes
-        plane_bytes = layout.kv_heads * length
-        num_bytes = len(planes) * plane_bytes
-        alike = list(run)
-        room = unwritten_bytes(len(alike) * num_bytes)
-        places = range(0, len(room), num_bytes)
-        moves = [(layout.start(span), at, length) for span, at in zip(alike, places, strict=True)]
-        to = [address_of(room) + number * plane_bytes for number in range(len(planes))]
+    copies = [unwritten_bytes(len(planes) * layout.plane_bytes(span)) for span in spans]
+    pairs = zip(spans, copies, strict=True)
+    for num_tokens, run in groupby(pairs, key=lambda pair: pair[0].num_tokens):
+        alike, length = list(run), num_tokens * layout.token_bytes
+        moves = [(layout.start(span), address_of(copy), length) for span, copy in alike]
+        to = [number * layout.plane_bytes(alike[0][0]) for number in range(len(planes))]
         _copy(from_, to, moves, layout.kv_heads, layout.head_bytes, length)
-        copies += [room[at : at + num_bytes].toreadonly() for at in places]
-    return copies
+    return [copy.toreadonly() for copy in copies]
 
 
 def copy_in(
@@ -76,15 +77,13 @@ def copy_in(
     """The way back. Raises ValueError where the bytes are not as many."""
     layout, views = _Layout.of(planes[0]), [_memory_of(plane) for plane in planes]
     to = list(map(address_of, views))
-    pairs = zip(spans, copies, strict=True)
+    pairs = [(span, memoryview(copy)) for span, copy in zip(spans, copies, strict=True)]
+    if any(copy.nbytes != len(planes) * layout.plane_bytes(span) for span, copy in pairs):
+        raise ValueError("bytes of other planes")
     for num_tokens, run in groupby(pairs, key=lambda pair: pair[0].num_tokens):
-        length = num_tokens * layout.token_bytes
-        plane_bytes = layout.kv_heads * length
-        alike = [(span, memoryview(copy)) for span, copy in run]
-        if any(copy.nbytes != len(planes) * plane_bytes for _, copy in alike):
-            raise ValueError("bytes of other planes")
+        alike, length = list(run), num_tokens * layout.token_bytes
         moves = [(address_of(copy), layout.start(span), length) for span, copy in alike]
-        from_ = [number * plane_bytes for number in range(len(planes))]
+        from_ = [number * layout.plane_bytes(alike[0][0]) for number in range(len(planes))]
         _copy(from_, to, moves, layout.kv_heads, length, layout.head_bytes)
 
 
@@ -97,8 +96,8 @@ def bytes_of(array: mx.array) -> memoryview:
 
 
 def _memory_of(array: mx.array) -> memoryview:
-    """The memory of an array itself."""
-    return memoryview(cast(Any, array)).cast("B")
+    """The memory of an array itself. Raises TypeError where that is not in order."""
+    return memoryview(cast(Any, array)).cast("B") if array.size else memoryview(b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,16 +116,16 @@ class _Layout:
     def head_bytes(self) -> int:
         return self.places * self.token_bytes
 
+    def plane_bytes(self, span: Span) -> int:
+        """What the span takes in all heads."""
+        return self.kv_heads * span.num_tokens * self.token_bytes
+
     def start(self, span: Span) -> int:
         """Where the span begins in its first head; the others follow in steps of `head_bytes`."""
-        if not (
-            0 <= span.slot < self.num_slots and 0 <= span.start <= self.places - span.num_tokens
-        ):
+        stop = span.start + span.num_tokens
+        if not (0 <= span.slot < self.num_slots and 0 <= span.start <= stop <= self.places):
             raise ValueError(f"{span} is outside of {self}")
         return span.slot * self.kv_heads * self.head_bytes + span.start * self.token_bytes
-
-    def length(self, span: Span) -> int:
-        return span.num_tokens * self.token_bytes
 
 
 def _copy(

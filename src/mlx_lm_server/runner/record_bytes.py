@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import mlx.core as mx
 
 from mlx_lm_server.core.tier import Payload
+from mlx_lm_server.native.memory import unwritten_bytes
 from mlx_lm_server.runner.cache_kinds import RecurrentState
 from mlx_lm_server.runner.kv_storage import LayerShape
 from mlx_lm_server.runner.plane_spans import Span, bytes_of, copy_out
@@ -111,8 +112,11 @@ class RecordShapes:
 def stacked_bytes(arrays: Sequence[mx.array]) -> Tensor:
     """A copy of arrays of one shape, with nothing of them in it."""
     first = arrays[0]
-    data = b"".join(map(bytes_of, arrays))
-    return Tensor(DTYPE_NAMES[first.dtype], (len(arrays), *first.shape), data)
+    data, end = unwritten_bytes(len(arrays) * first.nbytes), 0
+    for array in arrays:
+        start, end = end, end + array.nbytes
+        data[start:end] = bytes_of(array)
+    return Tensor(DTYPE_NAMES[first.dtype], (len(arrays), *first.shape), data.toreadonly())
 
 
 def copy_spans(planes: Sequence[mx.array], spans: Sequence[Span]) -> list[Tensor]:

@@ -36,13 +36,13 @@ class Stages:
     def __init__(self) -> None:
         self._stages: deque[tuple[list[mx.array], Callable[[], None] | None]] = deque()
         self._bytes_to_copy = 0
-        self._has_writes = False
+        self._has_operations = False
 
     def add(self, written: Sequence[mx.array], then: Callable[[], None] | None = None) -> None:
         """The operations that gave these arrays make a stage, after which `then` is called."""
         if written:
             self._stages.append((ends_of(written), then))
-            self._has_writes = True
+            self._has_operations = True
 
     def add_copy(self, copy: Callable[[], None], num_bytes: int) -> None:
         """`copy`, which copies so many bytes by itself, may hold arrays that later stages write in
@@ -54,7 +54,7 @@ class Stages:
     @property
     def are_short(self) -> bool:
         """Whether they take no longer than telling tokens does."""
-        return not self._has_writes and self._bytes_to_copy <= SHORT_COPY_BYTES
+        return not self._has_operations and self._bytes_to_copy <= SHORT_COPY_BYTES
 
     def start(self) -> None:
         """Submit the first stage already; only where nothing is under way."""
@@ -68,4 +68,4 @@ class Stages:
             ends.clear()
             if then is not None:
                 then()
-        self._bytes_to_copy, self._has_writes = 0, False
+        self._bytes_to_copy, self._has_operations = 0, False

@@ -2,8 +2,8 @@
 
     8 bytes   length of the header, little endian
     header    {"__metadata__":{"checksum":"…","name":"…",…},"0":{"dtype":…},…}, and spaces
-    data      the tensors, in the record's order, without gaps; it begins at a sector, so that it
-              can be written from where it lies
+    data      the tensors, in the record's order, without gaps; it begins at a sector or at a
+              page, so that it can be written from where it lies
 
 The checksum covers every byte of the file but its own digits, which count as zeros. Encoding makes
 no copy of the tensors, and neither does decoding, which safetensors' own Python functions do not
@@ -19,13 +19,15 @@ from typing import Any
 import msgspec
 from xxhash import xxh3_128
 
-from mlx_lm_server.native.memory import SECTOR_BYTES
+from mlx_lm_server.native.memory import PAGE_BYTES, SECTOR_BYTES
 from mlx_lm_server.tier.records import DTYPE_BITS, NAME_BYTES, Kind, Record, Tensor
 
 FILE_VERSION = "3"
 CHECKSUM_BYTES = 16
 MAX_HEADER_BYTES = 1 << 20
 LENGTH_BYTES = 8
+# From here on a whole page for the header is next to nothing.
+LARGE_RECORD_BYTES = 32 * PAGE_BYTES
 _START = b'{"__metadata__":{"checksum":"'
 _CHECKSUM = slice(len(_START), len(_START) + 2 * CHECKSUM_BYTES)
 _NO_CHECKSUM = b"0" * (2 * CHECKSUM_BYTES)
@@ -158,7 +160,8 @@ def _header(record: Record) -> bytes:
         }
         offset = end
     text = msgspec.json.encode(entries)
-    text += b" " * (-(LENGTH_BYTES + len(text)) % SECTOR_BYTES)
+    cut = PAGE_BYTES if offset >= LARGE_RECORD_BYTES else SECTOR_BYTES
+    text += b" " * (-(LENGTH_BYTES + len(text)) % cut)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 

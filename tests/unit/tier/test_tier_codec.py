@@ -10,9 +10,11 @@ import pytest
 import safetensors
 from tier_fakes import as_bytes, make_record
 
+from mlx_lm_server.native.memory import PAGE_BYTES, SECTOR_BYTES
 from mlx_lm_server.tier import Tensor
 from mlx_lm_server.tier.codec import (
     FILE_VERSION,
+    LARGE_RECORD_BYTES,
     CorruptRecordError,
     decode,
     encode,
@@ -51,6 +53,15 @@ def test_safetensors_reads_our_files() -> None:
         there = read[str(i)]
         assert (there["dtype"], tuple(there["shape"])) == (tensor.dtype, tensor.shape)
         assert bytes(there["data"]) == tensor.data
+
+
+@pytest.mark.parametrize(("nbytes", "cut"), [(64, SECTOR_BYTES), (LARGE_RECORD_BYTES, PAGE_BYTES)])
+@pytest.mark.parametrize("num_ids", [1, 16, 100])
+def test_the_data_begin_where_a_direct_write_may(nbytes: int, cut: int, num_ids: int) -> None:
+    record = replace(make_record(3, nbytes=nbytes), token_ids=tuple(range(num_ids)))
+    header, *_ = encode(record).pieces
+    assert header.nbytes % cut == 0
+    assert header.nbytes < cut + 1200, "and no more is padded"
 
 
 def test_decoding_copies_no_tensor() -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import resource
 import signal
+import sys
 from pathlib import Path
 from random import Random
 
@@ -64,6 +66,25 @@ def test_pieces_at_sectors_are_written_from_where_they_lie(
     written = [*pieces[:num_elsewhere], *at_sectors(pieces[num_elsewhere:])]
     write_file(files, path, written)
     assert path.read_bytes() == b"".join(pieces)
+
+
+@pytest.mark.skipif(NO_LIBRARY or sys.platform != "linux", reason="C on Linux does that")
+def test_pieces_at_sectors_are_not_copied_before(tmp_path: Path) -> None:
+    """Copied they would be written megabyte by megabyte."""
+    files, pieces = OsFiles(), pieces_of((512, 3 << 20))
+    fd = files.create(tmp_path / "file")
+    if not fcntl.fcntl(fd, fcntl.F_GETFL) & tier_files.O_DIRECT:
+        pytest.skip("the file system does not write directly")
+    before = num_writes()
+    files.write(fd, [pieces[0], *at_sectors(pieces[1:])])
+    assert num_writes() == before + 1
+    files.close(fd)
+
+
+def num_writes() -> int:
+    """System calls of this process that wrote."""
+    facts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(facts["syscw"])
 
 
 def test_a_view_of_a_part_and_memory_that_may_be_written(tmp_path: Path, files: OsFiles) -> None:

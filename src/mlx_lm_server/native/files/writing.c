@@ -70,20 +70,21 @@ static long gather(const struct pieces *w, char *into, struct spot *at) {
 }
 
 /* A direct write of the pieces from where they lie: what was written, 0 where it cannot be done so, or
- * -errno. Each has to end at a sector and to begin at one; of those that do not, such as a header, the
- * first is copied. */
+ * -errno. Each has to end at a sector; those that do not begin at one, such as a header, are copied. */
 static long write_in_place(int fd, const struct pieces *w, char *staging, long position) {
   struct iovec parts[MAX_IN_PLACE];
-  int has_copied = 0;
+  long copied = 0;
   if (!is_direct(fd) || position % SECTOR_BYTES || w->num_pieces > MAX_IN_PLACE) return 0;
   for (int i = 0; i < w->num_pieces; i++) {
     const char *from = w->pieces[i];
-    if (w->sizes[i] % SECTOR_BYTES) return 0;
+    const long size = w->sizes[i];
+    if (size % SECTOR_BYTES) return 0;
     if ((uintptr_t)from % SECTOR_BYTES) {
-      if (has_copied++ || w->sizes[i] > STAGING_BYTES) return 0;
-      from = memcpy(staging, from, w->sizes[i]);
+      if (size > STAGING_BYTES - copied) return 0;
+      from = memcpy(staging + copied, from, size);
+      copied += size;
     }
-    parts[i] = (struct iovec){(void *)from, w->sizes[i]};
+    parts[i] = (struct iovec){(void *)from, size};
   }
   long wrote = pwritev(fd, parts, w->num_pieces, position);
   /* A medium may have larger sectors. */

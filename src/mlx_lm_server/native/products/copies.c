@@ -5,7 +5,7 @@
 
 #include "threads.h"
 
-/* Who takes work takes about so much at once; what is no more than that one thread copies alone. */
+/* A thread takes pieces of about so much at once. */
 enum { TAKEN_BYTES = 128 * 1024 };
 
 /* Addresses and lengths in bytes. Move `s` of array `a` copies from `sources[a] + from[s]` to
