@@ -43,6 +43,8 @@ MIN_LOOKAHEAD, MAX_LOOKAHEAD = 256, 1024
 MAX_LOOKAHEAD_SHARE = 0.25
 # The pool's segments: on a CPU a large one takes long to make, on a GPU many are many operations.
 SEGMENTS_IN_CPU_MEMORY, SEGMENTS_IN_GPU_MEMORY = 512, 128
+# So often fewer threads have to be the faster ones.
+THREAD_TRIALS = 3
 # Logits and the sampler's arrays of the same size, in float32, per row that samples.
 SAMPLER_ARRAYS = 8
 # In the folder of the disk tier: what its models' files are, so that they are not read each time.
@@ -174,16 +176,21 @@ def _disk_cache(order: LoadModel, loaded: LoadedModel, runner: ModelRunner) -> D
 
 def _fastest_threads(runner: ModelRunner, blas: Blas) -> Blas:
     """As many threads as are free: with other work on the machine, the threads of a BLAS wait for
-    each other at every product, and fewer are faster."""
+    each other at every product, and fewer are faster. What disturbs for a moment decides nothing:
+    fewer have to be faster each time."""
     most = blas.num_threads or 1
-    choices = {most, max(1, most - 1), max(1, most // 2)}
-    if len(choices) == 1:
-        return blas
-    taken_s = {}
-    for num_threads in choices:
+    choices = sorted({most, max(1, most - 1), max(1, most // 2)}, reverse=True)
+
+    def time_s(num_threads: int) -> float:
         blas.with_threads(num_threads)
-        taken_s[num_threads] = runner.time_chunk()
-    return blas.with_threads(min(taken_s, key=taken_s.__getitem__))
+        return runner.time_chunk()
+
+    fastest = most
+    for _ in range(THREAD_TRIALS if len(choices) > 1 else 0):
+        fastest = min(choices, key=time_s)
+        if fastest == most:
+            break
+    return blas.with_threads(fastest)
 
 
 def _token_tile(loaded: LoadedModel, runner: ModelRunner, blas: Blas) -> int:
