@@ -13,10 +13,12 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 from mlx_lm_server import errors
 from mlx_lm_server.engine.engine_core import EngineCore
@@ -49,6 +51,7 @@ def main() -> None:
     fd = arguments.parse_args().fd
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     _watch_parent(os.getppid())
+    _hide_torch()
     logging.basicConfig(format="engine %(levelname)s %(message)s")
     with contextlib.suppress(LinkClosed):
         serve(ServerLink(socket.socket(fileno=fd)))
@@ -123,6 +126,12 @@ class EngineLoop:
     def _tell(self, outputs: list[RequestOutput]) -> None:
         self._told_s = time.monotonic()
         self._link.send(Outputs(outputs, self._core.stats()))
+
+
+def _hide_torch() -> None:
+    """mlx-lm imports transformers, which imports torch where it is installed: two seconds, half a
+    gigabyte and a second set of threads, of which nothing is used here."""
+    sys.modules.setdefault("torch", cast(ModuleType, None))
 
 
 def _watch_parent(parent: int) -> None:
