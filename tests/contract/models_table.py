@@ -25,7 +25,7 @@ from mlx_lm_server.runner.language_model import LanguageModel
 
 from .tiny_configs import families, tiny_config
 
-NOT_LOADABLE = (ImportError, SystemExit, *probe.SEAM_ERRORS)
+NOT_LOADABLE = (ImportError, SystemExit, *attention.SEAM_ERRORS)
 
 HEAD = """\
 # Models

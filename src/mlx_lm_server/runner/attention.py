@@ -32,6 +32,20 @@ class UnknownMask(Exception):
     """A model attends with a mask of its own making, which packed tokens cannot honour."""
 
 
+# What a model's code raises when it meets a cache, an offset or a mask it was not written for.
+SEAM_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    UnknownMask,
+    ValueError,
+)
+
+
 @dataclass(frozen=True, slots=True)
 class WindowMask:
     """Stands for a mask that lets a token see the last `window` ones, where K and V are whole."""
@@ -82,7 +96,8 @@ class LayerCache:
         """Write K and V of the packed tokens, `[T, kv_heads, 1, head_dim]`, to their slabs."""
         layout = self.layout
         self._storage.write_tokens(self._layer, layout, keys, values)
-        for span in layout.chunks:
+        is_ring = self._shape.window is not None
+        for span in layout.chunks if is_ring or not layout.scatters_chunks else ():
             chunk = (keys[span.tokens, :, 0].swapaxes(0, 1), values[span.tokens, :, 0])
             self._write_chunk(span, chunk[0], chunk[1].swapaxes(0, 1))
         self._handed = keys, values
@@ -132,8 +147,14 @@ class LayerCache:
         is_ring = self._shape.window is not None
         apart = self.layout.chunks if is_ring else ()
         end = apart[0].first_token if apart else self.layout.num_tokens
-        spans = self.layout.spans(with_chunks=not is_ring)
-        parts = [Part(*self._storage.keys_and_values(self._layer, n), s) for n, s in spans.items()]
+        parts = [
+            Part(
+                *self._storage.keys_and_values(self._layer, slab_id),
+                spans,
+                self.layout.tell(slab_id, with_chunks=not is_ring),
+            )
+            for slab_id, spans in self.layout.spans(with_chunks=not is_ring).items()
+        ]
         outputs = []
         if parts:
             first = queries if end == self.layout.num_tokens else queries[:end]

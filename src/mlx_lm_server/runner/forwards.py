@@ -23,6 +23,7 @@ from mlx_lm_server.runner.kernels import AttentionKernel
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.language_model import LanguageModel
 from mlx_lm_server.runner.rectangular import ChunkCache, DecodeRowsCache
+from mlx_lm_server.runner.replays import MAX_REPLAYED_TOKENS, Replays
 from mlx_lm_server.runner.row_states import RowStates
 from mlx_lm_server.runner.stages import ends_of
 from mlx_lm_server.runner.step_layout import StepLayout, layout_of
@@ -58,22 +59,41 @@ class PackedForward:
         self, lm: LanguageModel, state: ModelState, storage: KVStorage, kernel: AttentionKernel
     ) -> None:
         self._lm = lm
-        self._storage = storage
+        self.storage = storage
         storage.needs_zeros = not _reads_in_place(kernel, storage)
         self._layers = [LayerCache(n, storage, kernel) for n in range(len(state.kv))]
         self._caches = state.nest(self._layers, [])
+        self._has_rings = any(layer.ring is not None for layer in storage.layers)
+        self.replays: Replays | None = None
+        if _reads_in_place(kernel, storage):
+            self.replays = Replays(lambda *step: self._build(*step)[0], storage)
 
     def run(self, plan: StepPlan, ids: mx.array, kept: Collection[int] = ()) -> Outcome:
-        layout = _layout(plan, self._storage)
-        with _begun(self._layers, layout):
-            result, hidden = self._lm.run(ids[:, None], self._caches, _sampling_positions(plan))
-        outcome = Outcome(result, self._storage.take_unread())
+        at_most = MAX_REPLAYED_TOKENS if self.replays else 0
+        layout = _layout(plan, self.storage, at_most)
+        positions = _sampling_positions(plan)
+        if self.replays and self._is_replayed(layout, positions) and not kept:
+            picked = None if len(positions) == ids.size else mx.array(positions, mx.int32)
+            return Outcome(self.replays.run(layout, ids, picked))
+        result, hidden = self._build(layout, ids, positions)
+        outcome = Outcome(result, self.storage.take_unread())
         end = len(plan.decodes)
         for chunk in plan.prefills:
             begin, end = end, end + len(chunk.token_ids)
             if chunk.row in kept:
                 outcome.hidden[chunk.row] = hidden[begin:end]
         return outcome
+
+    def _is_replayed(self, layout: StepLayout, positions: list[int]) -> bool:
+        """Where chunks go in rings is part of the graph."""
+        has_ring_chunks = self._has_rings and bool(layout.chunks)
+        return bool(positions) and layout.num_tokens <= MAX_REPLAYED_TOKENS and not has_ring_chunks
+
+    def _build(
+        self, layout: StepLayout, ids: mx.array, positions: list[int] | mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        with _begun(self._layers, layout):
+            return self._lm.run(ids[:, None], self._caches, positions)
 
     def forget(self, rows: Sequence[int]) -> None:
         """All of a row lies in its slab."""
@@ -221,9 +241,9 @@ def _reads_in_place(kernel: AttentionKernel, storage: KVStorage) -> bool:
     return kernel.reads_in_place and all(layer.is_plain_float32 for layer in storage.layers)
 
 
-def _layout(plan: StepPlan, storage: KVStorage) -> StepLayout:
+def _layout(plan: StepPlan, storage: KVStorage, max_scattered_tokens: int = 0) -> StepLayout:
     capacities = {slab_id: slab.capacity for slab_id, slab in storage.slabs.items()}
-    return layout_of(plan, capacities)
+    return layout_of(plan, capacities, max_scattered_tokens)
 
 
 def _sampling_positions(plan: StepPlan) -> list[int]:

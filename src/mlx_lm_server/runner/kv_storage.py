@@ -37,7 +37,7 @@ from mlx_lm_server.runner import native_products, plane_spans
 from mlx_lm_server.runner.kv_quantisation import PackedKV, Quantisation
 from mlx_lm_server.runner.plane_spans import Span, copy_between
 from mlx_lm_server.runner.stages import Stages, ends_of, unchanged
-from mlx_lm_server.runner.step_layout import StepLayout
+from mlx_lm_server.runner.step_layout import Places, StepLayout
 
 # K or V of some tokens, `[…, dim]`, as they are or in few bits.
 Stored = mx.array | PackedKV
@@ -148,6 +148,10 @@ class Slab:
 
     capacity: int
     planes: list[list[mx.array]] = field(default_factory=list)
+
+    @property
+    def num_slots(self) -> int:
+        return int(self.planes[0][0].shape[0])
 
 
 class KVStorage:
@@ -282,17 +286,18 @@ class KVStorage:
     def write_tokens(
         self, layer: int, layout: StepLayout, keys: mx.array, values: mx.array
     ) -> None:
-        """The new tokens of a forward's decode rows, of all its tokens `[T, kv_heads, 1, dim]`."""
-        for group in layout.decodes:
+        """The new tokens of a forward that are written one by one, of all `[T, kv_heads, 1, dim]`:
+        of decode rows, and where the layout says so, of chunks."""
+        for number, group in layout.scattered(self.layers[layer].ring is not None):
             planes = self._planes(layer, group.slab_id)
             _, kv_heads, num_places, _ = planes[0].shape
-            places = layout.places_in(group, kv_heads, num_places)
+            places = layout.array(Places(number, kv_heads, num_places))
             tokens = keys[group.tokens], values[group.tokens]
             new_planes = self.layers[layer].to_planes(*tokens)
-            for number, (plane, new) in enumerate(zip(planes, new_planes, strict=True)):
+            for n, (plane, new) in enumerate(zip(planes, new_planes, strict=True)):
                 flat = plane.reshape(-1, plane.shape[-1])
                 flat[places] = new.reshape(-1, plane.shape[-1])
-                planes[number] = flat.reshape(plane.shape)
+                planes[n] = flat.reshape(plane.shape)
 
     def write_chunk(
         self, layer: int, slab_id: int, slot: int, start: int, keys: mx.array, values: mx.array

@@ -49,22 +49,27 @@ class LanguageModel:
         return self.run(ids, caches, positions)[0]
 
     def run(
-        self, ids: mx.array, caches: list[Any], positions: list[int] | None = None
+        self, ids: mx.array, caches: list[Any], positions: list[int] | mx.array | None = None
     ) -> tuple[mx.array, mx.array]:
         """ids `[B, L]` → logits `[n, vocab]` at `positions` of the B · L tokens, all of them for
         None; and what `head` takes, `[B, L, dim]`. Where no position is asked for, some array
         that is computed with the forward stands for the logits."""
         if positions is not None and len(positions) == ids.size:
             positions = None
+        samples_none = positions is not None and len(positions) == 0
+        if samples_none:
+            positions = None
+        if isinstance(positions, list):
+            positions = mx.array(positions, mx.int32)
         if self._picker is None:
             whole = self.model(ids, cache=caches)
             logits = _flat(whole)
-            return logits[mx.array(positions, mx.int32)] if positions else logits, whole
-        self._picker.positions = mx.array(positions, mx.int32) if positions else None
+            return logits if positions is None else logits[positions], whole
+        self._picker.positions = positions
         logits = self.model(ids, cache=caches)
         hidden, self._picker.hidden, self._picker.positions = self._picker.hidden, None, None
         assert hidden is not None
-        if positions is not None and not positions:
+        if samples_none:
             return hidden, hidden
         return _flat(logits), hidden
 

@@ -21,7 +21,7 @@ from mlx_lm_server.core import model_config
 from mlx_lm_server.core.memory_ledger import format_bytes
 from mlx_lm_server.errors import ModelNotFoundError, ModelTooLargeError, UnsupportedModelError
 from mlx_lm_server.protocol import CpuWeights, LoadModel
-from mlx_lm_server.runner import attention, fast_math, probe
+from mlx_lm_server.runner import attention, fast_math
 from mlx_lm_server.runner.cache_kinds import ModelState, UnbatchableState, read_state
 from mlx_lm_server.runner.language_model import LanguageModel
 
@@ -82,7 +82,7 @@ def _read_state(model: Module, model_type: str) -> tuple[ModelState | None, str]
         return read_state(model), ""
     except UnbatchableState as reason:
         return None, str(reason)
-    except probe.SEAM_ERRORS as error:
+    except attention.SEAM_ERRORS as error:
         raise UnsupportedModelError(f"{model_type} does not run in mlx-lm: {error}") from error
 
 
@@ -122,7 +122,7 @@ def _read_model(path: Path, order: LoadModel) -> Module:
             model = load_adapters(model, order.adapter_path)
     except FileNotFoundError as error:
         raise ModelNotFoundError(str(error)) from error
-    except (ImportError, SystemExit, *probe.SEAM_ERRORS) as error:
+    except (ImportError, SystemExit, *attention.SEAM_ERRORS) as error:
         raise UnsupportedModelError(f"{path} cannot be loaded: {error}") from error
     model.eval()
     return model

@@ -75,6 +75,7 @@ class ModelRunner:
         layers = [] if is_alone or state is None else state.kv
         self._storage = KVStorage(kv_quantisation.quantised(layers, kv_bits, kv_group_size))
         self._forward_of = choice.over(self._storage)
+        probe.check_replays(self._forward_of, self._storage)
         self.reason = choice.reason
         per_row = sum(part.nbytes for part in state.recurrent) if state else 0
         self.geometry = replace(self._storage.geometry, bytes_per_row=per_row)

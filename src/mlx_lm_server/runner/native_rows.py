@@ -33,6 +33,7 @@ class NativeRows:
         self._plain_rope: Callable[..., mx.array] = mx.fast.rope
         self._plain_swiglu = plain_swiglu
         self._nothing: dict[int, mx.array] = {}
+        self._turns: dict[tuple[float, int], mx.array] = {}
         # Of the forward at hand: tables by the identity of what they are made of, which they keep.
         self._offset: mx.array | None = None
         self._tables: dict[tuple[object, ...], tuple[mx.array | None, mx.array]] = {}
@@ -111,18 +112,23 @@ class NativeRows:
             self._offset, self._tables = offset, {}
         key = dims, dim, base, scale, id(freqs)
         if key not in self._tables:
-            half = dims // 2
-            if freqs is not None:
-                turns = mx.reciprocal(freqs)
-            else:
-                assert base is not None
-                turns = mx.exp(mx.arange(half) * (-math.log(base) / half))
-            angles = (offset.astype(mx.float32) * scale)[:, None] * turns
+            turns = mx.reciprocal(freqs) if freqs is not None else self._turns_of(base, dims // 2)
+            places = offset.astype(mx.float32)[:, None]
+            angles = mx.matmul(places if scale == 1.0 else places * scale, turns[None])
             count = mx.full((offset.size, 1), float(dims))
             packed = mx.concatenate([count, mx.cos(angles), mx.sin(angles)], axis=1)
             posing = mx.as_strided(packed, (offset.size, dim, dim), (dims + 1, dim, 1))
             self._tables[key] = freqs, posing
         return self._tables[key][1]
+
+    def _turns_of(self, base: float | None, half: int) -> mx.array:
+        """By how much each pair turns from place to place."""
+        assert base is not None
+        if (base, half) not in self._turns:
+            turns = mx.exp(mx.arange(half) * (-math.log(base) / half))
+            mx.eval(turns)
+            self._turns[base, half] = turns
+        return self._turns[base, half]
 
 
 def _alpha_with(eps: float) -> float:

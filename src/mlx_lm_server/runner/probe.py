@@ -18,7 +18,7 @@ from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.plan import CreateSlab, DecodeRow, DropSlab, PrefillChunk, StepPlan
 from mlx_lm_server.protocol import Batching
-from mlx_lm_server.runner.attention import UnknownMask
+from mlx_lm_server.runner.attention import SEAM_ERRORS
 from mlx_lm_server.runner.cache_kinds import ModelState
 from mlx_lm_server.runner.forwards import (
     AloneForward,
@@ -31,6 +31,7 @@ from mlx_lm_server.runner.forwards import (
 from mlx_lm_server.runner.kernels import choose_kernel
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.language_model import LanguageModel
+from mlx_lm_server.runner.replays import TIMES_BUILT
 
 SMALL_SLAB, LARGE_SLAB = -2, -1
 PROBE_TOKENS = 12
@@ -38,18 +39,6 @@ CALIBRATION_TOKENS = 64
 CALIBRATION_CONTEXT = 1024
 ALONE_STEP = 256
 FLOAT32_TOLERANCE, HALF_TOLERANCE = 1e-4, 0.06
-# What a model's code raises when it meets a cache, an offset or a mask it was not written for.
-SEAM_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    UnknownMask,
-    ValueError,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +161,24 @@ def _decode(row: int, position: int) -> DecodeRow:
 def _chunk(row: int, start: int, num_tokens: int, samples: bool = True) -> PrefillChunk:
     ids = tuple(_token(row, start + i) for i in range(num_tokens))
     return PrefillChunk(row, *_slab_of(row), start, ids, samples)
+
+
+def check_replays(forward: Forward, storage: KVStorage) -> None:
+    """Do without replays unless they give the very logits that building gives: MLX fuses what
+    stands side by side in a trace, and some of that may round otherwise."""
+    if not isinstance(forward, PackedForward) or forward.replays is None:
+        return
+    plan = _plan([_decode(0, 3), _decode(2, 5)])
+    ids = mx.array([_token(d.row, d.position) for d in plan.decodes], mx.int32)
+    with _scratch(storage, CreateSlab(SMALL_SLAB, 2, 64), CreateSlab(LARGE_SLAB, 2, 96)):
+        logits = [forward.run(plan, ids).result for _ in range(TIMES_BUILT + 1)]
+        try:
+            mx.eval(logits)
+            is_same = bool(mx.array_equal(logits[0], logits[-1], equal_nan=True))
+        except SEAM_ERRORS:  # no compiler for what was fused
+            is_same = False
+    if not is_same:
+        forward.replays = None
 
 
 @contextmanager

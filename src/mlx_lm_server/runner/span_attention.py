@@ -9,7 +9,8 @@ queries, with what the code in C is to know before them.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -27,12 +28,17 @@ class Span(NamedTuple):
     start: int
 
 
+# Gives the rows `told` makes of some spans, of these facts and this width.
+Tell = Callable[[tuple[int, ...], int], mx.array]
+
+
 class Part(NamedTuple):
     """K and V `[slots, kv_heads, places, dim]`, and the tokens that see some of them."""
 
     keys: mx.array
     values: mx.array
     spans: tuple[Span, ...]
+    tell: Tell | None = None  # where the rows of `told` are kept for other layers
 
 
 def can_attend(q: mx.array, k: mx.array, v: mx.array) -> bool:
@@ -88,23 +94,33 @@ def _attend_part(
     value_dim, width = part.values.shape[-1], rows.shape[1]
     facts = [len(part.spans), kv_heads, heads // kv_heads, key_dim, value_dim, capacity]
     facts += [window or 0, 0, 0, native_products.bits_of(scale)]
-    for span in part.spans:
-        facts += span
-    num_rows = -(-len(facts) // width)
-    told = [rows]
+    num_rows = _num_rows(part.spans, facts, width)
+    added = [rows]
     if sinks is not None:
         padding = -heads % width
-        told.insert(0, mx.pad(sinks.astype(mx.float32), (0, padding)).reshape(-1, width))
+        added.insert(0, mx.pad(sinks.astype(mx.float32), (0, padding)).reshape(-1, width))
         facts[7] = num_rows * width
-        num_rows += told[0].shape[0]
+        num_rows += added[0].shape[0]
     facts[8] = num_rows
-    facts += [0] * (-len(facts) % width)
-    numbers = memoryview(array("i", facts)).cast("B").cast("f", (len(facts) // width, width))
-    told.insert(0, mx.array(numbers))  # type: ignore[arg-type]  # it takes any buffer
+    tell = part.tell or partial(told, part.spans)
     out = native_products.run(
         mx.as_strided(part.keys, (num_rows + rows.shape[0], 8), (8, 1)),
         mx.as_strided(part.values, (8, width), (width, 1)),
         native_products.ATTENTION_ALPHA,
-        mx.concatenate(told),
+        mx.concatenate([tell(tuple(facts), width), *added]),
     )
     return out[num_rows:]
+
+
+def told(spans: Sequence[Span], facts: tuple[int, ...], width: int) -> mx.array:
+    """The numbers that the code in C reads first, in rows of `width`."""
+    numbers = array("i", facts)
+    for span in spans:
+        numbers.extend(span)
+    numbers.extend([0] * (-len(numbers) % width))
+    rows = memoryview(numbers).cast("B").cast("f", (len(numbers) // width, width))
+    return mx.array(rows)  # type: ignore[arg-type]  # it takes any buffer
+
+
+def _num_rows(spans: Sequence[Span], facts: Sequence[int], width: int) -> int:
+    return -(-(len(facts) + len(spans) * len(Span._fields)) // width)

@@ -11,14 +11,16 @@ prefill chunks, each chunk's tokens side by side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
 from mlx_lm_server.core.plan import DecodeRow, PrefillChunk, StepPlan
-from mlx_lm_server.runner.span_attention import Span
+from mlx_lm_server.runner.span_attention import Span, Tell, told
 
 # Lengths of the KV read by decode rows are rounded up to this many tokens, so that the same
 # shapes (and compiled functions) serve many steps.
@@ -105,47 +107,130 @@ class ChunkSpan:
         return self.start + self.num_tokens
 
     @property
-    def span(self) -> Span:
-        return Span(self.slot, self.first_token, self.num_tokens, self.start)
+    def spans(self) -> tuple[Span, ...]:
+        return (Span(self.slot, self.first_token, self.num_tokens, self.start),)
+
+
+Group = DecodeGroup | ChunkSpan
+
+
+class StepArray(Protocol):
+    """Names an array of numbers that layers need and that differs from step to step."""
+
+    def of(self, layout: StepLayout) -> mx.array: ...
+
+
+class Offsets(NamedTuple):
+    """Each token's position, `[T]` int32, as RoPE wants it."""
+
+    def of(self, layout: StepLayout) -> mx.array:
+        return mx.array(layout.positions, mx.int32)
+
+
+class Places(NamedTuple):
+    """Where the new tokens of a group go in a slab `[slots, kv_heads, places]`, counted from its
+    beginning: `[num_tokens * kv_heads]`. With fewer places than tokens it consists of rings."""
+
+    group: int  # among the layout's, decode rows first
+    kv_heads: int
+    num_places: int
+
+    def of(self, layout: StepLayout) -> mx.array:
+        places = [
+            (span.slot * self.kv_heads + head) * self.num_places + position % self.num_places
+            for span in layout.groups[self.group].spans
+            for position in range(span.start, span.start + span.num_tokens)
+            for head in range(self.kv_heads)
+        ]
+        return mx.array(places, mx.uint32)
+
+
+class Told(NamedTuple):
+    """What attention in C is told of the tokens of a slab; see `span_attention.told`."""
+
+    slab: int  # among the layout's
+    with_chunks: bool
+    facts: tuple[int, ...]
+    width: int
+
+    def of(self, layout: StepLayout) -> mx.array:
+        spans = layout.spans(self.with_chunks)[layout.slab_ids[self.slab]]
+        return told(spans, self.facts, self.width)
 
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
-    """What layers of a kind have in common is computed for the first and kept for the others."""
+    """What layers of a kind have in common is computed for the first and kept for the others.
 
-    num_tokens: int
-    offsets: mx.array  # [T] int32: each token's position, as RoPE wants it
+    With `scatters_chunks` the new tokens of chunks go to their places one by one, like those of
+    decode rows, so that where they go is data and no part of the graph.
+    """
+
+    positions: tuple[int, ...]  # of each token
     decodes: tuple[DecodeGroup, ...]
     chunks: tuple[ChunkSpan, ...]
+    scatters_chunks: bool = False
+    _is_sealed: bool = False
+    _arrays: dict[StepArray, mx.array] = field(default_factory=dict)
     _views: dict[tuple[int, int | None, int | None], SlotsView] = field(default_factory=dict)
-    _places: dict[tuple[int, int, int], mx.array] = field(default_factory=dict)
     _spans: dict[bool, dict[int, tuple[Span, ...]]] = field(default_factory=dict)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.positions)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return (*self.decodes, *self.chunks)
+
+    @property
+    def slab_ids(self) -> tuple[int, ...]:
+        """Each once, in the order of the groups."""
+        return tuple(dict.fromkeys(group.slab_id for group in self.groups))
+
+    @property
+    def offsets(self) -> mx.array:
+        return self.array(Offsets())
 
     @property
     def ends(self) -> mx.array:
         return self.offsets + 1
 
+    def array(self, name: StepArray) -> mx.array:
+        """Raises LookupError for one that a replayed forward is asked for and was not given."""
+        if name not in self._arrays:
+            if self._is_sealed:
+                raise LookupError(f"{name} was not known when the forward was traced")
+            self._arrays[name] = name.of(self)
+        return self._arrays[name]
+
+    @property
+    def named_arrays(self) -> tuple[StepArray, ...]:
+        """What was asked for so far."""
+        return tuple(self._arrays)
+
+    def sealed(self, arrays: Mapping[StepArray, mx.array]) -> StepLayout:
+        """This layout with these arrays and no other."""
+        return replace(self, _is_sealed=True, _arrays=dict(arrays), _views={}, _spans={})
+
+    def scattered(self, is_ring: bool) -> Iterable[tuple[int, Group]]:
+        """The groups whose tokens are written one by one, numbered. In a ring, chunks are not."""
+        has_chunks = self.scatters_chunks and not is_ring
+        return enumerate(self.groups if has_chunks else self.decodes)
+
     def spans(self, with_chunks: bool) -> dict[int, tuple[Span, ...]]:
         """The decode rows of each slab, and its chunks."""
         if with_chunks not in self._spans:
-            found = {group.slab_id: group.spans for group in self.decodes}
-            for chunk in self.chunks if with_chunks else ():
-                found[chunk.slab_id] = (*found.get(chunk.slab_id, ()), chunk.span)
+            found: dict[int, tuple[Span, ...]] = {}
+            for group in self.groups if with_chunks else self.decodes:
+                found[group.slab_id] = (*found.get(group.slab_id, ()), *group.spans)
             self._spans[with_chunks] = found
         return self._spans[with_chunks]
 
-    def places_in(self, group: DecodeGroup, kv_heads: int, num_places: int) -> mx.array:
-        """Where the group's new tokens go in a slab `[slots, kv_heads, places]`, counted from its
-        beginning: `[num_tokens * kv_heads]`. With fewer places than tokens it consists of rings."""
-        key = (group.slab_id, kv_heads, num_places)
-        if key not in self._places:
-            places = [
-                (span.slot * kv_heads + head) * num_places + span.start % num_places
-                for span in group.spans
-                for head in range(kv_heads)
-            ]
-            self._places[key] = mx.array(places, mx.uint32)
-        return self._places[key]
+    def tell(self, slab_id: int, with_chunks: bool) -> Tell:
+        """What `span_attention` asks for a slab."""
+        slab = self.slab_ids.index(slab_id)
+        return lambda facts, width: self.array(Told(slab, with_chunks, facts, width))
 
     def view_of(self, group: DecodeGroup, window: int | None, ring: int | None) -> SlotsView:
         """What the group's slots see of a layer that looks back `window` tokens, None for all."""
@@ -155,16 +240,19 @@ class StepLayout:
         return self._views[key]
 
 
-def layout_of(plan: StepPlan, capacities: dict[int, int]) -> StepLayout:
-    """`capacities` gives each slab's capacity in tokens."""
+def layout_of(
+    plan: StepPlan, capacities: dict[int, int], max_scattered_tokens: int = 0
+) -> StepLayout:
+    """`capacities` gives each slab's capacity in tokens. Chunks are scattered in steps of at most
+    so many tokens."""
     positions = [d.position for d in plan.decodes]
     for chunk in plan.prefills:
         positions.extend(range(chunk.start, chunk.start + len(chunk.token_ids)))
     return StepLayout(
-        num_tokens=len(positions),
-        offsets=mx.array(positions, mx.int32),
+        positions=tuple(positions),
         decodes=_decode_groups(plan.decodes, capacities),
         chunks=_chunk_spans(plan.prefills, len(plan.decodes)),
+        scatters_chunks=len(positions) <= max_scattered_tokens,
     )
 
 
