@@ -1,6 +1,6 @@
 """The engine without HTTP: against bare loops and mlx-lm, with own sampling, with one long row.
 
-    python -m benchmarks.engine_loop [speed sampling long-row long-prompt …] [--quick]
+    python -m benchmarks.engine_loop [speed replays sampling long-row long-prompt …] [--quick]
 
 Each contender is a process of its own with the same BLAS; rounds are interleaved and ratios are
 medians over the rounds. Writes results/engine-PART.json.
@@ -23,6 +23,7 @@ from benchmarks.workers import Worker, workers
 
 CONTENDERS = ("engine", "bare", "batch_generate", "batch_generate_small_gemm", "plain")
 ROWS = (1, 8, 32)
+REPLAYED_ROWS = (1, 4, 8, 16, 32)
 PROMPT_TOKENS = {1: 512, 8: 128, 32: 128}
 LONG_ROW_TOKENS = 8193
 NUM_SHORT_ROWS = 15
@@ -97,6 +98,25 @@ def _speed_claims(rounds: Rounds, phase: str, rows: int) -> list[Claim]:
     return [bare, against, shown]
 
 
+def replays(effort: Effort) -> Findings:
+    """What replayed forwards give over building each anew: decode tok/s, and CPU time of a step."""
+    claims, found = [], {}
+    with workers("engine", "engine_building", model=str(ensure_models()["float32"])) as pool:
+        for rows in REPLAYED_ROWS:
+            load = Load((PROMPT_TOKENS[32],) * rows, 12 if effort.is_quick else 64, 0)
+            rounds = interleave(pool, dict.fromkeys(pool, load), effort.rounds)
+            show(f"{rows} rows", rounds, "decode")
+            show_steps(f"{rows} rows", rounds)
+            over_built = ratio(rounds, "decode", "engine", "engine_building")
+            of_cpu = median(_cpu_ratio(one, "engine", "engine_building") for one in rounds)
+            claims += [
+                Claim(f"{rows} rows: replayed over built, tok/s", over_built),
+                Claim(f"{rows} rows: replayed over built, CPU time of a step", of_cpu),
+            ]
+            found[f"rows-{rows}"] = rounds
+    return claims, found
+
+
 def sampling(effort: Effort) -> Findings:
     """What own temperature, top_p and seed of each row cost against greedy, V = 8192: CPU time of a
     step with one thread."""
@@ -165,6 +185,7 @@ def long_row(effort: Effort) -> Findings:
 
 PARTS = {
     "speed": speed,
+    "replays": replays,
     "sampling": sampling,
     "long-row": long_row,
     "long-prompt": long_prompt,

@@ -19,6 +19,7 @@ from mlx_lm_server.runner import blas
 CONTENDERS = {
     "engine": ("engine", "Engine"),
     "engine_unhurried": ("engine", "UnhurriedEngine"),
+    "engine_building": ("engine", "BuildingEngine"),
     "bare": ("bare", "BareLoop"),
     "plain": ("bare", "PlainLoop"),
     "batch_generate": ("batch_generate", "BatchGenerate"),
