@@ -104,8 +104,8 @@ def test_replayed_forwards_give_the_very_numbers_of_built_ones(make: Forward) ->
     rows = Rows()
     steps: list[tuple[tuple[int, ...], dict[int, int], bool]] = [((), {0: 5, 1: 9}, True)]
     steps += [((), {2: 3, 3: 8}, True)]
-    steps += [((0, 1), {}, True), ((2, 3), {}, True)] * 4
-    steps += [((0, 2), {}, True), ((1, 3), {}, True), ((0, 1, 2, 3), {}, True)] * 4
+    steps += [((0, 1), {}, True), ((2, 3), {}, True)] * replays.TIMES_BUILT
+    steps += [((0, 2), {}, True), ((1, 3), {}, True), ((0, 1, 2, 3), {}, True)] * 6
     steps += [((0,), {1: 6}, True), ((2,), {3: 6}, True), ((1,), {0: 6}, False)] * 3
     for decoding, chunks, samples in steps:
         plan = rows.plan(decoding, chunks, samples)
@@ -127,7 +127,7 @@ def test_traces_and_what_was_seen_are_bounded(
     monkeypatch.setattr(replays, "MAX_TRACES", 2)
     forwards = make(), built(make)
     rows = Rows()
-    for _ in range(4):
+    for _ in range(3):
         for decoding in ((0,), (0, 1), (0, 1, 2), (0, 1, 2, 3)):
             for _ in range(replays.TIMES_BUILT + 1):
                 plan = rows.plan(decoding, {}, True)
@@ -140,7 +140,7 @@ def test_a_slab_of_the_same_shape_takes_the_place_of_one_that_is_gone(make: Forw
     forwards = make(), built(make)
     for _ in range(3):
         rows = Rows()
-        for _ in range(4):
+        for _ in range(replays.TIMES_BUILT + 1):
             plan = rows.plan((0, 1), {}, True)
             assert same(forwards, plan, rows.ids_of(plan))
         for forward in forwards:
@@ -157,7 +157,7 @@ def test_a_model_that_cannot_be_traced_is_built(
     rows = Rows()
     sealed = replays.StepLayout.sealed
     monkeypatch.setattr(replays.StepLayout, "sealed", lambda layout, _arrays: sealed(layout, {}))
-    for _ in range(5):
+    for _ in range(replays.TIMES_BUILT + 2):
         plan = rows.plan((0, 1), {}, True)
         assert same(forwards, plan, rows.ids_of(plan))
     assert "built anew" in caplog.text

@@ -24,8 +24,8 @@ log = logging.getLogger(__name__)
 
 # A larger forward takes so long that building it hardly matters.
 MAX_REPLAYED_TOKENS = 128
-# So often a form is built before it is traced, which takes as long as building it twice.
-TIMES_BUILT = 2
+# So often a form is built before it is traced, which takes as long as building it several times.
+TIMES_BUILT = 4
 MAX_TRACES = 32
 MAX_FORMS = 256
 
@@ -49,6 +49,7 @@ class Replays:
         self._build = build
         self._storage = storage
         self._is_on = True
+        self.traces_at_once = False  # the second time, to try it
         self._times_built: OrderedDict[Form, int] = OrderedDict()
         self._traces: OrderedDict[Form, _Trace] = OrderedDict()
 
@@ -71,7 +72,7 @@ class Replays:
         if not self._is_on:
             return result
         times_built = self._times_built.pop(form, 0) + 1
-        if times_built < TIMES_BUILT:
+        if times_built < TIMES_BUILT and not self.traces_at_once:
             _put(self._times_built, form, times_built, MAX_FORMS)
         else:
             trace = _Trace(self._build, self._storage, layout.named_arrays)
