@@ -88,11 +88,7 @@ def disconnects(effort: Effort) -> Findings:
         Claim("requests that failed", crowd.seen["failed"], at_most=0),
         Claim("rows left", health["num_running"] + health["num_waiting"], at_most=0),
         Claim("KV left", health["kv_used_bytes"], at_most=0, unit="bytes"),
-        Claim(
-            "engine memory after over before",
-            after["engine"] / before["engine"],
-            at_most=1.25,
-        ),
+        Claim("engine memory after over before", after["engine"] / before["engine"], at_most=1.25),
         Claim("server memory after over before", after["server"] / before["server"], at_most=1.25),
         Claim("processes left", len(left), at_most=0),
     ]

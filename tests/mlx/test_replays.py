@@ -110,7 +110,8 @@ def test_replayed_forwards_give_the_very_numbers_of_built_ones(make: Forward) ->
     for decoding, chunks, samples in steps:
         plan = rows.plan(decoding, chunks, samples)
         assert same(forwards, plan, rows.ids_of(plan)), plan
-    assert traces_of(forwards[0]) >= 3
+    has_rings = any(layer.ring for layer in forwards[0].storage.layers)
+    assert traces_of(forwards[0]) == (3 if has_rings else 4)  # chunks in rings are built
 
 
 def test_a_form_is_traced_once_it_was_built_a_few_times(make: Forward) -> None:

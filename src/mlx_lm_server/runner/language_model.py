@@ -57,15 +57,12 @@ class LanguageModel:
         if positions is not None and len(positions) == ids.size:
             positions = None
         samples_none = positions is not None and len(positions) == 0
-        if samples_none:
-            positions = None
-        if isinstance(positions, list):
-            positions = mx.array(positions, mx.int32)
+        picked = None if positions is None or samples_none else mx.array(positions, mx.int32)
         if self._picker is None:
             whole = self.model(ids, cache=caches)
             logits = _flat(whole)
-            return logits if positions is None else logits[positions], whole
-        self._picker.positions = positions
+            return logits if picked is None else logits[picked], whole
+        self._picker.positions = picked
         logits = self.model(ids, cache=caches)
         hidden, self._picker.hidden, self._picker.positions = self._picker.hidden, None, None
         assert hidden is not None
