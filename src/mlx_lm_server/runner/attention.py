@@ -64,6 +64,7 @@ class LayerCache:
         self._shape = storage.layers[layer]
         self._layout: StepLayout | None = None
         self._handed: tuple[mx.array, mx.array] | None = None
+        self._is_written = True  # what was handed on
         self._chunk_kv: list[tuple[mx.array, mx.array]] = []
 
     def begin(self, layout: StepLayout) -> None:
@@ -73,6 +74,8 @@ class LayerCache:
     def end(self) -> None:
         if self._handed is not None:
             _owners.pop(id(self._handed[0]), None)
+            if not self._is_written:  # nobody attended to it
+                self._write(*self._handed)
         self._handed = None
         self._chunk_kv = []
 
@@ -94,15 +97,29 @@ class LayerCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Write K and V of the packed tokens, `[T, kv_heads, 1, head_dim]`, to their slabs."""
-        layout = self.layout
-        self._storage.write_tokens(self._layer, layout, keys, values)
-        is_ring = self._shape.window is not None
-        for span in layout.chunks if is_ring or not layout.scatters_chunks else ():
-            chunk = (keys[span.tokens, :, 0].swapaxes(0, 1), values[span.tokens, :, 0])
-            self._write_chunk(span, chunk[0], chunk[1].swapaxes(0, 1))
+        self._is_written = not self._is_written_in_place
+        if self._is_written:
+            self._write(keys, values)
         self._handed = keys, values
         _owners[id(keys)] = self
         return keys, values
+
+    @property
+    def _attends_in_place(self) -> bool:
+        return self._kernel.reads_in_place and self._shape.is_plain_float32
+
+    @property
+    def _is_written_in_place(self) -> bool:
+        """By attention, as it begins. Not where another array may share a plane's memory, as a
+        checkpoint of a ring does."""
+        return self._attends_in_place and self._shape.window is None
+
+    def _write(self, keys: mx.array, values: mx.array) -> None:
+        self._is_written = True
+        self._storage.write_tokens(self._layer, self.layout, keys, values)
+        for span in self.layout.chunks:
+            chunk = (keys[span.tokens, :, 0].swapaxes(0, 1), values[span.tokens, :, 0])
+            self._write_chunk(span, chunk[0], chunk[1].swapaxes(0, 1))
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """What the layer wrote in this forward, for layers that share it (Gemma 3n)."""
@@ -128,7 +145,7 @@ class LayerCache:
         if mask is not None and not isinstance(mask, WindowMask):
             raise UnknownMask("it makes its own attention masks")
         window = self._shape.window if mask is None else mask.window
-        if self._kernel.reads_in_place and self._shape.is_plain_float32:
+        if self._attends_in_place:
             return self._attend_in_place(queries, scale, window, sinks)
         outputs = [
             self._attend_decodes(group, queries, scale, window, sinks)
@@ -158,7 +175,11 @@ class LayerCache:
         outputs = []
         if parts:
             first = queries if end == self.layout.num_tokens else queries[:end]
-            outputs.append(span_attention.attend(first, parts, scale, window, sinks))
+            new = None if self._is_written else self._handed
+            outputs.append(span_attention.attend(first, parts, scale, window, sinks, new))
+            if new is not None:
+                self._storage.was_written(self._layer, self.layout.slab_ids, by=outputs[0])
+                self._is_written = True
         for (k, v), chunk in zip(self._chunk_kv, apart, strict=True):
             span = Span(0, 0, chunk.num_tokens, k.shape[1] - chunk.num_tokens)
             part = Part(k[None], v[None], (span,))

@@ -69,8 +69,7 @@ class PackedForward:
             self.replays = Replays(lambda *step: self._build(*step)[0], storage)
 
     def run(self, plan: StepPlan, ids: mx.array, kept: Collection[int] = ()) -> Outcome:
-        at_most = MAX_REPLAYED_TOKENS if self.replays else 0
-        layout = _layout(plan, self.storage, at_most)
+        layout = _layout(plan, self.storage)
         positions = _sampling_positions(plan)
         if self.replays and self._is_replayed(layout, positions) and not kept:
             picked = None if len(positions) == ids.size else mx.array(positions, mx.int32)
@@ -241,9 +240,8 @@ def _reads_in_place(kernel: AttentionKernel, storage: KVStorage) -> bool:
     return kernel.reads_in_place and all(layer.is_plain_float32 for layer in storage.layers)
 
 
-def _layout(plan: StepPlan, storage: KVStorage, max_scattered_tokens: int = 0) -> StepLayout:
-    capacities = {slab_id: slab.capacity for slab_id, slab in storage.slabs.items()}
-    return layout_of(plan, capacities, max_scattered_tokens)
+def _layout(plan: StepPlan, storage: KVStorage) -> StepLayout:
+    return layout_of(plan, {slab_id: slab.capacity for slab_id, slab in storage.slabs.items()})
 
 
 def _sampling_positions(plan: StepPlan) -> list[int]:

@@ -19,7 +19,7 @@ Invariants
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -286,9 +286,8 @@ class KVStorage:
     def write_tokens(
         self, layer: int, layout: StepLayout, keys: mx.array, values: mx.array
     ) -> None:
-        """The new tokens of a forward that are written one by one, of all `[T, kv_heads, 1, dim]`:
-        of decode rows, and where the layout says so, of chunks."""
-        for number, group in layout.scattered(self.layers[layer].ring is not None):
+        """The new tokens of decode rows, of all `[T, kv_heads, 1, dim]`."""
+        for number, group in enumerate(layout.decodes):
             planes = self._planes(layer, group.slab_id)
             _, kv_heads, num_places, _ = planes[0].shape
             places = layout.array(Places(number, kv_heads, num_places))
@@ -298,6 +297,15 @@ class KVStorage:
                 flat = plane.reshape(-1, plane.shape[-1])
                 flat[places] = new.reshape(-1, plane.shape[-1])
                 planes[n] = flat.reshape(plane.shape)
+
+    def was_written(self, layer: int, slab_ids: Iterable[int], by: mx.array) -> None:
+        """To the memory of these slabs, in the computation of an array: who reads what they hold
+        from now on waits for it."""
+        for slab_id in slab_ids:
+            planes = self._planes(layer, slab_id)
+            # One by one: MLX holds what one operation gives together, and a plane that is held
+            # would be copied by the next operation that writes to it.
+            planes[:] = [mx.depends([plane], [by])[0] for plane in planes]
 
     def write_chunk(
         self, layer: int, slab_id: int, slot: int, start: int, keys: mx.array, values: mx.array

@@ -1,15 +1,16 @@
 """Attention in C, for x86 CPUs in float32: `native/products/attention.c`.
 
 It reads K and V where they lie in their slabs, for any tokens of a batch at once: single ones of
-decode rows and chunks of prompts. It travels as a product (native_products.py, docs/adr/0008): the
-matrices on the left and on the right are K and V, posing; what is added to the product are the
-queries, with what the code in C is to know before them.
+decode rows and chunks of prompts. Those of the tokens themselves it puts there first, where they
+come with the queries. It travels as a product (native_products.py, docs/adr/0008): the matrices on
+the left and on the right are the slabs' K and V, posing; what is added to the product are the
+queries, with what the code in C is to know before them, and the new K and V after them.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -47,24 +48,31 @@ def can_attend(q: mx.array, k: mx.array, v: mx.array) -> bool:
 
 def attend(
     queries: mx.array,
-    parts: Iterable[Part],
+    parts: Sequence[Part],
     scale: float,
     window: int | None = None,
     sinks: mx.array | None = None,
+    new: tuple[mx.array, mx.array] | None = None,
 ) -> mx.array:
     """Queries `[T, heads, …, key_dim]` → `[T, heads, …, value_dim]`, of the tokens in some part. A
     token sees its slot up to its own place, no more than the last `window` tokens; `sinks`
-    `[heads]` are logits of keys without a value."""
-    heads, key_dim = queries.shape[1], queries.shape[-1]
-    rows, value_dim = queries.reshape(-1, key_dim), key_dim
+    `[heads]` are logits of keys without a value.
+
+    `new` are K and V `[T, kv_heads, …, dim]` of all tokens. They are written to the memory of the
+    parts' arrays, which MLX does not know: whoever reads those arrays must do so after the result,
+    and nobody else may share their memory. Without `new` the tokens' K and V are there already.
+    """
+    num_tokens, heads = queries.shape[:2]
+    value_dim = parts[0].values.shape[-1]
+    width = max(queries.shape[-1], value_dim)
+    rows = [_rows(array, width) for array in (queries, *(new or ()))]
+    kv_rows_at = num_tokens * heads if new else None
     for part in parts:
-        value_dim = part.values.shape[-1]
-        if value_dim > rows.shape[1]:
-            rows = mx.pad(rows, [(0, 0), (0, value_dim - rows.shape[1])])
-        rows = _attend_part(rows, heads, part, scale, window, sinks)
-    if rows.shape[1] > value_dim:
-        rows = rows[:, :value_dim]
-    return rows.reshape(*queries.shape[:-1], value_dim).astype(queries.dtype)
+        rows = [_attend_part(rows, heads, kv_rows_at, part, scale, window, sinks)]
+    out = rows[0]
+    if len(out) > num_tokens * heads or width > value_dim:
+        out = out[: num_tokens * heads, :value_dim]
+    return out.reshape(*queries.shape[:-1], value_dim).astype(queries.dtype)
 
 
 def attend_chunk(
@@ -81,35 +89,47 @@ def attend_chunk(
     return attend(q.swapaxes(0, 1), [part], scale, window, sinks).swapaxes(0, 1)
 
 
+def _rows(array: mx.array, width: int) -> mx.array:
+    dim = array.shape[-1]
+    rows = array.reshape(-1, dim)
+    return mx.pad(rows, [(0, 0), (0, width - dim)]) if dim < width else rows
+
+
 def _attend_part(
-    rows: mx.array,
+    rows: Sequence[mx.array],
     heads: int,
+    kv_rows_at: int | None,
     part: Part,
     scale: float,
     window: int | None,
     sinks: mx.array | None,
 ) -> mx.array:
-    """Rows `[T * heads, width]`, those of the part's tokens replaced by what they saw."""
+    """Rows `[T * heads, width]`, those of the part's tokens replaced by what they saw, and behind
+    them, from row `kv_rows_at` on, those of new K and then V, `[T * kv_heads, width]` each."""
     _, kv_heads, capacity, key_dim = part.keys.shape
-    value_dim, width = part.values.shape[-1], rows.shape[1]
+    value_dim, width = part.values.shape[-1], rows[0].shape[1]
     facts = [len(part.spans), kv_heads, heads // kv_heads, key_dim, value_dim, capacity]
-    facts += [window or 0, 0, 0, native_products.bits_of(scale)]
-    num_rows = _num_rows(part.spans, facts, width)
-    added = [rows]
+    facts += [window or 0, 0, 0, 0, 0, native_products.bits_of(scale)]
+    first_row = _num_rows(part.spans, facts, width)
+    before = []
     if sinks is not None:
         padding = -heads % width
-        added.insert(0, mx.pad(sinks.astype(mx.float32), (0, padding)).reshape(-1, width))
-        facts[7] = num_rows * width
-        num_rows += added[0].shape[0]
-    facts[8] = num_rows
+        before.append(mx.pad(sinks.astype(mx.float32), (0, padding)).reshape(-1, width))
+        facts[7] = first_row * width
+        first_row += before[0].shape[0]
+    facts[8] = first_row
+    if kv_rows_at is not None:
+        facts[9] = first_row + kv_rows_at
+        facts[10] = facts[9] + kv_rows_at // heads * kv_heads
     tell = part.tell or partial(told, part.spans)
+    added = mx.concatenate([tell(tuple(facts), width), *before, *rows])
     out = native_products.run(
-        mx.as_strided(part.keys, (num_rows + rows.shape[0], 8), (8, 1)),
+        mx.as_strided(part.keys, (len(added), 8), (8, 1)),
         mx.as_strided(part.values, (8, width), (width, 1)),
         native_products.ATTENTION_ALPHA,
-        mx.concatenate([tell(tuple(facts), width), *added]),
+        added,
     )
-    return out[num_rows:]
+    return out[first_row:]
 
 
 def told(spans: Sequence[Span], facts: tuple[int, ...], width: int) -> mx.array:

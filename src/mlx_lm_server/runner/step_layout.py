@@ -11,7 +11,7 @@ prefill chunks, each chunk's tokens side by side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
@@ -128,18 +128,18 @@ class Offsets(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the new tokens of a group go in a slab `[slots, kv_heads, places]`, counted from its
-    beginning: `[num_tokens * kv_heads]`. With fewer places than tokens it consists of rings."""
+    """Where the new tokens of a group of decode rows go in a slab `[slots, kv_heads, places]`,
+    counted from its beginning: `[num_tokens * kv_heads]`. With fewer places than tokens it consists
+    of rings."""
 
-    group: int  # among the layout's, decode rows first
+    group: int  # among the layout's decode groups
     kv_heads: int
     num_places: int
 
     def of(self, layout: StepLayout) -> mx.array:
         places = [
-            (span.slot * self.kv_heads + head) * self.num_places + position % self.num_places
-            for span in layout.groups[self.group].spans
-            for position in range(span.start, span.start + span.num_tokens)
+            (span.slot * self.kv_heads + head) * self.num_places + span.start % self.num_places
+            for span in layout.decodes[self.group].spans
             for head in range(self.kv_heads)
         ]
         return mx.array(places, mx.uint32)
@@ -160,16 +160,11 @@ class Told(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepLayout:
-    """What layers of a kind have in common is computed for the first and kept for the others.
-
-    With `scatters_chunks` the new tokens of chunks go to their places one by one, like those of
-    decode rows, so that where they go is data and no part of the graph.
-    """
+    """What layers of a kind have in common is computed for the first and kept for the others."""
 
     positions: tuple[int, ...]  # of each token
     decodes: tuple[DecodeGroup, ...]
     chunks: tuple[ChunkSpan, ...]
-    scatters_chunks: bool = False
     _is_sealed: bool = False
     _arrays: dict[StepArray, mx.array] = field(default_factory=dict)
     _views: dict[tuple[int, int | None, int | None], SlotsView] = field(default_factory=dict)
@@ -213,11 +208,6 @@ class StepLayout:
         """This layout with these arrays and no other."""
         return replace(self, _is_sealed=True, _arrays=dict(arrays), _views={}, _spans={})
 
-    def scattered(self, is_ring: bool) -> Iterable[tuple[int, Group]]:
-        """The groups whose tokens are written one by one, numbered. In a ring, chunks are not."""
-        has_chunks = self.scatters_chunks and not is_ring
-        return enumerate(self.groups if has_chunks else self.decodes)
-
     def spans(self, with_chunks: bool) -> dict[int, tuple[Span, ...]]:
         """The decode rows of each slab, and its chunks."""
         if with_chunks not in self._spans:
@@ -240,11 +230,8 @@ class StepLayout:
         return self._views[key]
 
 
-def layout_of(
-    plan: StepPlan, capacities: dict[int, int], max_scattered_tokens: int = 0
-) -> StepLayout:
-    """`capacities` gives each slab's capacity in tokens. Chunks are scattered in steps of at most
-    so many tokens."""
+def layout_of(plan: StepPlan, capacities: dict[int, int]) -> StepLayout:
+    """`capacities` gives each slab's capacity in tokens."""
     positions = [d.position for d in plan.decodes]
     for chunk in plan.prefills:
         positions.extend(range(chunk.start, chunk.start + len(chunk.token_ids)))
@@ -252,7 +239,6 @@ def layout_of(
         positions=tuple(positions),
         decodes=_decode_groups(plan.decodes, capacities),
         chunks=_chunk_spans(plan.prefills, len(plan.decodes)),
-        scatters_chunks=len(positions) <= max_scattered_tokens,
     )
 
 

@@ -31,6 +31,7 @@ enum { MAX_VECS = WIDTH == 16 ? 4 : 2, MAX_LANES = MAX_VECS * WIDTH };
 typedef struct {
   int32_t num_spans, kv_heads, share, key_dim, value_dim, capacity, window; /* window 0: none */
   int32_t sinks_at, first_row; /* 0: no sinks; where the queries begin */
+  int32_t first_key, first_value; /* where K and V of the tokens begin; 0: they are there already */
   float scale;
 } facts;
 
@@ -42,7 +43,8 @@ typedef struct {
 typedef struct {
   facts facts;
   const span *spans;
-  const float *sinks, *keys, *values;
+  const float *sinks;
+  float *keys, *values;
   float *rows; /* [tokens][kv_heads][share][width] */
   long width;
   int lanes;       /* rows in a block */
@@ -326,13 +328,30 @@ static double multiplications(const attention *a) {
   return scores * f->kv_heads * (f->key_dim + f->value_dim);
 }
 
-void attend(const float *keys, const float *values, long width, float *told) {
+/* Rows [tokens][kv_heads][width] go to their places in a slab. Token p lies in place p % capacity. */
+static void write_rows(const attention *a, const float *rows, float *slab, long dim) {
+  const facts *f = &a->facts;
+  for (const span *s = a->spans; s < a->spans + f->num_spans; s++)
+    for (long i = 0; i < s->num_tokens; i++)
+      for (long head = 0; head < f->kv_heads; head++) {
+        const float *row = rows + ((s->first_token + i) * f->kv_heads + head) * a->width;
+        const long slot_head = (long)s->slot * f->kv_heads + head;
+        float *place = slab + (slot_head * f->capacity + (s->start + i) % f->capacity) * dim;
+        memcpy(place, row, sizeof(float) * dim);
+      }
+}
+
+void attend(float *keys, float *values, long width, float *told) {
   attention a = {.keys = keys, .values = values, .width = width};
   memcpy(&a.facts, told, sizeof a.facts);
   a.spans = (const span *)(told + sizeof a.facts / sizeof *told);
   a.sinks = a.facts.sinks_at ? told + a.facts.sinks_at : NULL;
   a.rows = told + a.facts.first_row * width;
   a.lanes = lanes_for(&a);
+  if (a.facts.first_key) {
+    write_rows(&a, told + a.facts.first_key * width, keys, a.facts.key_dim);
+    write_rows(&a, told + a.facts.first_value * width, values, a.facts.value_dim);
+  }
   if (multiplications(&a) < MIN_SHARED_WORK) attend_blocks(&a);
   else share_out(attend_blocks, &a);
 }

@@ -5,7 +5,8 @@
 /* `told` are rows of `width` floats. The first hold, number by number, what attention.c calls `facts`,
  * its spans, and with sinks one logit for each query head; then come the queries, one row for each
  * token and head, which are overwritten by what these saw. `keys` and `values` are
- * `[slots, kv_heads, capacity, dim]`. */
-void attend(const float *keys, const float *values, long width, float *told);
+ * `[slots, kv_heads, capacity, dim]`; where K and V of the tokens follow the queries, one row for each
+ * token and KV head, they are written there first. */
+void attend(float *keys, float *values, long width, float *told);
 
 #pragma GCC visibility pop

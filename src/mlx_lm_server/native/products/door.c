@@ -87,7 +87,7 @@ static int special(int trans_a, int trans_b, int m, int n, int k, float alpha, c
     return codes_product(format, b_is_rows, m, n, k, a, lda, b, ldb, c, ldc);
   }
   if (alpha != ATTENTION_ALPHA || ldc != n) return 0;
-  attend(a, b, n, c);
+  attend((float *)a, (float *)b, n, c);
   return 1;
 }
 
