@@ -72,7 +72,7 @@ has_small_gemm = pytest.mark.skipif(
 @has_small_gemm
 def test_products_of_every_shape_are_right() -> None:
     """Rows, columns and depths around the tiles' edges, and those that go to the whole BLAS."""
-    for rows in (1, 2, 3, 7, 8, 9, 17, 33, 48, 64, 65, 113, 192, 193):
+    for rows in (1, 2, 3, 7, 8, 9, 17, 20, 24, 25, 33, 48, 64, 65, 80, 113, 192, 193):
         for columns, depth in ((512, 512), (7, 64), (200, 128), (1537, 48), (13, 512), (5, 40)):
             x, w = mx.random.normal((rows, depth)), mx.random.normal((columns, depth))
             wide = mx.random.normal((depth, 64))

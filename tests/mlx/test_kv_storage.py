@@ -113,6 +113,20 @@ def test_a_row_cut_into_chunks_and_single_tokens_attends_as_a_whole(
     assert mx.allclose(both[90:], plain_attention(other_q, other_k, other_v), atol=1e-5)
 
 
+@KERNELS
+def test_what_nobody_attends_to_is_written_all_the_same(kernel: AttentionKernel) -> None:
+    storage = storage_with(CreateSlab(0, 2, 64))
+    k, v, _ = random_tokens(9)
+    cache = LayerCache(0, storage, kernel)
+    cache.begin(layout_of(plan_of(DecodeRow(0, 0, 0, 5), chunk(0, 1, 0, 8)), {0: 64}))
+    cache.update_and_fetch(k, v)
+    cache.end()
+    keys, values = storage.keys_and_values(0, 0)
+    for plane, tokens in (keys, k), (values, v):
+        assert mx.array_equal(plane[0, :, 5], tokens[0, :, 0])
+        assert mx.array_equal(plane[1, :, :8], tokens[1:, :, 0].swapaxes(0, 1))
+
+
 @pytest.mark.parametrize("is_in_host_memory", [True, False])
 @pytest.mark.parametrize("is_one_plan", [True, False])
 def test_moves_and_resizes_keep_what_rows_hold(

@@ -161,6 +161,44 @@ def test_tokens_of_two_slabs_get_the_bits_that_they_get_alone(
             assert np.abs(np.array(ours) - expected).max() < 1e-5
 
 
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(64, 64), (40, 24), (24, 40)])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_new_tokens_are_written_before_they_are_seen(
+    key_dim: int, value_dim: int, has_sinks: bool
+) -> None:
+    """Single tokens and chunks of two slabs: as if their K and V had been there, and nothing else
+    is touched."""
+    heads, kv_heads, num_tokens = 6, 2, 24
+    sinks = mx.random.normal((heads,)) if has_sinks else None
+    spans = [[Span(0, 0, 1, 69), Span(2, 3, 21, 30)], [Span(1, 1, 2, 0)]]
+    q = mx.random.normal((num_tokens, heads, 1, key_dim))
+    new = [mx.random.normal((num_tokens, kv_heads, 1, dim)) for dim in (key_dim, value_dim)]
+    slabs = [
+        [mx.random.normal((3, kv_heads, n, dim)) for dim in (key_dim, value_dim)] for n in (70, 90)
+    ]
+    there = [[mx.array(np.array(plane)) for plane in slab] for slab in slabs]
+    for slab, some in zip(there, spans, strict=True):
+        for plane, tokens in zip(slab, new, strict=True):
+            for slot, first, num, start in some:
+                rows = tokens[first : first + num, :, 0].swapaxes(0, 1)
+                plane[slot, :, start : start + num] = rows
+    mx.eval(slabs, there)
+    expected, out = (
+        span_attention.attend(
+            q,
+            [Part(*slab, tuple(some)) for slab, some in zip(held, spans, strict=True)],
+            SCALE,
+            None,
+            sinks,
+            brought,
+        )
+        for held, brought in ((there, None), (slabs, (new[0], new[1])))
+    )
+    assert mx.array_equal(out, expected)
+    for slab, held in zip(slabs, there, strict=True):
+        assert all(map(mx.array_equal, slab, held))
+
+
 @pytest.mark.parametrize("last", [3, 27, 28, 29, 40, 100, 111])
 def test_a_token_looks_back_around_the_end_of_a_ring(last: int) -> None:
     window, ring = 20, 28

@@ -4,7 +4,7 @@ While rows decode, the step may take as long as the ITL goal; the cost model say
 tokens that allows (Sarathi-Serve, Agrawal et al. 2024, with time in place of a token count). They
 are shared so that a short prompt does not wait behind a long one and a long one always goes on:
 the oldest prompt gets a quarter, the rest goes to the prompts with the least left. Where products
-take tokens in tiles, all of that is rounded to whole ones.
+take tokens in tiles, all of that is rounded down to whole ones.
 
 A token in a small chunk costs a little more than one in the large chunks of an idle machine, so a
 long prompt beside decoding rows starts small and grows by at most half from step to step
@@ -21,8 +21,6 @@ from mlx_lm_server.core.scheduler_limits import SchedulerLimits
 
 OLDEST_PROMPT_SHARE = 0.25
 MAX_TAIL_SHARE = 0.25
-# A step may take so much longer than its goal to have whole tiles.
-MAX_OVER_GOAL = 1.2
 
 
 class PrefillPlan:
@@ -104,20 +102,15 @@ class PrefillPlan:
         num_tokens = min(num_tokens, max(0, self._ramp_tokens - sum(self._granted.values())))
         if self._limits.itl_goal_s is not None:
             return num_tokens
-        return self._whole_tiles(num_tokens, context, MAX_OVER_GOAL * goal_s)
+        return self._whole_tiles(num_tokens)
 
-    def _whole_tiles(self, num_tokens: int, context: int, at_most_s: float) -> int:
-        """The nearest number that makes the tokens of the step whole tiles, halves rounded up; the
-        next one below where the step would take longer than that."""
+    def _whole_tiles(self, num_tokens: int) -> int:
+        """The largest number up to this that makes the tokens of the step whole tiles; the number
+        itself where that would be less than a chunk has at least."""
         tile = self._limits.token_tile
         others = self._num_decodes + sum(self._granted.values())
-        whole = (others + num_tokens + tile // 2) // tile * tile - others
-        if whole > num_tokens:
-            step = self._features.with_chunk(context, whole)
-            whole -= tile if self._cost_model.forecast_s(step) > at_most_s else 0
-        if num_tokens <= 0 or (whole < self._limits.min_chunk_tokens and not self._granted):
-            return num_tokens
-        return max(0, whole)
+        whole = (others + num_tokens) // tile * tile - others
+        return num_tokens if whole < self._limits.min_chunk_tokens else whole
 
     def _is_short(self, request: Request) -> bool:
         return request.prefill_until <= self._limits.short_prompt_tokens

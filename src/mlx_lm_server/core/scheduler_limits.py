@@ -23,8 +23,9 @@ class SchedulerLimits:
     ratio, up to `MAX_CROWD`: else a few early rows would slow down many. A chunk has at least
     `min_chunk_tokens`, whatever the goal; of longer prompts beside decoding rows a step takes at
     most `first_chunk_tokens` at first, and for an automatic goal a number that makes the step's
-    tokens whole `token_tile`s: the last few of a tile cost next to nothing. A row gets room for
-    `lookahead_tokens` of its answer when it joins.
+    tokens whole `token_tile`s: the last few of a tile cost next to nothing, and with fewer sizes
+    forwards of one form come again (docs/adr/0009). A row gets room for `lookahead_tokens` of its
+    answer when it joins.
     """
 
     max_batch_size: int = 32
@@ -33,7 +34,7 @@ class SchedulerLimits:
     prefill_batch_size: int | None = None
     itl_goal_s: float | None = None
     auto_goal_factor: float = 2.4
-    auto_goal_floor_s: float = 0.025
+    auto_goal_floor_s: float = 0.02
     short_prompt_tokens: int = 256
     short_prompt_factor: float = 1.5
     min_chunk_tokens: int = 4

@@ -42,6 +42,7 @@ class VirtualEngine:
         cache = PrefixCache(CacheSettings(is_on=False), layout)
         self.scheduler = Scheduler(limits, layout, CostModel(initial), cache)
         self.times: dict[str, list[float]] = {}
+        self.chunk_sizes: list[int] = []
         self.on_end: Callable[[str], Request | None] = lambda req_id: None
         self._truth = CostModel(truth)
         self._random = random.Random(seed)
@@ -75,6 +76,7 @@ class VirtualEngine:
 
     def _start(self, plan: StepPlan) -> None:
         step_s = 0.0
+        self.chunk_sizes += [len(chunk.token_ids) for chunk in plan.prefills]
         if plan.decodes or plan.prefills:
             factor = max(0.5, 1 + self._random.gauss(0, self._noise))
             step_s = self._truth.forecast_s(self._whole_tiles(StepFeatures.of(plan))) * factor

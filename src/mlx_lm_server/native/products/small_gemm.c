@@ -11,7 +11,8 @@
  * nt keeps a tile of TILE_ROWS x TILE_COLS sums in registers, each a vector along k, and walks B in
  * blocks that stay in the second-level cache while all tiles of rows pass over them. From
  * MIN_WIDE_ROWS on the rows lie across vectors instead: A is transposed first, numbers of B are
- * broadcast, and no sum runs across a vector. Blocks of B are shared out to threads.
+ * broadcast, and no sum runs across a vector; only rows that would leave half of a vector empty stay
+ * as they are. Blocks of B are shared out to threads.
  */
 #include "small_gemm.h"
 
@@ -28,7 +29,7 @@ enum { MAX_WIDE_COLS = WIDTH == 16 ? 8 : 4 };
 enum { FETCH_AHEAD = 128 };
 
 enum { MAX_ROWS = 192, MAX_NN_ROWS = 16, MAX_NN_COLS = 256, NN_VECS = 4, NN_ROWS = 4 };
-enum { MIN_ALIGNED_ROWS = 8, MIN_ALIGNED_COLS = 128, MIN_WIDE_ROWS = 9, MIN_WIDE_COLS = 128 };
+enum { MIN_ARRANGED_ROWS = 8, MIN_ARRANGED_COLS = 128, MIN_WIDE_ROWS = 9 };
 enum { BLOCK_BYTES = 192 * 1024 };
 
 /* ---- numbers of B */
@@ -129,7 +130,8 @@ typedef struct {
   long lda, ldb;
   float *c;
   long ldc;
-  int is_wide;     /* A is packed for wide tiles */
+  int wide_rows;       /* so many, the first ones, go through wide tiles */
+  const float *packed; /* those */
   int block;       /* columns of C in one block */
   atomic_int next; /* the next block that nobody has taken */
 } product;
@@ -138,11 +140,11 @@ static int take_block(product *p) {
   return atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed) * p->block;
 }
 
-/* The first tile of rows fetches the columns that it needs next; the second one, which finds its
- * own in the cache, fetches the thread's next block. */
+/* Of the rows behind the wide ones. The first tile of rows fetches the columns that it needs next;
+ * the second one, which finds its own in the cache, fetches the thread's next block. */
 static void nt_block(const product *p, int first, int following) {
   int last = MIN(first + p->block, p->cols);
-  for (int m = 0; m < p->rows; m += TILE_ROWS)
+  for (int m = p->wide_rows; m < p->rows; m += TILE_ROWS)
     for (int n = first; n < last; n += TILE_COLS) {
       const float *b = p->b + n * p->ldb, *ahead = b;
       if (m == 0 && n + 2 * TILE_COLS <= last) ahead = b + TILE_COLS * p->ldb;
@@ -155,10 +157,22 @@ static void nt_block(const product *p, int first, int following) {
 
 /* ---- the same with rows across vectors, once they fill one: no sum across a vector */
 
-/* Rows go in groups of so many vectors, alike in size. */
+/* Rows go in groups of vectors, alike in size: this is the first's, of so many rows. */
 static int group_vecs(int rows) {
   int vecs = (rows + WIDTH - 1) / WIDTH, groups = (vecs + WIDE_VECS - 1) / WIDE_VECS;
   return (vecs + groups - 1) / groups;
+}
+
+/* Lanes beyond the last row repeat it. */
+static void pack_group(const product *p, int first, int vecs, float *packed) {
+  for (int lane = 0; lane < vecs * WIDTH; lane += WIDTH)
+    for (long k = 0; k < p->depth; k += WIDTH) {
+      vec square[WIDTH];
+      for (int i = 0; i < WIDTH; i++)
+        square[i] = vec_load(p->a + MIN(first + lane + i, p->wide_rows - 1) * p->lda + k);
+      transpose(square);
+      for (int i = 0; i < WIDTH; i++) vec_store(packed + (k + i) * vecs * WIDTH + lane, square[i]);
+    }
 }
 
 /* sums[column][row] of one group of rows, which is packed, [depth][vecs * WIDTH]. A line of each
@@ -222,11 +236,12 @@ INLINE void wide_columns(int vecs, int rows, int cols, long depth, const float *
 }
 
 static void wide_block(const product *p, int first) {
-  int last = MIN(first + p->block, p->cols), vecs = group_vecs(p->rows);
+  int last = MIN(first + p->block, p->cols);
   for (int n = first; n < last; n += WIDE_BLOCK)
-    for (int m = 0; m < p->rows; m += vecs * WIDTH) {
-      int rows = MIN(vecs * WIDTH, p->rows - m), cols = MIN(WIDE_BLOCK, last - n);
-      const float *a = p->a + m * p->depth, *b = p->b + n * p->ldb;
+    for (int m = 0, vecs; m < p->wide_rows; m += vecs * WIDTH) {
+      vecs = group_vecs(p->wide_rows - m);
+      int rows = MIN(vecs * WIDTH, p->wide_rows - m), cols = MIN(WIDE_BLOCK, last - n);
+      const float *a = p->packed + m * p->depth, *b = p->b + n * p->ldb;
       float *c = p->c + m * p->ldc + n;
       switch (vecs) {
         case 1: wide_columns(1, rows, cols, p->depth, a, b, p->ldb, c, p->ldc); break;
@@ -243,8 +258,8 @@ static void nt_blocks(void *work) {
   product *p = work;
   for (int first = take_block(p), following; first < p->cols; first = following) {
     following = take_block(p);
-    if (p->is_wide) wide_block(p, first);
-    else nt_block(p, first, following);
+    if (p->wide_rows) wide_block(p, first);
+    if (p->wide_rows < p->rows) nt_block(p, first, following);
   }
 }
 
@@ -334,44 +349,39 @@ static int block_columns(int cols, long depth) {
   return block < unit ? unit : (int)block;
 }
 
-/* Rows that start at a cache line: a vector that lies across two costs two loads. */
-static void align_rows(product *p) {
-  float *copy = scratch((size_t)p->rows * p->depth);
-  if (!copy) return;
-  for (int m = 0; m < p->rows; m++)
+int rows_of_a_tile(void) { return 4; }
+
+static int num_wide_rows(int rows) {
+  int rest = rows % WIDTH;
+  if (rows < MIN_WIDE_ROWS) return 0;
+  return 2 * rest <= WIDTH ? rows - rest : rows;
+}
+
+/* The wide rows become groups, each [depth][lanes]. The others are copied, so that they start at a
+ * cache line: a vector that lies across two costs two loads. */
+static void arrange_rows(product *p) {
+  const int wide_rows = num_wide_rows(p->rows), rest = p->rows - wide_rows;
+  const long packed_rows = (wide_rows + WIDTH - 1) / WIDTH * WIDTH;
+  float *packed = scratch((size_t)(packed_rows + rest) * p->depth);
+  if (!packed) return;
+  p->wide_rows = wide_rows;
+  p->packed = packed;
+  for (int m = 0, vecs; m < wide_rows; m += vecs * WIDTH) {
+    vecs = group_vecs(wide_rows - m);
+    pack_group(p, m, vecs, packed + m * p->depth);
+  }
+  float *copy = packed + (packed_rows - wide_rows) * p->depth; /* row m at m * depth */
+  for (long m = wide_rows; m < p->rows; m++)
     memcpy(copy + m * p->depth, p->a + m * p->lda, sizeof(float) * p->depth);
   p->a = copy;
   p->lda = p->depth;
 }
 
-int rows_of_a_tile(void) { return WIDTH == 16 ? WIDTH : 2 * WIDTH; }
-
-/* Groups of rows, each [depth][lanes]; lanes beyond the last row repeat it. */
-static void pack_rows(product *p) {
-  int vecs = group_vecs(p->rows), lanes = vecs * WIDTH;
-  int num_groups = (p->rows + lanes - 1) / lanes;
-  float *packed = scratch((size_t)num_groups * lanes * p->depth);
-  if (!packed) return;
-  for (int m = 0; m < num_groups * lanes; m += WIDTH) {
-    float *column = packed + m / lanes * lanes * p->depth + m % lanes;
-    for (long k = 0; k < p->depth; k += WIDTH) {
-      vec square[WIDTH];
-      for (int i = 0; i < WIDTH; i++)
-        square[i] = vec_load(p->a + MIN(m + i, p->rows - 1) * p->lda + k);
-      transpose(square);
-      for (int i = 0; i < WIDTH; i++) vec_store(column + (k + i) * lanes, square[i]);
-    }
-  }
-  p->a = packed;
-  p->is_wide = 1;
-}
-
 int small_product(int b_is_rows, int m, int n, int k, const float *a, int lda, const float *b,
                   int ldb, float *c, int ldc) {
   if (b_is_rows && m <= MAX_ROWS && k % WIDTH == 0) {
-    product p = {m, n, k, a, b, lda, ldb, c, ldc, 0, block_columns(n, k), 0};
-    if (m >= MIN_WIDE_ROWS && n >= MIN_WIDE_COLS) pack_rows(&p);
-    else if (m >= MIN_ALIGNED_ROWS && n >= MIN_ALIGNED_COLS) align_rows(&p);
+    product p = {m, n, k, a, b, lda, ldb, c, ldc, .block = block_columns(n, k)};
+    if (m >= MIN_ARRANGED_ROWS && n >= MIN_ARRANGED_COLS) arrange_rows(&p);
     if ((double)m * n * k < MIN_SHARED_WORK) nt_blocks(&p);
     else share_out(nt_blocks, &p);
   } else if (!b_is_rows && m <= MAX_NN_ROWS && n <= MAX_NN_COLS && n % WIDTH == 0) {

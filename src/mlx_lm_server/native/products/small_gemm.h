@@ -3,7 +3,7 @@
 #pragma once
 #pragma GCC visibility push(hidden)
 
-/* Up to four times so many rows take as long as the next multiple of that. */
+/* Any number of rows takes about as long as the next multiple of that. */
 int rows_of_a_tile(void);
 
 /* What B consists of: floats, or whole numbers of 8 or 4 bits, the low half of a byte first. */
