@@ -113,6 +113,17 @@ def test_a_row_cut_into_chunks_and_single_tokens_attends_as_a_whole(
     assert mx.allclose(both[90:], plain_attention(other_q, other_k, other_v), atol=1e-5)
 
 
+def test_slabs_hold_nothing_of_the_forward_that_wrote_to_them() -> None:
+    storage = storage_with(CreateSlab(0, 1, 2048))
+    k, v, q = random_tokens(2000)
+    mx.eval(k, v, q)
+    before = mx.get_active_memory()
+    out = forward(storage, CpuKernel(), plan_of(chunk(0, 0, 0, 2000)), k, v, q)
+    mx.eval(out, *storage.take_unread())
+    del out
+    assert mx.get_active_memory() - before < 100_000
+
+
 @KERNELS
 def test_what_nobody_attends_to_is_written_all_the_same(kernel: AttentionKernel) -> None:
     storage = storage_with(CreateSlab(0, 2, 64))

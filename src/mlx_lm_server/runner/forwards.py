@@ -73,7 +73,8 @@ class PackedForward:
         positions = _sampling_positions(plan)
         if self.replays and self._is_replayed(layout, positions) and not kept:
             picked = None if len(positions) == ids.size else mx.array(positions, mx.int32)
-            return Outcome(self.replays.run(layout, ids, picked))
+            result = self.replays.run(layout, ids, picked)
+            return Outcome(result, self.storage.take_unread())
         result, hidden = self._build(layout, ids, positions)
         outcome = Outcome(result, self.storage.take_unread())
         end = len(plan.decodes)
