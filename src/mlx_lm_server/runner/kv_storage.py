@@ -306,9 +306,8 @@ class KVStorage:
             # One by one: MLX holds what one operation gives together, and a plane that is held
             # would be copied by the next operation that writes to it.
             planes[:] = [mx.depends([plane], [by])[0] for plane in planes]
-            self._written_unread.add(
-                (slab_id, layer)
-            )  # else they hold that array until the next step
+            # Else they hold that array until the next step.
+            self._written_unread.add((slab_id, layer))
 
     def write_chunk(
         self, layer: int, slab_id: int, slot: int, start: int, keys: mx.array, values: mx.array
