@@ -74,8 +74,6 @@ class LayerCache:
     def end(self) -> None:
         if self._handed is not None:
             _owners.pop(id(self._handed[0]), None)
-            if not self._is_written:  # nobody attended to it
-                self._write(*self._handed)
         self._handed = None
         self._chunk_kv = []
 
@@ -113,6 +111,15 @@ class LayerCache:
         """By attention, as it begins. Not where another array may share a plane's memory, as a
         checkpoint of a ring does."""
         return self._attends_in_place and self._shape.window is None
+
+    def write_unattended(self) -> None:
+        """What was handed on and not attended to. Raises LookupError in a trace, which the places
+        of chunks would be a part of."""
+        if self._handed is None or self._is_written:
+            return
+        if self.layout.is_sealed:
+            raise LookupError(f"layer {self._layer} does not attend to what it keeps")
+        self._write(*self._handed)
 
     def _write(self, keys: mx.array, values: mx.array) -> None:
         self._is_written = True
@@ -176,10 +183,11 @@ class LayerCache:
         if parts:
             first = queries if end == self.layout.num_tokens else queries[:end]
             new = None if self._is_written else self._handed
-            outputs.append(span_attention.attend(first, parts, scale, window, sinks, new))
+            out = span_attention.attend(first, parts, scale, window, sinks, new)
             if new is not None:
-                self._storage.was_written(self._layer, self.layout.slab_ids, by=outputs[0])
+                out = self._storage.was_written(self._layer, self.layout.slab_ids, by=out)
                 self._is_written = True
+            outputs.append(out)
         for (k, v), chunk in zip(self._chunk_kv, apart, strict=True):
             span = Span(0, 0, chunk.num_tokens, k.shape[1] - chunk.num_tokens)
             part = Part(k[None], v[None], (span,))

@@ -73,8 +73,7 @@ class PackedForward:
         positions = _sampling_positions(plan)
         if self.replays and self._is_replayed(layout, positions) and not kept:
             picked = None if len(positions) == ids.size else mx.array(positions, mx.int32)
-            result = self.replays.run(layout, ids, picked)
-            return Outcome(result, self.storage.take_unread())
+            return Outcome(self.replays.run(layout, ids, picked))
         result, hidden = self._build(layout, ids, positions)
         outcome = Outcome(result, self.storage.take_unread())
         end = len(plan.decodes)
@@ -231,8 +230,10 @@ class _begun:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, *_exc: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for cache in self._caches:
+            if error is None and isinstance(cache, LayerCache):
+                cache.write_unattended()
             cache.end()
 
 

@@ -298,16 +298,19 @@ class KVStorage:
                 flat[places] = new.reshape(-1, plane.shape[-1])
                 planes[n] = flat.reshape(plane.shape)
 
-    def was_written(self, layer: int, slab_ids: Iterable[int], by: mx.array) -> None:
+    def was_written(self, layer: int, slab_ids: Iterable[int], by: mx.array) -> mx.array:
         """To the memory of these slabs, in the computation of an array: who reads what they hold
-        from now on waits for it."""
+        from now on waits for it. Gives that array for further use."""
+        written = []
         for slab_id in slab_ids:
             planes = self._planes(layer, slab_id)
             # One by one: MLX holds what one operation gives together, and a plane that is held
             # would be copied by the next operation that writes to it.
             planes[:] = [mx.depends([plane], [by])[0] for plane in planes]
-            # Else they hold that array until the next step.
-            self._written_unread.add((slab_id, layer))
+            written += planes
+        # Planes that nobody computes would hold the array until the next step.
+        after: mx.array = mx.depends([by], written)[0]
+        return after
 
     def write_chunk(
         self, layer: int, slab_id: int, slot: int, start: int, keys: mx.array, values: mx.array

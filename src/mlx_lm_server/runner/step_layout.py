@@ -204,6 +204,11 @@ class StepLayout:
         """What was asked for so far."""
         return tuple(self._arrays)
 
+    @property
+    def is_sealed(self) -> bool:
+        """Whether its arrays stand for those of other steps."""
+        return self._is_sealed
+
     def sealed(self, arrays: Mapping[StepArray, mx.array]) -> StepLayout:
         """This layout with these arrays and no other."""
         return replace(self, _is_sealed=True, _arrays=dict(arrays), _views={}, _spans={})
