@@ -22,6 +22,7 @@ from mlx_lm_server.runner.attention import LayerCache
 from mlx_lm_server.runner.block_store import BlockStore
 from mlx_lm_server.runner.kernels import AttentionKernel, CpuKernel, FusedKernel
 from mlx_lm_server.runner.kv_storage import KVStorage, LayerShape
+from mlx_lm_server.runner.rectangular import ChunkCache
 from mlx_lm_server.runner.step_layout import layout_of
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
@@ -122,6 +123,41 @@ def test_slabs_hold_nothing_of_the_forward_that_wrote_to_them() -> None:
     mx.eval(out)
     del out
     assert mx.get_active_memory() - before < 100_000
+
+
+@KERNELS
+@pytest.mark.parametrize("attends", [True, False])
+def test_a_chunk_of_its_own_is_written_beside_decoding_rows_without_a_copy(
+    kernel: AttentionKernel, attends: bool
+) -> None:
+    """Whether the model hands K and V on or looks into them itself."""
+    storage = storage_with(CreateSlab(0, 2, 4096))
+    k, v, q = random_tokens(31)
+    forward(storage, kernel, plan_of(chunk(0, 1, 0, 10)), k[:10], v[:10], q[:10])
+    mx.eval(storage.keys_and_values(0, 0), k, v, q)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    decoded = forward(storage, kernel, plan_of(DecodeRow(0, 0, 0, 0)), k[30:], v[30:], q[30:])
+    cache = ChunkCache(0, storage, kernel)
+    cache.begin(chunk(0, 1, 10, 20))
+    new = [x[10:30, :, 0].swapaxes(0, 1)[None] for x in (k, v, q)]
+    fetched = cache.update_and_fetch(*new[:2])
+    if attends:
+        out = cache.attend(new[2], *fetched, DIM**-0.5, "causal", None)
+        assert out is not None
+    else:
+        out = mx.fast.scaled_dot_product_attention(new[2], *fetched, scale=DIM**-0.5, mask="causal")
+    cache.write_unattended()
+    cache.end()
+    mx.eval(out, decoded)
+    if kernel.reads_in_place and attends:
+        assert mx.get_peak_memory() - before < storage.nbytes // 4
+    expected = plain_attention(q[:30], k[:30], v[:30])[10:]
+    assert mx.allclose(out[0].swapaxes(0, 1)[:, :, None], expected, atol=1e-5)
+    keys, values = storage.keys_and_values(0, 0)
+    for plane, tokens in (keys, k), (values, v):
+        assert mx.array_equal(plane[1, :, :30], tokens[:30, :, 0].swapaxes(0, 1))
+        assert mx.array_equal(plane[0, :, 0], tokens[30, :, 0])
 
 
 @KERNELS

@@ -232,7 +232,7 @@ class _begun:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for cache in self._caches:
-            if error is None and isinstance(cache, LayerCache):
+            if error is None:
                 cache.write_unattended()
             cache.end()
 

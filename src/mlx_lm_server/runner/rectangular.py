@@ -47,6 +47,9 @@ class _FetchedCache:
         assert self._fetched is not None
         return self._fetched
 
+    def write_unattended(self) -> None:
+        """All is written when it is fetched."""
+
     def end(self) -> None:
         self._fetched = None
 
@@ -126,12 +129,19 @@ class ChunkCache(_FetchedCache):
         self._kernel = kernel
         self._shape = storage.layers[layer]
         self._chunk: PrefillChunk | None = None
+        self._unwritten: tuple[mx.array, mx.array] | None = None
         self.offset = 0
 
     def begin(self, chunk: PrefillChunk) -> None:
         self._chunk = chunk
         self._fetched = None
+        self._unwritten = None
         self.offset = chunk.start
+
+    @property
+    def _attends_in_place(self) -> bool:
+        is_whole = self._shape.is_plain_float32 and not self._shape.window
+        return self._kernel is not None and self._kernel.reads_in_place and is_whole
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
         from mlx_lm.models.cache import create_attention_mask
@@ -152,12 +162,27 @@ class ChunkCache(_FetchedCache):
         place = (layer, chunk.slab_id, chunk.slot)
         if self._shape.window is not None:
             k, v = storage.extend_ring(*place, chunk.start, keys[0, :], values[0, :])
+        elif self._attends_in_place:
+            k, v = keys[0, :], values[0, :]
+            self._unwritten = k, v
+            if chunk.start:  # what is put together is computed only if the model looks into it
+                before = storage.read_row(*place, chunk.start)
+                pairs = zip(before, self._unwritten, strict=True)
+                k, v = (mx.concatenate(list(pair), axis=1) for pair in pairs)
         else:
             storage.write_chunk(*place, chunk.start, keys[0, :], values[0, :])
             k, v = storage.read_row(*place, chunk.start + keys.shape[2])
         self.offset = chunk.start + keys.shape[2]
         self._fetched = k[None], v[None]
         return self._fetched
+
+    def write_unattended(self) -> None:
+        """What was handed on and not attended to."""
+        if self._unwritten is not None:
+            assert self._chunk is not None
+            place = (self._layer, self._chunk.slab_id, self._chunk.slot)
+            self._storage.write_chunk(*place, self._chunk.start, *self._unwritten)
+            self._unwritten = None
 
     def attend(
         self,
@@ -179,13 +204,31 @@ class ChunkCache(_FetchedCache):
             return None
         chunk, start = self._chunk, k.shape[2] - length
         assert chunk is not None
-        if self._kernel.reads_in_place and self._shape.is_plain_float32 and not self._shape.window:
-            planes = self._storage.keys_and_values(self._layer, chunk.slab_id)
-            part = Part(*planes, (Span(chunk.slot, 0, length, start),))
-            by_token = queries.transpose(2, 1, 0, 3)
-            return span_attention.attend(by_token, [part], scale, None, sinks).transpose(2, 1, 0, 3)
+        if self._attends_in_place:
+            return self._attend_in_place(chunk, queries, start, scale, sinks)
         out = self._kernel.chunk(queries[0, :], k[0, :], v[0, :], scale, start, None, sinks)
         return out[None]
+
+    def _attend_in_place(
+        self,
+        chunk: PrefillChunk,
+        queries: mx.array,
+        start: int,
+        scale: float,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        planes = self._storage.keys_and_values(self._layer, chunk.slab_id)
+        part = Part(*planes, (Span(chunk.slot, 0, queries.shape[2], start),))
+        new = None
+        if self._unwritten is not None:
+            k, v = self._unwritten
+            new = k.swapaxes(0, 1), v.swapaxes(0, 1)
+        by_token = queries.transpose(2, 1, 0, 3)
+        out = span_attention.attend(by_token, [part], scale, None, sinks, new)
+        if new is not None:
+            out = self._storage.was_written(self._layer, [chunk.slab_id], by=out)
+            self._unwritten = None
+        return out.transpose(2, 1, 0, 3)
 
 
 def _of_tokens(by_slot: mx.array, group: DecodeGroup) -> mx.array:
