@@ -33,6 +33,8 @@ Progress = Callable[[str, float], None]
 # With nobody decoding, a step takes about so long: a request that arrives waits for its end.
 IDLE_STEP_S = 0.5
 MIN_BATCHED_TOKENS, MAX_BATCHED_TOKENS = 256, 2048
+# Rows that the products in C take at once, where only a few are left.
+CPU_TOKEN_TILE = 4
 MIN_KV_TOKENS = 1024
 # Rows of one capacity share slabs of up to so much, and each slab is one attention call a layer.
 MIN_SLAB_BYTES = 64 * 1024 * 1024
@@ -99,7 +101,7 @@ def assemble(
         order,
         max_step_tokens,
         ledger.kv_limit_bytes // max(1, geometry.bytes_per_token),
-        _token_tile(loaded, runner, blas),
+        _token_tile(loaded, runner),
     )
     settings = _cache_settings(order, runner.batching, ledger.kv_limit_bytes)
     disk = _disk_cache(order, loaded, runner) if settings.is_on else None
@@ -193,10 +195,10 @@ def _fastest_threads(runner: ModelRunner, blas: Blas) -> Blas:
     return blas.with_threads(fastest)
 
 
-def _token_tile(loaded: LoadedModel, runner: ModelRunner, blas: Blas) -> int:
-    """In what numbers a step's tokens go through a product together."""
-    are_ours = _is_on_cpu() and loaded.weights == "float32" and runner.batching == "packed"
-    return blas.rows_of_a_tile if are_ours else 1
+def _token_tile(loaded: LoadedModel, runner: ModelRunner) -> int:
+    """Where forwards are replayed, steps beside decoding rows have few sizes."""
+    is_float32 = _is_on_cpu() and loaded.weights == "float32"
+    return CPU_TOKEN_TILE if is_float32 and runner.batching == "packed" else 1
 
 
 def _limits(

@@ -64,7 +64,7 @@ class LayerCache:
         self._shape = storage.layers[layer]
         self._layout: StepLayout | None = None
         self._handed: tuple[mx.array, mx.array] | None = None
-        self._is_written = True  # what was handed on
+        self._unwritten: tuple[mx.array, mx.array] | None = None  # what attention will write
         self._chunk_kv: list[tuple[mx.array, mx.array]] = []
 
     def begin(self, layout: StepLayout) -> None:
@@ -75,6 +75,7 @@ class LayerCache:
         if self._handed is not None:
             _owners.pop(id(self._handed[0]), None)
         self._handed = None
+        self._unwritten = None
         self._chunk_kv = []
 
     @property
@@ -94,11 +95,13 @@ class LayerCache:
         return WindowMask(window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Write K and V of the packed tokens, `[T, kv_heads, 1, head_dim]`, to their slabs."""
-        self._is_written = not self._is_written_in_place
-        if self._is_written:
-            self._write(keys, values)
+        """K and V of the packed tokens, `[T, kv_heads, 1, head_dim]`, go to their slabs, at once or
+        as attention begins."""
         self._handed = keys, values
+        if self._is_written_in_place:
+            self._unwritten = keys, values
+        else:
+            self._write(keys, values)
         _owners[id(keys)] = self
         return keys, values
 
@@ -115,14 +118,14 @@ class LayerCache:
     def write_unattended(self) -> None:
         """What was handed on and not attended to. Raises LookupError in a trace, which the places
         of chunks would be a part of."""
-        if self._handed is None or self._is_written:
+        if self._unwritten is None:
             return
         if self.layout.is_sealed:
             raise LookupError(f"layer {self._layer} does not attend to what it keeps")
-        self._write(*self._handed)
+        self._write(*self._unwritten)
+        self._unwritten = None
 
     def _write(self, keys: mx.array, values: mx.array) -> None:
-        self._is_written = True
         self._storage.write_tokens(self._layer, self.layout, keys, values)
         for span in self.layout.chunks:
             chunk = (keys[span.tokens, :, 0].swapaxes(0, 1), values[span.tokens, :, 0])
@@ -182,11 +185,10 @@ class LayerCache:
         outputs = []
         if parts:
             first = queries if end == self.layout.num_tokens else queries[:end]
-            new = None if self._is_written else self._handed
-            out = span_attention.attend(first, parts, scale, window, sinks, new)
-            if new is not None:
+            out = span_attention.attend(first, parts, scale, window, sinks, self._unwritten)
+            if self._unwritten is not None:
                 out = self._storage.was_written(self._layer, self.layout.slab_ids, by=out)
-                self._is_written = True
+                self._unwritten = None
             outputs.append(out)
         for (k, v), chunk in zip(self._chunk_kv, apart, strict=True):
             span = Span(0, 0, chunk.num_tokens, k.shape[1] - chunk.num_tokens)

@@ -39,13 +39,11 @@ OPENBLAS_SPIN_LOG2_CYCLES = "18"
 
 @dataclass(frozen=True, slots=True)
 class Blas:
-    """What multiplies float32 matrices on the CPU. A few rows take as long as the next multiple of
-    `rows_of_a_tile`."""
+    """What multiplies float32 matrices on the CPU."""
 
     name: str
     path: Path | None = None
     num_threads: int | None = None
-    rows_of_a_tile: int = 1
 
     def with_threads(self, num_threads: int) -> Blas:
         """Let large products use so many threads; no effect on a BLAS that we did not load."""
@@ -77,13 +75,11 @@ def preload(num_threads: int | None = None, *, with_small_gemm: bool = True) -> 
     # Whoever joins the global scope first is found first: the small products, then the whole BLAS.
     small_gemm = _load_small_gemm() if with_small_gemm else None
     library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-    tile = 1
     if small_gemm is not None:
         full = ctypes.cast(library.cblas_sgemm, ctypes.c_void_p)
         small_gemm.products_init(full, num_threads, SMALL_GEMM_SPIN_US)
-        tile = small_gemm.products_tile()
     name = _name_of(library, small_gemm is not None)
-    return Blas(name, path, rows_of_a_tile=tile).with_threads(num_threads)
+    return Blas(name, path).with_threads(num_threads)
 
 
 def usable_cores() -> int:

@@ -135,7 +135,6 @@ class ChunkCache(_FetchedCache):
     def begin(self, chunk: PrefillChunk) -> None:
         self._chunk = chunk
         self._fetched = None
-        self._unwritten = None
         self.offset = chunk.start
 
     @property
@@ -183,6 +182,10 @@ class ChunkCache(_FetchedCache):
             place = (self._layer, self._chunk.slab_id, self._chunk.slot)
             self._storage.write_chunk(*place, self._chunk.start, *self._unwritten)
             self._unwritten = None
+
+    def end(self) -> None:
+        super().end()
+        self._unwritten = None
 
     def attend(
         self,

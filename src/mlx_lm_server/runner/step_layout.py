@@ -165,7 +165,7 @@ class StepLayout:
     positions: tuple[int, ...]  # of each token
     decodes: tuple[DecodeGroup, ...]
     chunks: tuple[ChunkSpan, ...]
-    _is_sealed: bool = False
+    is_sealed: bool = False  # its arrays stand for those of other steps
     _arrays: dict[StepArray, mx.array] = field(default_factory=dict)
     _views: dict[tuple[int, int | None, int | None], SlotsView] = field(default_factory=dict)
     _spans: dict[bool, dict[int, tuple[Span, ...]]] = field(default_factory=dict)
@@ -194,7 +194,7 @@ class StepLayout:
     def array(self, name: StepArray) -> mx.array:
         """Raises LookupError for one that a replayed forward is asked for and was not given."""
         if name not in self._arrays:
-            if self._is_sealed:
+            if self.is_sealed:
                 raise LookupError(f"{name} was not known when the forward was traced")
             self._arrays[name] = name.of(self)
         return self._arrays[name]
@@ -204,14 +204,9 @@ class StepLayout:
         """What was asked for so far."""
         return tuple(self._arrays)
 
-    @property
-    def is_sealed(self) -> bool:
-        """Whether its arrays stand for those of other steps."""
-        return self._is_sealed
-
     def sealed(self, arrays: Mapping[StepArray, mx.array]) -> StepLayout:
         """This layout with these arrays and no other."""
-        return replace(self, _is_sealed=True, _arrays=dict(arrays), _views={}, _spans={})
+        return replace(self, is_sealed=True, _arrays=dict(arrays), _views={}, _spans={})
 
     def spans(self, with_chunks: bool) -> dict[int, tuple[Span, ...]]:
         """The decode rows of each slab, and its chunks."""

@@ -111,5 +111,3 @@ void products_init(void *full, int num_threads, int spin_us) {
   full_sgemm = (sgemm)full;
   start_helpers(num_threads, spin_us);
 }
-
-int products_tile(void) { return rows_of_a_tile(); }

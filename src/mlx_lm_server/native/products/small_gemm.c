@@ -132,8 +132,8 @@ typedef struct {
   long ldc;
   int wide_rows;       /* so many, the first ones, go through wide tiles */
   const float *packed; /* those */
-  int block;       /* columns of C in one block */
-  atomic_int next; /* the next block that nobody has taken */
+  int block;           /* columns of C in one block */
+  atomic_int next;     /* the next block that nobody has taken */
 } product;
 
 static int take_block(product *p) {
@@ -348,8 +348,6 @@ static int block_columns(int cols, long depth) {
   long unit = TILE_COLS * WIDTH, block = MIN(fitting, share) / unit * unit;
   return block < unit ? unit : (int)block;
 }
-
-int rows_of_a_tile(void) { return 4; }
 
 static int num_wide_rows(int rows) {
   int rest = rows % WIDTH;

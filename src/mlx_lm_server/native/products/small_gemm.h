@@ -3,9 +3,6 @@
 #pragma once
 #pragma GCC visibility push(hidden)
 
-/* Any number of rows takes about as long as the next multiple of that. */
-int rows_of_a_tile(void);
-
 /* What B consists of: floats, or whole numbers of 8 or 4 bits, the low half of a byte first. */
 enum { FLOATS, BYTES, NIBBLES };
 
