@@ -26,7 +26,8 @@
 
 enum { MAX_VECS = WIDTH == 16 ? 4 : 2, MAX_LANES = MAX_VECS * WIDTH };
 /* Tiles take so many keys, or numbers of a value, at once: the sums and a row of y fill the registers. */
-#define COUNT_OF(vecs) (WIDTH == 16 ? ((vecs) > 2 ? 4 : 8) : ((vecs) > 1 ? 4 : 8))
+#define COUNT_OF(vecs) ((vecs) == MAX_VECS ? 6 : 8)
+enum { REST_COUNT = 4 };
 /* What is common to all rows. */
 typedef struct {
   int32_t num_spans, kv_heads, share, key_dim, value_dim, capacity, window; /* window 0: none */
@@ -72,6 +73,7 @@ INLINE void tile(int vecs, int count, long depth, const float *x, long x_step, l
   for (int i = 0; i < count; i++)
     UNROLL
     for (int v = 0; v < vecs; v++) sums[i][v] = vec_zero();
+  _Pragma("GCC unroll 4")
   for (long k = 0; k < depth; k++) {
     vec row[MAX_VECS];
     UNROLL
@@ -101,12 +103,13 @@ INLINE void tile(int vecs, int count, long depth, const float *x, long x_step, l
 INLINE void product(int vecs, long num, long depth, const float *x, long x_step, long x_next,
                     const float *y, const float *factor, float *out, long ahead) {
   const int count = COUNT_OF(vecs);
-  const long lanes = vecs * WIDTH;
   long i = 0;
-  for (; i + count <= num; i += count)
-    tile(vecs, count, depth, x + i * x_step, x_step, x_next, y, factor, out + i * lanes, ahead);
-  for (; i < num; i++)
-    tile(vecs, 1, depth, x + i * x_step, x_step, x_next, y, factor, out + i * lanes, ahead);
+#define TILE(count) \
+  tile(vecs, count, depth, x + i * x_step, x_step, x_next, y, factor, out + i * vecs * WIDTH, ahead)
+  for (; i + count <= num; i += count) TILE(count);
+  for (; i + REST_COUNT <= num; i += REST_COUNT) TILE(REST_COUNT);
+  for (; i < num; i++) TILE(1);
+#undef TILE
 }
 
 /* ---- a block of rows */
@@ -122,20 +125,29 @@ static void mask(block *b, int lanes, long first, int num) {
 
 /* Scores become weights; `factor` is what all that was summed up before must be multiplied by. */
 INLINE void weigh(block *b, int vecs, int num, float *factor) {
-  const int lanes = vecs * WIDTH;
+  const int lanes = vecs * WIDTH, end = (num + CHAINS - 1) / CHAINS * CHAINS;
+  for (int i = num * lanes; i < end * lanes; i += WIDTH) vec_store(b->scores + i, vec_fill(UNSEEN));
   for (int v = 0; v < vecs; v++) {
     float *column = b->scores + v * WIDTH;
-    vec before = vec_load(b->top + v * WIDTH), top = before;
-    for (int t = 0; t < num; t++) top = vec_max(top, vec_load(column + t * lanes));
+    vec before = vec_load(b->top + v * WIDTH), tops[CHAINS], sums[CHAINS];
+    UNROLL
+    for (int i = 0; i < CHAINS; i++) tops[i] = before, sums[i] = vec_zero();
+    for (int t = 0; t < end; t += CHAINS)
+      UNROLL
+      for (int i = 0; i < CHAINS; i++) tops[i] = vec_max(tops[i], vec_load(column + (t + i) * lanes));
+    vec top = vec_max(vec_max(tops[0], tops[1]), vec_max(tops[2], tops[3]));
+    for (int t = 0; t < end; t += CHAINS)
+      UNROLL
+      for (int i = 0; i < CHAINS; i++) {
+        float *place = column + (t + i) * lanes;
+        vec weight = exp_of(vec_sub(vec_load(place), top));
+        vec_store(place, weight);
+        sums[i] = vec_add(sums[i], weight);
+      }
+    vec sum = vec_add(vec_add(sums[0], sums[1]), vec_add(sums[2], sums[3]));
     vec change = exp_of(vec_sub(before, top));
-    vec total = vec_mul(vec_load(b->total + v * WIDTH), change);
-    for (int t = 0; t < num; t++) {
-      vec weight = exp_of(vec_sub(vec_load(column + t * lanes), top));
-      vec_store(column + t * lanes, weight);
-      total = vec_add(total, weight);
-    }
+    vec_store(b->total + v * WIDTH, vec_fma(vec_load(b->total + v * WIDTH), change, sum));
     vec_store(b->top + v * WIDTH, top);
-    vec_store(b->total + v * WIDTH, total);
     vec_store(factor + v * WIDTH, change);
   }
 }

@@ -11,6 +11,8 @@
  */
 #include "token_attention.h"
 
+#include <math.h>
+
 enum { VALUE_VECS = 4 };
 
 int can_walk(int num, long key_dim, long value_dim) {
@@ -55,16 +57,12 @@ INLINE float weigh(heads *h, int j, int num) {
   return lanes[0];
 }
 
-/* One weight after the other, for all heads side by side. */
-INLINE void add_weights(heads *h, int num_heads, int num, const float *factor) {
-  float total[MAX_HEADS];
-  UNROLL
-  for (int j = 0; j < num_heads; j++) total[j] = h->total[j] * factor[j];
-  for (int t = 0; t < num; t++)
-    UNROLL
-    for (int j = 0; j < num_heads; j++) total[j] += h->scores[j * TILE_KEYS + t];
-  UNROLL
-  for (int j = 0; j < num_heads; j++) h->total[j] = total[j];
+/* Weights t, t + 4, t + 8, … each in a sum of their own, as there. */
+INLINE float sum_of(const float *weights, int num) {
+  __m128 sums = _mm_setzero_ps();
+  for (int t = 0; t < num; t += CHAINS) sums = _mm_add_ps(sums, _mm_loadu_ps(weights + t));
+  sums = _mm_hadd_ps(sums, sums);
+  return _mm_cvtss_f32(_mm_hadd_ps(sums, sums));
 }
 
 /* So many vectors of each head's sums, from number `at` on. */
@@ -109,8 +107,8 @@ INLINE void walk(heads *h, int num_heads, const float *keys, const float *values
     for (int j = 0; j < num_heads; j++) {
       for (long i = t; i < first; i++) h->scores[j * TILE_KEYS + i - t] = UNSEEN;
       factor[j] = weigh(h, j, num);
+      h->total[j] = fmaf(h->total[j], factor[j], sum_of(h->scores + j * TILE_KEYS, num));
     }
-    add_weights(h, num_heads, num, factor);
     long at = 0;
     for (; at + step * WIDTH <= h->value_dim; at += step * WIDTH)
       add_values(h, num_heads, step, values + t * h->value_dim, num, at, factor);

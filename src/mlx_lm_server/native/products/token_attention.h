@@ -5,6 +5,8 @@
 #pragma GCC visibility push(hidden)
 
 enum { MAX_HEADS = WIDTH == 16 ? 8 : 4, TILE_KEYS = 64 };
+/* Each maximum and each sum of weights waits for the one before, so there are so many of them. */
+enum { CHAINS = 4 };
 /* What a row has not seen; finite, so that it can be subtracted from itself. */
 #define UNSEEN -1e30f
 
