@@ -4,7 +4,11 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 # The MLX back end to install on Linux: cpu, cuda12 or cuda13. macOS brings Metal by itself.
 BACKEND ?= cpu
+# Most of a test is the work of one thread. 0: in the process that is started, for a debugger.
+TEST_PROCESSES ?= 2
 ARGS   ?=
+
+PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
 .PHONY: help run test check newest bench fmt clean
 
@@ -25,14 +29,14 @@ run: $(VENV)/.installed  ## install what is needed and serve the bundled model (
 	$(BIN)/mlx-lm-server $(if $(findstring --model,$(ARGS)),,--model nano) $(ARGS)
 
 test: $(VENV)/.installed-dev  ## install and run the tests
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 check: $(VENV)/.installed-dev  ## lint, types, import directions, tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 newest:  ## test the families of models against the newest mlx-lm, in a scratch environment
 	$(PYTHON) -m tests.contract.newest --backend $(BACKEND) $(ARGS)
