@@ -13,6 +13,8 @@ from mlx_lm_server.bench.trace import Trace
 
 POLL_S = 0.005
 WARM_EVENTS = 24
+# Of each decoder after the newcomers: a machine's speed may change while they are there.
+CALM_EVENTS = 24
 SETTLE_S = 0.3
 
 
@@ -39,7 +41,7 @@ async def _(plan: Newcomers, client: Client) -> None:
         for pause_s, call in plan.busy:
             await asyncio.sleep(pause_s)
             await client.send(call)
-        await _until_each_has_more(decoders)
+        await _until_each_has_more(decoders, CALM_EVENTS)
     await asyncio.sleep(SETTLE_S)
 
 
@@ -97,12 +99,14 @@ async def _background(
         await asyncio.wait([decoder.task for decoder in decoders])
 
 
-async def _until_each_has_more(decoders: list[_Decoder], limit_s: float = 10.0) -> None:
-    """Let each decoder show one more token, so that a gap which is still open is seen whole."""
-    seen = [(decoder, decoder.trace, len(decoder.trace.event_times)) for decoder in decoders]
+async def _until_each_has_more(
+    decoders: list[_Decoder], num_events: int, limit_s: float = 10.0
+) -> None:
+    """Let each decoder show more tokens or end its answer, so that an open gap is seen whole."""
+    due = [(d, d.trace, len(d.trace.event_times) + num_events) for d in decoders]
     try:
         async with asyncio.timeout(limit_s):
-            await _until(lambda: all(d.trace is not t or d.has_events(n + 1) for d, t, n in seen))
+            await _until(lambda: all(d.trace is not t or d.has_events(n) for d, t, n in due))
     except TimeoutError:
         return
 

@@ -126,6 +126,7 @@ def _newcomer_extras(traces: Sequence[Trace]) -> dict[str, float]:
         "busy_ttft_p50_s": percentile(busy, 50),
         "busy_ttft_p95_s": percentile(busy, 95),
         "calm_itl_p50_s": step_s,
+        "calm_gap_max_s": max(calm, default=0.0),
         "disturbed_gap_max_s": max(disturbed, default=0.0),
         "busy_prefill_share": percentile(idle, 50) / percentile(busy, 50),
     }

@@ -80,6 +80,7 @@ def test_newcomers_give_their_ttft_against_its_bound_and_the_decoders_gap() -> N
     ]
     extras = summarize([traces]).extras
     assert extras["calm_itl_p50_s"] == pytest.approx(0.1)
+    assert extras["calm_gap_max_s"] == pytest.approx(0.1)
     assert extras["disturbed_gap_max_s"] == pytest.approx(1.1)
     assert extras["gap_over_itl"] == pytest.approx(11.0)
     assert extras["busy_prefill_share"] == pytest.approx(1.0)
