@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import signal
 import sys
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from mlx_lm_server.bench.cli import bench
 from mlx_lm_server.bench.client import Target
+from mlx_lm_server.bench.drivers import CALM_EVENTS
 from mlx_lm_server.bench.plans import Calibration, Shape
 from mlx_lm_server.bench.report import as_json, print_table
 from mlx_lm_server.bench.session import (
@@ -121,6 +123,17 @@ async def test_newcomers_are_measured_beside_decoders_which_are_stopped(
     decoders = [t for t in session.outcomes[0].rounds[0] if t.role == "decoder"]
     assert len(decoders) >= 8
     assert sum(t.was_stopped for t in decoders) <= 8
+
+
+async def test_decoders_go_on_for_a_while_after_the_newcomer(server: FakeServer) -> None:
+    long_answers = dataclasses.replace(SMALL, decoder_tokens=1000)
+    given = dataclasses.replace(settings("long-prompt"), shape=long_answers)
+    session = Session([server.target()], given, Log())
+    await session.run()
+    traces = session.outcomes[0].rounds[0]
+    [end] = [t.ended_at for t in traces if t.role == "busy"]
+    for decoder in (t for t in traces if t.role == "decoder"):
+        assert sum(at > end for at in decoder.event_times) >= CALM_EVENTS
 
 
 async def test_a_conversation_sends_the_answers_back(server: FakeServer) -> None:
