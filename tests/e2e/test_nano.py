@@ -141,3 +141,9 @@ def test_no_orphan_is_left(tmp_path: Path, victim: str) -> None:
         assert running.stop() in (0, 1)
     _, alive = psutil.wait_procs([engine], timeout=10)
     assert not alive
+
+
+def test_the_engine_has_loaded_nothing_that_reads_text(nano: Nano) -> None:
+    loaded = [Path(region.path).name for region in nano.engine().memory_maps()]
+    assert not [name for name in loaded if name.startswith(("tokenizers", "libtorch"))]
+    assert [name for name in loaded if name.startswith("libmlx")]

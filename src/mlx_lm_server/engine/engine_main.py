@@ -13,12 +13,10 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Sequence
-from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from mlx_lm_server import errors
 from mlx_lm_server.engine.engine_core import EngineCore
@@ -51,7 +49,6 @@ def main() -> None:
     fd = arguments.parse_args().fd
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     _watch_parent(os.getppid())
-    _hide_torch()
     logging.basicConfig(format="engine %(levelname)s %(message)s")
     with contextlib.suppress(LinkClosed):
         serve(ServerLink(socket.socket(fileno=fd)))
@@ -70,9 +67,10 @@ def serve(link: ServerLink) -> None:
 
 def _load(link: ServerLink, order: LoadModel) -> EngineLoop | None:
     # The BLAS must be in the process before mlx is, so nothing above may import the runner.
-    from mlx_lm_server.runner import blas
+    from mlx_lm_server.runner import blas, light_import
 
     chosen = blas.preload(order.num_threads)
+    light_import.import_mlx_lm(with_adapters=order.adapter_path is not None)
     from mlx_lm_server.engine.assembly import assemble
     from mlx_lm_server.runner.host_memory import Upkeep
 
@@ -126,12 +124,6 @@ class EngineLoop:
     def _tell(self, outputs: list[RequestOutput]) -> None:
         self._told_s = time.monotonic()
         self._link.send(Outputs(outputs, self._core.stats()))
-
-
-def _hide_torch() -> None:
-    """mlx-lm imports transformers, which imports torch where it is installed: two seconds, half a
-    gigabyte and a second set of threads, of which nothing is used here."""
-    sys.modules.setdefault("torch", cast(ModuleType, None))
 
 
 def _watch_parent(parent: int) -> None:
