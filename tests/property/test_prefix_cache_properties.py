@@ -76,6 +76,7 @@ limits = st.builds(
     max_num_batched_tokens=st.integers(6, 200),
     prefill_step_size=st.one_of(st.none(), st.integers(1, 64)),
     lookahead_tokens=st.sampled_from([0, 16, 256]),
+    leaving_bytes=st.sampled_from([0, 40, 1 << 20]),
 )
 
 caches = st.builds(
@@ -168,7 +169,7 @@ def test_memory_stays_within_its_account_over_ten_thousand_steps(kind, writes_th
     cache = CacheSettings(segment_bytes=128)
     tier = None if writes_through is None else FakeTier(3, writes_through=writes_through)
     sim = Simulation(
-        SchedulerLimits(max_batch_size=8, max_num_batched_tokens=256),
+        SchedulerLimits(max_batch_size=8, max_num_batched_tokens=256, leaving_bytes=50),
         6000,
         512,
         cache=cache,

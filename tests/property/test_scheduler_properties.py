@@ -45,6 +45,7 @@ limits = st.builds(
     prefill_batch_size=st.one_of(st.none(), st.integers(1, 3)),
     itl_goal_s=st.one_of(st.none(), st.floats(0.001, 1.0)),
     lookahead_tokens=st.sampled_from([0, 16, 256]),
+    leaving_bytes=st.sampled_from([0, 40, 1 << 20]),
 )
 
 

@@ -84,6 +84,10 @@ class CacheStore:
     def num_free_places(self) -> int:
         return self._pool.num_free
 
+    def blocks_in(self, num_bytes: int) -> int:
+        """As many blocks as so many bytes are, at least one."""
+        return max(1, num_bytes // max(1, self._block_bytes))
+
     @property
     def num_states(self) -> int:
         return len(self._states)

@@ -181,6 +181,11 @@ class KVLayout:
         self._enter(row, self._choose_slab(self._capacity_for(num_tokens)))
         self._num_tokens[row] = 0
 
+    def suits(self, row: int, num_tokens: int) -> bool:
+        """Whether the row's slot would do for another one of so many tokens."""
+        wanted = self._capacity_for(num_tokens)
+        return wanted <= self.capacity(row) <= wanted * MAX_SHARED_CAPACITY_RATIO
+
     def can_grow(self, row: int, num_tokens: int) -> bool:
         wanted = self._row_bytes(self._capacity_for(num_tokens))
         return self._fits(wanted - self._row_bytes(self.capacity(row)))

@@ -8,7 +8,7 @@ One plan is made like this:
 
     begin()                 checkpoints that came due with the last plan; what goes to the tier
     restores.take()         what came back from the tier
-    keep(request)           rows that leave
+    keep_some, keep         rows that leave
     find, take              rows that go on from a hit
     make_room()             memory for rows
     computed(request)       what the plan adds to a row
@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 from msgspec import structs
 
@@ -72,6 +73,13 @@ class _Taken:
     request: Request
     hit: Hit
     rows: tuple[int | None, ...]
+
+
+class KeptPart(NamedTuple):
+    """Up to which of a row's blocks all were looked at, and how many of them were saved."""
+
+    stop: int
+    num_saved: int
 
 
 class PrefixCache:
@@ -348,6 +356,21 @@ class PrefixCache:
         return CopyTokens(source.slab_id, source.slot, to.slab_id, to.slot, start, stop)
 
     # ---- a row leaves
+
+    def keep_some(self, request: Request, first: int, most: int) -> KeptPart:
+        """Save up to `most` of the blocks from number `first` on that only the request's row has,
+        which it keeps. Fewer were saved where there are no more, or no room for more."""
+        missing: list[tuple[int, Block]] = []
+        stop = first
+        while stop < request.num_named_blocks and len(missing) < most:
+            block = self._index.block(request.name_of_block(stop))
+            if block is not None and block.place is None and len(block.rows) == 1:
+                missing.append((stop, block))
+            stop += 1
+        if missing:
+            place = self._layout.location(request.held_row)
+            self.store.put_blocks(place.slab_id, place.slot, missing, request.num_held_tokens)
+        return KeptPart(stop, sum(block.place is not None for _, block in missing))
 
     def keep(self, request: Request) -> None:
         """Save what the request's row holds and nobody else does; before it gives the row back."""

@@ -10,6 +10,8 @@ so a row may be planned on a token that is still on the device (pending). Invari
 - a row is never planned past `max_new_tokens`; it leaves with the plan after its last token;
 - a stop token is seen one step late: the token of the step in between is dropped, and the row
   leaves with the next plan;
+- a row whose request has ended leaves in parts, a few blocks a step, as long as others run and
+  nobody waits for its place;
 - a row number that is given back is used again in later plans only;
 - the most urgent running request always goes on; when a row cannot grow, first the prefix cache
   gives back memory, then the least urgent request is preempted and later computes anew what of its
@@ -29,6 +31,7 @@ from operator import attrgetter
 from types import MappingProxyType
 
 from mlx_lm_server.core.cost_model import CostModel, StepFeatures, prefill_pairs
+from mlx_lm_server.core.departures import Departures
 from mlx_lm_server.core.fair_queue import FairQueue
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout
@@ -68,7 +71,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}  # all unfinished ones
         self._queue = FairQueue()
         self._running: list[Request] = []  # the most urgent first
-        self._leaving: list[Request] = []  # finished, and still in a row
+        self._departures = Departures(cache, layout, limits.leaving_bytes)
         self._free_rows = list(reversed(range(limits.max_batch_size)))
         self._left_rows: list[int] = []  # given back by the plan in the making
         self._in_flight: dict[int, tuple[Request, ...]] = {}
@@ -130,7 +133,7 @@ class Scheduler:
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.status is RequestStatus.RUNNING:
             self._running.remove(request)
-            self._leaving.append(request)
+            self._departures.add(request)
         elif self._cache.restores.is_waiting(request):
             self._cache.restores.drop(request)
         elif request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
@@ -163,20 +166,23 @@ class Scheduler:
 
     def _give_back_rows(self) -> None:
         """Rows of finished requests, and of those whose last token is planned."""
-        for request in self._leaving:
-            self._leave_row(request)
-        self._leaving = []
         for request in [r for r in self._running if r.num_tokens_to_plan == 0]:
             self._running.remove(request)
-            self._leave_row(request)
+            self._departures.add(request)
             request.status = RequestStatus.DRAINING
+        at_once = not self._running or self._is_place_wanted()
+        self._left_rows += self._departures.go_on(at_once=at_once)
 
-    def _leave_row(self, request: Request) -> None:
-        row = request.held_row
-        self._cache.keep(request)
-        self._layout.release(row)
-        self._left_rows.append(row)
-        request.row = None
+    def _is_place_wanted(self) -> bool:
+        """Whether the next request in the queue waits for what a row that leaves still has."""
+        if not self._departures or (request := self._queue.peek()) is None:
+            return False
+        num_tokens = self._room.tokens_soon(request)
+        return (
+            not self._free_rows
+            or not self._layout.can_place(num_tokens)
+            or self._departures.would_place(num_tokens)
+        )
 
     def _choose_decodes(self) -> list[Request]:
         decoding = []
@@ -192,6 +198,9 @@ class Scheduler:
         """Have a place for one more token, if need be at the cost of less urgent requests; False
         where the request itself is the least urgent and had to give way."""
         while not self._room.find_next(request):
+            if self._departures:
+                self._left_rows += self._departures.go_on(at_once=True)
+                continue
             victim = self._running[-1]
             self._preempt(victim)
             if victim is request:
@@ -200,7 +209,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self._running.remove(request)
-        self._leave_row(request)
+        self._left_rows.append(self._departures.leave(request))
         request.num_computed_tokens = 0
         request.prefill_until = 0
         request.num_preemptions += 1
@@ -430,8 +439,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Unfinished requests, or something to give to the tier."""
-        return bool(self._requests) or self._cache.store.has_offloads_due
+        """Unfinished requests, rows that leave, or something to give to the tier."""
+        return bool(self._requests or self._departures) or self._cache.store.has_offloads_due
 
     @property
     def waits_for_tier(self) -> bool:

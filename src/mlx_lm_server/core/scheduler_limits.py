@@ -25,7 +25,7 @@ class SchedulerLimits:
     most `first_chunk_tokens` at first, and for an automatic goal a number that makes the step's
     tokens whole `token_tile`s: the last few of a tile cost next to nothing, and with fewer sizes
     forwards of one form come again (docs/adr/0009). A row gets room for `lookahead_tokens` of its
-    answer when it joins.
+    answer when it joins, and `leaving_bytes` of what it leaves behind are saved in a step beside others.
     """
 
     max_batch_size: int = 32
@@ -41,6 +41,7 @@ class SchedulerLimits:
     first_chunk_tokens: int = 24
     token_tile: int = 1
     lookahead_tokens: int = 256
+    leaving_bytes: int = 4 << 20  # copied in a millisecond or two
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:

@@ -1,0 +1,113 @@
+"""Rows whose requests have ended: who waits for what they leave behind, and who does not."""
+
+from __future__ import annotations
+
+from scheduler_sim import Simulation
+
+from mlx_lm_server.core.plan import CreateSlab, SaveBlocks, StepPlan
+from mlx_lm_server.core.prefix_cache import CacheSettings
+from mlx_lm_server.core.request import Request
+from mlx_lm_server.core.scheduler import SchedulerLimits
+from mlx_lm_server.protocol import SamplingParams
+
+BLOCK = 16
+LONG = tuple(range(1000, 1000 + 25 * BLOCK))
+
+
+def _request(req_id: str, prompt: tuple[int, ...], max_tokens: int) -> Request:
+    return Request(req_id, prompt, SamplingParams(max_tokens=max_tokens, seed=0))
+
+
+def _simulation(limit_tokens: int = 1 << 16, **limits: int) -> Simulation:
+    limits = {"leaving_bytes": 4 * BLOCK, "lookahead_tokens": 0, **limits}
+    cache = CacheSettings(block_size=BLOCK, segment_bytes=10 * BLOCK)
+    return Simulation(SchedulerLimits(**limits), limit_tokens, cache=cache)
+
+
+def _beside_a_long_row_that_ends(**settings: int) -> Simulation:
+    sim = _simulation(**settings)
+    sim.add(_request("short", (1, 2, 3), 60))
+    sim.add(_request("long", LONG, 2))
+    while len(sim.tokens_of("long")) < 2:
+        sim.step()
+    return sim
+
+
+def _num_saved(plan: StepPlan) -> int:
+    return sum(len(op.places) for op in plan.saves if isinstance(op, SaveBlocks))
+
+
+def _steps_until_it_left(sim: Simulation) -> int:
+    first = len(sim.plans)
+    while sim.scheduler._departures:
+        sim.step()
+    return len(sim.plans) - first
+
+
+def test_a_long_row_leaves_in_parts_beside_others():
+    sim = _beside_a_long_row_that_ends()
+    _steps_until_it_left(sim)
+    saved = [_num_saved(plan) for plan in sim.plans]
+    [row] = {
+        joined.row for plan in sim.plans for joined in plan.joined_rows if joined.req_id == "long"
+    }
+    [left] = [plan for plan in sim.plans if row in plan.left_rows]
+    assert max(saved) == 4
+    assert sum(saved) == 26, "25 blocks, and the end"
+    assert _num_saved(left) > 0
+    assert all(plan.decodes for plan in sim.plans[saved.index(4) :])
+
+
+def test_who_begins_alike_goes_on_from_a_row_that_leaves():
+    sim = _beside_a_long_row_that_ends()
+    sim.add(_request("next", LONG[: 15 * BLOCK], 2))
+    sim.run()
+    [report] = [output.cache for output in sim.outputs["next"] if output.cache]
+    assert report.num_cached_tokens == 15 * BLOCK - 1
+    assert report.num_from_rows > 0
+
+
+def test_a_row_alone_leaves_at_once():
+    sim = _simulation()
+    sim.add(_request("long", LONG, 2))
+    sim.run()
+    assert max(_num_saved(plan) for plan in sim.plans) == 26
+    assert not sim.scheduler.has_work
+
+
+def test_rows_leave_at_once_when_the_last_other_one_ends():
+    sim = _beside_a_long_row_that_ends()
+    sim.step()
+    assert sim.scheduler._departures
+    sim.abort("short")
+    assert sim.scheduler.has_work
+    assert _steps_until_it_left(sim) == 1
+
+
+def test_a_row_leaves_at_once_where_somebody_waits_for_a_row():
+    sim = _beside_a_long_row_that_ends(max_batch_size=2)
+    sim.add(_request("next", (4, 5, 6), 4))
+    assert _steps_until_it_left(sim) == 1
+
+
+def test_a_row_leaves_at_once_for_one_that_needs_a_slot_like_its_own():
+    sim = _beside_a_long_row_that_ends()
+    num_plans = len(sim.plans)
+    sim.add(_request("next", tuple(range(3000, 3000 + len(LONG))), 2))
+    assert _steps_until_it_left(sim) == 1
+    assert not [
+        op for plan in sim.plans[num_plans:] for op in plan.kv_ops if isinstance(op, CreateSlab)
+    ]
+
+
+def test_a_row_does_not_leave_at_once_for_one_that_fits_elsewhere():
+    sim = _beside_a_long_row_that_ends()
+    sim.add(_request("next", (4, 5, 6), 4))
+    assert _steps_until_it_left(sim) > 3
+
+
+def test_nobody_is_preempted_for_what_a_row_that_leaves_still_holds():
+    sim = _beside_a_long_row_that_ends(limit_tokens=64 + 512 + 30)
+    while len(sim.tokens_of("short")) < 60:
+        sim.step()
+    assert sim.scheduler.stats().num_preemptions_total == 0
