@@ -13,6 +13,7 @@ from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.prefix_cache import PrefixCache
 from mlx_lm_server.core.request import Request
 
+
 @dataclass(slots=True)
 class _Leaving:
     request: Request

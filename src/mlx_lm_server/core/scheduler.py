@@ -371,14 +371,16 @@ class Scheduler:
 
     # ---- read a step
 
-    def are_awaited(self, plan: StepPlan, sampled_tokens: Sequence[int]) -> bool:
-        """Whether somebody waits for these tokens of a plan, which `update` has not taken in yet,
+    def awaited(self, plan: StepPlan, sampled_tokens: Sequence[int]) -> set[str]:
+        """The requests that wait for these tokens of a plan, which `update` has not taken in yet,
         more than for the next: an answer begins or ends with them."""
-        sampling = self._in_flight[plan.step]
-        return any(chunk.samples for chunk in plan.prefills) or any(
-            request.status is not RequestStatus.FINISHED and _finish_reason(request, token)
-            for request, token in zip(sampling, sampled_tokens, strict=True)
-        )
+        places = enumerate(zip(self._in_flight[plan.step], sampled_tokens, strict=True))
+        return {
+            request.req_id
+            for place, (request, token) in places
+            if request.status is not RequestStatus.FINISHED
+            and (place >= len(plan.decodes) or _finish_reason(request, token))
+        }
 
     def update(
         self,

@@ -25,7 +25,7 @@ class SchedulerLimits:
     most `first_chunk_tokens` at first, and for an automatic goal a number that makes the step's
     tokens whole `token_tile`s: the last few of a tile cost next to nothing, and with fewer sizes
     forwards of one form come again (docs/adr/0009). A row gets room for `lookahead_tokens` of its
-    answer when it joins, and `leaving_bytes` of what it leaves behind are saved in a step beside others.
+    answer when it joins, and of what it leaves behind a step beside others saves `leaving_bytes`.
     """
 
     max_batch_size: int = 32

@@ -26,13 +26,18 @@ class Runner(Protocol):
     def execute(self, plan: StepPlan) -> None: ...
 
     def submit(self) -> None: ...
+
+    @property
+    def copies_much_first(self) -> bool:
+        """Whether the next submission has to wait for copies, which no token is to wait for."""
+
+    @property
+    def submits_slowly(self) -> bool:
+        """Whether a submission takes about as long as the forward."""
+
     def sample(self) -> None: ...
 
     def read(self) -> list[int]: ...
-
-    def goes_on_at_once(self, are_awaited: bool) -> bool:
-        """Whether to submit what was executed last before the tokens that were read, which may be
-        awaited more than the next, are told."""
 
     def read_logprobs(self) -> Mapping[int, RowLogprobs]: ...
 
@@ -61,6 +66,7 @@ class EngineCore:
         self._running: StepPlan | None = None
         self._running_since_s = 0.0  # since the tokens of the plan before came, if there was one
         self._progress = PrefillProgress()
+        self._held: list[RequestOutput] = []  # to be told after the next submission
         self.took_memory = False  # whether the last plan made slabs or segments
 
     @property
@@ -111,6 +117,7 @@ class EngineCore:
                 case Abort():
                     ended = self._scheduler.abort(message.req_id)
                     outputs += [ended] if ended else []
+                    self._held = [o for o in self._held if o.req_id != message.req_id]
         self._progress.forget(outputs)
         return outputs
 
@@ -124,9 +131,13 @@ class EngineCore:
         return ()
 
     def step(self) -> list[RequestOutput]:
-        """One forward further; the outputs are those of the forward before."""
+        """One forward further; the outputs are those of the forward before. Where some of them
+        were told by themselves, the next call submits and gives the others."""
         began_s = self._clock()
         self._runner.submit()
+        if self._held:
+            held, self._held = self._held, []
+            return held
         self._runner.sample()
         plan = self._scheduler.schedule(self._clock())
         if plan is not None:
@@ -135,15 +146,23 @@ class EngineCore:
         tokens = self._runner.read()
         now_s = self._clock()
         finished, self._running = self._running, plan
-        are_awaited = finished is not None and self._scheduler.are_awaited(finished, tokens)
-        if self._runner.goes_on_at_once(are_awaited):
-            self._runner.submit()
         if finished is None:
             self._running_since_s = began_s
+            self._submit_unless_much_is_copied()
             return []
+        awaited = self._scheduler.awaited(finished, tokens) if self._runner.submits_slowly else None
+        if not awaited:
+            self._submit_unless_much_is_copied()
         step_s, self._running_since_s = now_s - self._running_since_s, now_s
         logprobs = self._runner.read_logprobs()
         outputs = self._scheduler.update(finished, tokens, step_s, now_s, logprobs)
-        progress = self._progress.after(finished)
+        outputs = self._progress.after(finished) + outputs
         self._progress.forget(outputs)
-        return progress + outputs if progress else outputs
+        if awaited and plan is not None and not self._runner.copies_much_first:
+            self._held = [output for output in outputs if output.req_id not in awaited]
+            return [output for output in outputs if output.req_id in awaited]
+        return outputs
+
+    def _submit_unless_much_is_copied(self) -> None:
+        if not self._runner.copies_much_first:
+            self._runner.submit()

@@ -89,7 +89,8 @@ class ModelRunner:
         self._forward: _Running | None = None
         self._is_submitted = False
         self._drawn: _Running | None = None
-        self._submits_slowly = mx.default_device() == mx.Device(mx.cpu)
+        # MLX submits to a CPU at the CPU's own pace.
+        self.submits_slowly = mx.default_device() == mx.Device(mx.cpu)
         self._scores: dict[int, RowLogprobs] = {}
 
     @property
@@ -246,10 +247,10 @@ class ModelRunner:
             clock.push(tokens[place])
         return tokens
 
-    def goes_on_at_once(self, are_awaited: bool) -> bool:
-        """Not where much has to be copied before, which no token is to wait for. MLX submits to a
-        CPU at the CPU's own pace, so what is awaited there would come a step later."""
-        return self._storage.stages.are_short and not (are_awaited and self._submits_slowly)
+    @property
+    def copies_much_first(self) -> bool:
+        """Whether `submit` copies so much before that no token is to wait for it."""
+        return not self._storage.stages.are_short
 
     def read_logprobs(self) -> dict[int, RowLogprobs]:
         """With the tokens read last, by their place among them, where they were asked for."""

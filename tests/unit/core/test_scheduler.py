@@ -74,9 +74,9 @@ def test_first_and_last_tokens_are_awaited_and_those_between_are_not():
     for _ in range(4):
         plan = sim.scheduler.schedule(0.0)
         assert plan is not None
-        found.append(sim.scheduler.are_awaited(plan, [5]))
+        found.append(sim.scheduler.awaited(plan, [5]))
         sim.scheduler.update(plan, [5], None, 0.0)
-    assert found == [True, False, False, True]
+    assert found == [{"a"}, set(), set(), {"a"}]
 
 
 def test_one_token_needs_one_step():

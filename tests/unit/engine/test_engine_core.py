@@ -9,6 +9,7 @@ import pytest
 
 from mlx_lm_server.core.plan import DecodeRow, StepPlan
 from mlx_lm_server.engine.engine_core import EngineCore
+from mlx_lm_server.protocol import Abort, RequestOutput
 
 BUILD_S, FORWARD_S = 1.0, 10.0
 
@@ -25,18 +26,21 @@ class Clock:
 
 
 class Scheduler:
-    """Two steps, and what they were told to have taken."""
+    """Two steps of requests `a` and `b`, and what they were told to have taken."""
 
-    def __init__(self, are_awaited: bool) -> None:
+    def __init__(self, awaited: set[str]) -> None:
         self.left = [plan_of(1), plan_of(2)]
         self.seconds: list[float] = []
-        self._are_awaited = are_awaited
+        self._awaited = awaited
 
     def schedule(self, _now_s: float) -> StepPlan | None:
         return self.left.pop(0) if self.left else None
 
-    def are_awaited(self, _plan: StepPlan, _tokens: list[int]) -> bool:
-        return self._are_awaited
+    def awaited(self, _plan: StepPlan, _tokens: list[int]) -> set[str]:
+        return self._awaited
+
+    def abort(self, req_id: str) -> RequestOutput:
+        return RequestOutput(req_id, [], finish_reason="abort")
 
     def update(
         self,
@@ -45,17 +49,17 @@ class Scheduler:
         step_s: float,
         _now_s: float,
         _logprobs: Mapping[Any, Any],
-    ) -> list[Any]:
+    ) -> list[RequestOutput]:
         self.seconds.append(step_s)
-        return []
+        return [RequestOutput("a", [7]), RequestOutput("b", [8])]
 
 
-class SlowRunner:
-    """Submits as MLX does on a CPU: while the forward runs."""
-
-    def __init__(self, clock: Clock) -> None:
+class Runner:
+    def __init__(self, clock: Clock, *, submits_slowly: bool = True, copies: bool = False) -> None:
         self._clock = clock
         self._built = self._submitted = False
+        self.submits_slowly = submits_slowly
+        self.copies_much_first = copies
         self.calls: list[str] = []
 
     def execute(self, _plan: StepPlan) -> None:
@@ -72,30 +76,67 @@ class SlowRunner:
 
     def read(self) -> list[int]:
         self.calls.append("read")
-        return [7]
-
-    def goes_on_at_once(self, are_awaited: bool) -> bool:
-        return not are_awaited
+        return [7, 8]
 
     def read_logprobs(self) -> Mapping[int, Any]:
         return {}
 
 
-@pytest.mark.parametrize("are_awaited", [False, True])
-def test_a_step_is_told_its_own_time(are_awaited: bool) -> None:
-    clock, scheduler = Clock(), Scheduler(are_awaited)
-    core = EngineCore(scheduler, SlowRunner(clock), clock)  # type: ignore[arg-type]
-    for _ in range(3):
+def engine(awaited: set[str], **how: bool) -> tuple[EngineCore, Scheduler, Runner]:
+    clock = Clock()
+    scheduler, runner = Scheduler(awaited), Runner(clock, **how)
+    return EngineCore(scheduler, runner, clock), scheduler, runner  # type: ignore[arg-type]
+
+
+def told(outputs: list[RequestOutput]) -> list[str]:
+    return [output.req_id for output in outputs]
+
+
+@pytest.mark.parametrize("awaited", [set(), {"a"}])
+def test_a_step_is_told_its_own_time(awaited: set[str]) -> None:
+    core, scheduler, _ = engine(awaited)
+    while len(scheduler.seconds) < 2:
         core.step()
     assert scheduler.seconds[0] == BUILD_S + FORWARD_S + BUILD_S  # both graphs are built meanwhile
     assert scheduler.seconds[1] == FORWARD_S
 
 
-@pytest.mark.parametrize("are_awaited", [False, True])
-def test_awaited_tokens_are_told_before_the_next_forward_is_submitted(are_awaited: bool) -> None:
-    clock = Clock()
-    runner = SlowRunner(clock)
-    core = EngineCore(Scheduler(are_awaited), runner, clock)  # type: ignore[arg-type]
+def test_tokens_are_told_once_the_next_forward_is_submitted() -> None:
+    core, _, runner = engine(set())
+    core.step()
+    assert told(core.step()) == ["a", "b"]
+    assert runner.calls == ["read", "submit", "read", "submit"]
+
+
+def test_awaited_tokens_are_told_before_that_and_only_they() -> None:
+    core, _, runner = engine({"a"})
+    core.step()
+    assert told(core.step()) == ["a"]
+    assert runner.calls == ["read", "submit", "read"]
+    assert told(core.step()) == ["b"]
+    assert runner.calls == ["read", "submit", "read", "submit"]
+    assert told(core.step()) == ["a", "b"], "the last ones, with nothing to submit"
+
+
+def test_nothing_is_told_of_a_request_that_was_aborted_meanwhile() -> None:
+    core, _, runner = engine({"a"})
     core.step()
     core.step()
-    assert runner.calls == ["read", "submit", "read"] + ["submit"] * (not are_awaited)
+    assert told(core.handle([Abort("b")])) == ["b"]
+    core.step()
+    assert runner.calls[2:] == ["read", "submit", "read"], "the step that comes next, and not held"
+
+
+def test_where_submitting_is_quick_nothing_is_told_by_itself() -> None:
+    core, _, runner = engine({"a"}, submits_slowly=False)
+    core.step()
+    assert told(core.step()) == ["a", "b"]
+    assert runner.calls == ["read", "submit", "read", "submit"]
+
+
+def test_no_token_waits_for_long_copies() -> None:
+    core, _, runner = engine({"a"}, copies=True)
+    core.step()
+    core.step()
+    assert told(core.step()) == ["a", "b"]
+    assert runner.calls == ["read", "submit", "read", "submit", "read"]
