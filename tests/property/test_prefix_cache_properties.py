@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scheduler_sim import FakeTier, Simulation, expected_output
 
 from mlx_lm_server.core.block import Block
+from mlx_lm_server.core.cost_model import CostModel, StepCosts
 from mlx_lm_server.core.kv_geometry import KVGeometry, RingBytes
 from mlx_lm_server.core.prefix_cache import CacheSettings, PrefixCache
 from mlx_lm_server.core.request import Request
@@ -77,6 +78,7 @@ limits = st.builds(
     prefill_step_size=st.one_of(st.none(), st.integers(1, 64)),
     lookahead_tokens=st.sampled_from([0, 16, 256]),
     leaving_bytes=st.sampled_from([0, 40, 1 << 20]),
+    min_loaded_tokens=st.sampled_from([1, 20, 256]),
 )
 
 caches = st.builds(
@@ -103,14 +105,16 @@ caches = st.builds(
         ),
     ),
     keeps_holes=st.booleans(),
+    copied_token_s=st.sampled_from([1e-6, 1e-3, 1.0]),
 )
 def test_requests_get_their_tokens_whatever_they_share(
-    arrivals, limits, cache, kind, limit_bytes, max_slab_tokens, tier, keeps_holes
+    arrivals, limits, cache, kind, limit_bytes, max_slab_tokens, tier, keeps_holes, copied_token_s
 ):
     sim = Simulation(
         limits,
         limit_bytes,
         max_slab_tokens,
+        CostModel(StepCosts(per_copied_token_s=copied_token_s)),
         cache=cache,
         geometry=GEOMETRIES[kind],
         tier=tier,
@@ -169,9 +173,12 @@ def test_memory_stays_within_its_account_over_ten_thousand_steps(kind, writes_th
     cache = CacheSettings(segment_bytes=128)
     tier = None if writes_through is None else FakeTier(3, writes_through=writes_through)
     sim = Simulation(
-        SchedulerLimits(max_batch_size=8, max_num_batched_tokens=256, leaving_bytes=50),
+        SchedulerLimits(
+            max_batch_size=8, max_num_batched_tokens=256, leaving_bytes=50, min_loaded_tokens=30
+        ),
         6000,
         512,
+        CostModel(StepCosts(per_copied_token_s=1e-3)),
         cache=cache,
         geometry=GEOMETRIES[kind],
         tier=tier,

@@ -2,6 +2,7 @@
 
     step_s = base + per_prefill_token · prefill_tokens + per_row · rows
            + per_kv_token · kv_tokens + per_prefill_pair · prefill_pairs
+           + per_copied_token · copied_tokens
 
 Least squares of the relative error with forgetting and no negative cost, solved by warm-started
 coordinate descent. Three things keep it sane:
@@ -31,19 +32,21 @@ INITIAL_SCALE = 0.2
 MIN_SCALE, MAX_SCALE = 0.02, 3.0
 SCALE_GROWTH, SCALE_DECAY = 1.35, 0.93
 CLIP_AT_SCALES = 3.0
-MIN_STEP_S = 1e-6
+MIN_STEP_S, MIN_COPIED_TOKEN_S = 1e-6, 1e-9
 
 
 class StepFeatures(NamedTuple):
     """What a step's time depends on. `kv_tokens` is the K and V that are read, once for each
     decoding row and once for each chunk; `prefill_pairs` is what the prefill tokens attend to, one
     by one. Without the reading, a chunk over a long context costs several milliseconds that do not
-    shrink with it; a model that knows nothing of them takes them for a cost of decoding."""
+    shrink with it; a model that knows nothing of them takes them for a cost of decoding.
+    `copied_tokens` are those whose K and V rows are given before the forward."""
 
     prefill_tokens: int = 0
     rows: int = 0
     kv_tokens: int = 0
     prefill_pairs: float = 0.0
+    copied_tokens: int = 0
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepFeatures:
@@ -53,6 +56,7 @@ class StepFeatures(NamedTuple):
             kv_tokens=sum(decode.position + 1 for decode in plan.decodes)
             + sum(chunk.start + len(chunk.token_ids) for chunk in plan.prefills),
             prefill_pairs=sum(_pairs_of(chunk) for chunk in plan.prefills),
+            copied_tokens=plan.num_copied_tokens,
         )
 
     def with_chunk(self, start: int, num_tokens: int) -> StepFeatures:
@@ -82,6 +86,7 @@ class StepCosts:
     per_row_s: float = 0.0005
     per_kv_token_s: float = 5e-7
     per_prefill_pair_s: float = 5e-7
+    per_copied_token_s: float = 1e-6
 
     def as_list(self) -> list[float]:
         return [
@@ -90,6 +95,7 @@ class StepCosts:
             self.per_row_s,
             self.per_kv_token_s,
             self.per_prefill_pair_s,
+            self.per_copied_token_s,
         ]
 
 
@@ -97,7 +103,7 @@ def _learning_units(costs: StepCosts) -> list[float]:
     """The initial costs, none of them zero: coefficients are learnt as multiples of these."""
     token_s = max(costs.per_prefill_token_s, 1e-7)
     row_s = max(costs.per_row_s, token_s / 10)
-    floors = [token_s, token_s, row_s, row_s / 5000, token_s / 5000]
+    floors = [token_s, token_s, row_s, row_s / 5000, token_s / 5000, token_s / 5000]
     return [max(cost, floor) for cost, floor in zip(costs.as_list(), floors, strict=True)]
 
 
@@ -150,13 +156,17 @@ class CostModel:
         """The chunk after `context` tokens that adds `slack_s` seconds, to the nearest token: the
         root of per_pair / 2 · n² + (per_token + per_kv + per_pair · (context + 1/2)) · n
         = slack_s - per_kv · context."""
-        _, per_token, _, per_kv_token, per_pair = self._costs
+        _, per_token, _, per_kv_token, per_pair, _ = self._costs
         slack_s -= per_kv_token * context
         if slack_s <= 0:
             return 0
         linear = max(per_token + per_kv_token + per_pair * (context + 0.5), 1e-12)
         root = math.sqrt(linear * linear + 2 * per_pair * slack_s)
         return round(2 * slack_s / (linear + root))
+
+    def max_copied_tokens(self, slack_s: float) -> int:
+        """The tokens whose copies add `slack_s` seconds to a step."""
+        return max(0, int(slack_s / max(self._costs[-1], MIN_COPIED_TOKEN_S)))
 
     def prefill_tokens_per_s(self, chunk_tokens: int) -> float:
         """Prompt throughput in chunks of this size, alone."""

@@ -269,6 +269,13 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.prefills)
 
     @property
+    def num_copied_tokens(self) -> int:
+        """Whose K and V rows are given before the forward: from the cache, or in a larger slot."""
+        loaded = (op.stop - op.start for op in self.loads if not isinstance(op, LoadState))
+        moved = (op.num_tokens for op in self.kv_ops if isinstance(op, MoveRow))
+        return sum(loaded) + sum(moved)
+
+    @property
     def takes_memory(self) -> bool:
         """Whether arrays are made that stay."""
         made = CreateSlab | ResizeSlab | CreateSegment

@@ -32,13 +32,15 @@ class PrefillPlan:
         cost_model: CostModel,
         decode: StepFeatures,
         ramp_tokens: int,
+        copied_tokens: int = 0,
     ) -> None:
+        """Of a step that decodes so much, for which so many tokens are loaded from the cache."""
         self._limits = limits
         self._cost_model = cost_model
         self._num_decodes = decode.rows
         self._prompts_per_row = 0.0
         self._ramp_tokens = ramp_tokens
-        self._features = decode  # of the step with what is granted so far
+        self._features = decode._replace(copied_tokens=copied_tokens)  # and what is granted so far
         self._decode_step_s = cost_model.forecast_s(decode)
         self._tokens_left = limits.max_num_batched_tokens - decode.rows
         self._granted: dict[Request, int] = {}

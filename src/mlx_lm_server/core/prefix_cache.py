@@ -65,6 +65,14 @@ class Hit:
         blocks = tuple(reversed(self.blocks))
         return blocks if self.state is None else (self.state, *blocks)
 
+    def within(self, num_tokens: int) -> Hit:
+        """Its first blocks with no more than so many tokens. All of it where that is not a block,
+        and where a state belongs to it, without which its tokens are of no use."""
+        if self.stop - self.start <= num_tokens or self.state is not None:
+            return self
+        blocks = tuple(b for b in self.blocks if b.num_tokens <= self.start + num_tokens)
+        return Hit(self.start, blocks[-1].num_tokens, blocks) if blocks else self
+
 
 @dataclass(frozen=True, slots=True)
 class _Taken:

@@ -35,6 +35,7 @@ from mlx_lm_server.core.departures import Departures
 from mlx_lm_server.core.fair_queue import FairQueue
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout
+from mlx_lm_server.core.loading import LoadPlan
 from mlx_lm_server.core.memory_ledger import request_arithmetic
 from mlx_lm_server.core.plan import DecodeRow, JoinedRow, PrefillChunk, RowLogprobs, StepPlan
 from mlx_lm_server.core.prefill import PrefillPlan
@@ -157,9 +158,11 @@ class Scheduler:
         num_preemptions = self._num_preemptions
         decoding = self._choose_decodes()
         # Not in the step that preempts: the victim would take back what it just gave.
-        joined = self._admit(now_s) if self._num_preemptions == num_preemptions else []
-        self._catch_up()
-        chunks = self._choose_chunks(decoding)
+        decode = _features_of(decoding)
+        loads = LoadPlan(self._limits, self._cost_model, decode)
+        joined = self._admit(now_s, loads) if self._num_preemptions == num_preemptions else []
+        self._catch_up(loads)
+        chunks = self._choose_chunks(decode, loads)
         if not (self._left_rows or joined or decoding or chunks or self._cache.has_operations):
             return None
         return self._make_plan(joined, decoding, chunks)
@@ -217,7 +220,7 @@ class Scheduler:
         self._num_preemptions += 1
         self._queue.push(request)
 
-    def _admit(self, now_s: float) -> list[Request]:
+    def _admit(self, now_s: float, loads: LoadPlan) -> list[Request]:
         """Requests from the queue that get a row now, in the queue's order: nobody overtakes one
         that waits for memory."""
         joined = []
@@ -231,7 +234,8 @@ class Scheduler:
                 if not self._room.find_place(num_tokens, None):
                     break
             joined.append(self._queue.pop())
-            self._join(request, num_tokens, hit, now_s)
+            part = loads.cut(request, hit) if hit is not None else None
+            self._join(request, num_tokens, part, now_s)
         return joined
 
     def _join(self, request: Request, num_tokens: int, hit: Hit | None, now_s: float) -> None:
@@ -260,10 +264,13 @@ class Scheduler:
         pairs = prefill_pairs(start, num_tokens)
         return self._cost_model.forecast_s(StepFeatures(num_tokens, prefill_pairs=pairs))
 
-    def _catch_up(self) -> None:
-        """Take over what others have computed meanwhile."""
+    def _catch_up(self, loads: LoadPlan) -> None:
+        """Take over what others have computed meanwhile, and what was too much for one step."""
         for request in self._running:
-            if request.is_prefilling and (hit := self._cache.find(request)) is not None:
+            if not request.is_prefilling or request in loads.unfinished:
+                continue
+            if (hit := self._cache.find(request)) is not None:
+                hit = loads.cut(request, hit)
                 num_prompt = len(request.prompt_ids)
                 recompute_s = self._prefill_s(num_prompt, max(1, num_prompt - hit.stop))
                 self._cache.note_catching_up(request, hit, recompute_s)
@@ -297,21 +304,19 @@ class Scheduler:
             request.wait_tokens_left = WAIT_MARGIN * (num_shared - request.num_computed_tokens)
         return request.wait_tokens_left > 0
 
-    def _choose_chunks(self, decoding: Sequence[Request]) -> list[tuple[Request, int]]:
-        decode = StepFeatures(
-            rows=len(decoding), kv_tokens=sum(r.num_computed_tokens + 1 for r in decoding)
-        )
-        prefilling = [r for r in self._running if r.is_prefilling]
+    def _choose_chunks(self, decode: StepFeatures, loads: LoadPlan) -> list[tuple[Request, int]]:
+        prefilling = [r for r in self._running if r.is_prefilling and r not in loads.unfinished]
         waiting = [r for r in prefilling if self._waits(r, prefilling)]
         computing = [r for r in prefilling if r not in waiting]
         for request in computing:
             request.chunk_limit = self._cache.next_state_point(request)
-        plan = PrefillPlan(self._limits, self._cost_model, decode, self._ramp_tokens)
+        costs, num_loaded = self._cost_model, loads.num_tokens
+        plan = PrefillPlan(self._limits, costs, decode, self._ramp_tokens, num_loaded)
         chunks = plan.share_out(computing)
         for request in waiting:
             assert request.wait_tokens_left is not None
             request.wait_tokens_left -= sum(num_tokens for _, num_tokens in chunks)
-        had = sum(num_tokens for _, num_tokens in chunks) if decoding else 0
+        had = sum(num_tokens for _, num_tokens in chunks) if decode.rows else 0
         self._ramp_tokens = max(self._limits.first_chunk_tokens, had + had // 2)
         return chunks
 
@@ -499,6 +504,11 @@ class Scheduler:
             cache_evictions_total=self._cache.store.num_evictions,
             prefill_tokens_total=self._num_prefill_tokens,
         )
+
+
+def _features_of(decoding: Sequence[Request]) -> StepFeatures:
+    kv_tokens = sum(request.num_computed_tokens + 1 for request in decoding)
+    return StepFeatures(rows=len(decoding), kv_tokens=kv_tokens)
 
 
 def _by_place(place: DecodeRow | PrefillChunk) -> tuple[int, int]:

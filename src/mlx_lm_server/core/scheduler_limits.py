@@ -25,7 +25,8 @@ class SchedulerLimits:
     most `first_chunk_tokens` at first, and for an automatic goal a number that makes the step's
     tokens whole `token_tile`s: the last few of a tile cost next to nothing, and with fewer sizes
     forwards of one form come again (docs/adr/0009). A row gets room for `lookahead_tokens` of its
-    answer when it joins, and of what it leaves behind a step beside others saves `leaving_bytes`.
+    answer when it joins. Of cached tokens a step loads at least `min_loaded_tokens`, whatever the
+    goal, and beside others it saves `leaving_bytes` of what rows leave behind.
     """
 
     max_batch_size: int = 32
@@ -42,6 +43,7 @@ class SchedulerLimits:
     token_tile: int = 1
     lookahead_tokens: int = 256
     leaving_bytes: int = 4 << 20  # copied in a millisecond or two
+    min_loaded_tokens: int = 256
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:

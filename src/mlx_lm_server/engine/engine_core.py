@@ -28,12 +28,8 @@ class Runner(Protocol):
     def submit(self) -> None: ...
 
     @property
-    def copies_much_first(self) -> bool:
-        """Whether the next submission has to wait for copies, which no token is to wait for."""
-
-    @property
     def submits_slowly(self) -> bool:
-        """Whether a submission takes about as long as the forward."""
+        """Whether the next submission takes so long that who waits for a token would notice."""
 
     def sample(self) -> None: ...
 
@@ -148,21 +144,17 @@ class EngineCore:
         finished, self._running = self._running, plan
         if finished is None:
             self._running_since_s = began_s
-            self._submit_unless_much_is_copied()
+            self._runner.submit()
             return []
         awaited = self._scheduler.awaited(finished, tokens) if self._runner.submits_slowly else None
         if not awaited:
-            self._submit_unless_much_is_copied()
+            self._runner.submit()
         step_s, self._running_since_s = now_s - self._running_since_s, now_s
         logprobs = self._runner.read_logprobs()
         outputs = self._scheduler.update(finished, tokens, step_s, now_s, logprobs)
         outputs = self._progress.after(finished) + outputs
         self._progress.forget(outputs)
-        if awaited and plan is not None and not self._runner.copies_much_first:
+        if awaited and plan is not None:
             self._held = [output for output in outputs if output.req_id not in awaited]
             return [output for output in outputs if output.req_id in awaited]
         return outputs
-
-    def _submit_unless_much_is_copied(self) -> None:
-        if not self._runner.copies_much_first:
-            self._runner.submit()

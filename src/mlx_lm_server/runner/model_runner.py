@@ -89,8 +89,7 @@ class ModelRunner:
         self._forward: _Running | None = None
         self._is_submitted = False
         self._drawn: _Running | None = None
-        # MLX submits to a CPU at the CPU's own pace.
-        self.submits_slowly = mx.default_device() == mx.Device(mx.cpu)
+        self._is_on_cpu = mx.default_device() == mx.Device(mx.cpu)
         self._scores: dict[int, RowLogprobs] = {}
 
     @property
@@ -248,9 +247,9 @@ class ModelRunner:
         return tokens
 
     @property
-    def copies_much_first(self) -> bool:
-        """Whether `submit` copies so much before that no token is to wait for it."""
-        return not self._storage.stages.are_short
+    def submits_slowly(self) -> bool:
+        """Whether `submit` takes as long as a forward, as MLX does on a CPU, or copies much."""
+        return self._is_on_cpu or not self._storage.stages.are_short
 
     def read_logprobs(self) -> dict[int, RowLogprobs]:
         """With the tokens read last, by their place among them, where they were asked for."""

@@ -36,6 +36,9 @@ SMALL_SLAB, LARGE_SLAB = -2, -1
 PROBE_TOKENS = 12
 CALIBRATION_TOKENS = 64
 CALIBRATION_CONTEXT = 1024
+# Until copies are timed: a host's memory, some of it fresh. Too slow a guess is given up sooner than
+# too fast a one.
+FIRST_COPIED_BYTES_PER_S = 4e9
 ALONE_STEP = 256
 FLOAT32_TOLERANCE, HALF_TOLERANCE = 1e-4, 0.06
 
@@ -217,6 +220,7 @@ def calibrate(forward: Forward, storage: KVStorage) -> StepCosts:
         per_row_s=per_token_s,
         per_kv_token_s=per_pair_s,
         per_prefill_pair_s=per_pair_s,
+        per_copied_token_s=storage.geometry.full_bytes_per_token / FIRST_COPIED_BYTES_PER_S,
     )
 
 

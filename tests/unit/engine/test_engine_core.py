@@ -55,11 +55,10 @@ class Scheduler:
 
 
 class Runner:
-    def __init__(self, clock: Clock, *, submits_slowly: bool = True, copies: bool = False) -> None:
+    def __init__(self, clock: Clock, *, submits_slowly: bool = True) -> None:
         self._clock = clock
         self._built = self._submitted = False
         self.submits_slowly = submits_slowly
-        self.copies_much_first = copies
         self.calls: list[str] = []
 
     def execute(self, _plan: StepPlan) -> None:
@@ -132,11 +131,3 @@ def test_where_submitting_is_quick_nothing_is_told_by_itself() -> None:
     core.step()
     assert told(core.step()) == ["a", "b"]
     assert runner.calls == ["read", "submit", "read", "submit"]
-
-
-def test_no_token_waits_for_long_copies() -> None:
-    core, _, runner = engine({"a"}, copies=True)
-    core.step()
-    core.step()
-    assert told(core.step()) == ["a", "b"]
-    assert runner.calls == ["read", "submit", "read", "submit", "read"]
