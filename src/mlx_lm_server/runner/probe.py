@@ -36,8 +36,8 @@ SMALL_SLAB, LARGE_SLAB = -2, -1
 PROBE_TOKENS = 12
 CALIBRATION_TOKENS = 64
 CALIBRATION_CONTEXT = 1024
-# Until copies are timed: a host's memory, some of it fresh. Too slow a guess is given up sooner than
-# too fast a one.
+# Until copies are timed: a host's memory, some of it fresh. A guess that is too slow is given up
+# sooner than one that is too fast.
 FIRST_COPIED_BYTES_PER_S = 4e9
 ALONE_STEP = 256
 FLOAT32_TOLERANCE, HALF_TOLERANCE = 1e-4, 0.06
