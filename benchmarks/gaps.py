@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from itertools import pairwise
+from statistics import median
 from time import perf_counter
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,14 +38,25 @@ PROBES: dict[str, tuple[str, dict[str, Any]]] = {
 class Streams:
     """Some streams that never end, and when each of their events came."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, prompt: str | list[int] = "One") -> None:
         self._url = url
+        self._body = {"prompt": prompt, "stream": True, "max_tokens": 3000, "ignore_eos": True}
         self.times: list[list[float]] = [[] for _ in range(NUM_STREAMS)]
 
-    async def run(self, index: int, client: httpx.AsyncClient) -> None:
-        body = {"prompt": "One", "stream": True, "max_tokens": 3000, "ignore_eos": True}
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with httpx.AsyncClient(timeout=60) as client:
+            tasks = [asyncio.create_task(self._run(i, client)) for i in range(NUM_STREAMS)]
+            await asyncio.sleep(1)
+            yield
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _run(self, index: int, client: httpx.AsyncClient) -> None:
+        url = f"{self._url}/v1/completions"
         while True:
-            async with client.stream("POST", f"{self._url}/v1/completions", json=body) as answer:
+            async with client.stream("POST", url, json=self._body) as answer:
                 async for _ in answer.aiter_raw():
                     self.times[index].append(perf_counter())
 
@@ -52,7 +65,14 @@ class Streams:
         self.times = [times[-1:] for times in self.times]
         await while_
         await asyncio.sleep(AFTER_S)
-        return max(b - a for times in self.times for a, b in pairwise(times))
+        return max(self._gaps_s())
+
+    def median_gap_s(self) -> float:
+        """Of those that `longest_gap_s` looked at last."""
+        return median(self._gaps_s())
+
+    def _gaps_s(self) -> list[float]:
+        return [b - a for times in self.times for a, b in pairwise(times)]
 
 
 def ask(url: str, path: str, body: bytes) -> None:
@@ -68,15 +88,26 @@ async def gaps_beside(url: str, rounds: int) -> dict[str, list[float]]:
     streams = Streams(url)
     found: dict[str, list[float]] = {"nothing": [], **{name: [] for name in PROBES}}
     bodies = {name: json.dumps(body).encode() for name, (_, body) in PROBES.items()}
-    async with httpx.AsyncClient(timeout=60) as client:
-        tasks = [asyncio.create_task(streams.run(i, client)) for i in range(NUM_STREAMS)]
-        await asyncio.sleep(1)
+    async with streams.running():
         for _ in range(rounds):
             found["nothing"].append(await streams.longest_gap_s(asyncio.sleep(AFTER_S)))
             for name, (path, _) in PROBES.items():
                 asking = asyncio.to_thread(ask, url, path, bodies[name])
                 found[name].append(await streams.longest_gap_s(asking))
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
     return found
+
+
+async def gaps_beside_cached(
+    url: str, prompt: list[int], other_prompt: list[int]
+) -> dict[str, float]:
+    """Seconds between tokens of streams after one prompt: their median, the longest with nothing
+    else there, and the longest beside an answer to another prompt, which is cached by then."""
+    question = {"prompt": other_prompt, "max_tokens": 12, "temperature": 0, "ignore_eos": True}
+    body = json.dumps(question).encode()
+    await asyncio.to_thread(ask, url, "/v1/completions", body)
+    streams = Streams(url, prompt)
+    async with streams.running():
+        quiet_s = await streams.longest_gap_s(asyncio.sleep(1))
+        median_s = streams.median_gap_s()
+        beside_s = await streams.longest_gap_s(asyncio.to_thread(ask, url, "/v1/completions", body))
+    return {"median_s": median_s, "quiet_s": quiet_s, "beside_s": beside_s}

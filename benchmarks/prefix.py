@@ -1,10 +1,11 @@
 """What the prefix cache saves: warm starts, conversations, prefixes in flight, full memory.
 
-python -m benchmarks prefix [warm conversation shared oversubscribed] [--quick]
+python -m benchmarks prefix [warm neighbours conversation shared oversubscribed] [--quick]
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ import httpx
 
 from benchmarks import processes, reaper
 from benchmarks.claims import Claim
+from benchmarks.gaps import gaps_beside_cached
 from benchmarks.models import ensure_models
 from benchmarks.parts import Effort, Findings, console, run_parts
 from benchmarks.serving import details, measure, no_errors, servers, shape_of
@@ -25,6 +27,7 @@ from mlx_lm_server.server.engine_process import ENGINE_ENVIRONMENT
 
 PREFIX_TOKENS, NEW_TOKENS = 2000, 20
 HTTP_ALLOWANCE_S = 0.015
+NEIGHBOURS_TOKENS = (3000, 10_000)
 FIRST_ID, LAST_ID = 300, 8000
 
 
@@ -38,6 +41,25 @@ def child(mode: str, *arguments: int) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(out.splitlines()[-1])
     console.print(f"  {mode} {arguments}: {found}")
     return found
+
+
+def neighbours(effort: Effort) -> Findings:
+    """The longest gap between the tokens of 4 streams while a cached conversation comes back."""
+    model, rng = str(ensure_models()["float32"]), Random(0)
+    made, found = [], {}
+    with servers(processes.ours(model)) as [server]:
+        for num_tokens in NEIGHBOURS_TOKENS:
+            rounds = []
+            for _ in range(effort.rounds + 1):  # the first one warms up
+                prompts = _ids(rng, 128), _ids(rng, num_tokens)
+                rounds.append(asyncio.run(gaps_beside_cached(server.url, *prompts)))
+                told = "  ".join(f"{name} {s * 1e3:.1f}" for name, s in rounds[-1].items())
+                console.print(f"  {num_tokens} cached tokens, in ms: {told}")
+            found[str(num_tokens)] = rounds
+            over = [one["beside_s"] / one["median_s"] for one in rounds[1:]]
+            name = f"{num_tokens} cached tokens: longest gap beside them over median ITL"
+            made.append(Claim(name, median(over), at_most=3.0))
+    return made, found
 
 
 def warm(effort: Effort) -> Findings:
@@ -63,14 +85,15 @@ def warm(effort: Effort) -> Findings:
 
 
 def _cold_and_warm_s(client: httpx.Client, rng: Random) -> tuple[float, float]:
-    def ids(num_tokens: int) -> list[int]:
-        return [rng.randrange(FIRST_ID, LAST_ID) for _ in range(num_tokens)]
-
-    prefix = ids(PREFIX_TOKENS)
-    cold_s, _ = _ttft(client, prefix + ids(NEW_TOKENS))
-    warm = [_ttft(client, prefix + ids(NEW_TOKENS)) for _ in range(6)]
+    prefix = _ids(rng, PREFIX_TOKENS)
+    cold_s, _ = _ttft(client, prefix + _ids(rng, NEW_TOKENS))
+    warm = [_ttft(client, prefix + _ids(rng, NEW_TOKENS)) for _ in range(6)]
     assert min(cached for _, cached in warm) >= PREFIX_TOKENS // 16 * 16
     return cold_s, median(seconds for seconds, _ in warm)
+
+
+def _ids(rng: Random, num_tokens: int) -> list[int]:
+    return [rng.randrange(FIRST_ID, LAST_ID) for _ in range(num_tokens)]
 
 
 def _ttft(client: httpx.Client, prompt: list[int]) -> tuple[float, int]:
@@ -118,6 +141,7 @@ def oversubscribed(effort: Effort) -> Findings:
 
 PARTS = {
     "warm": warm,
+    "neighbours": neighbours,
     "conversation": conversation,
     "shared": shared,
     "oversubscribed": oversubscribed,

@@ -131,6 +131,11 @@ def latency(effort: Effort) -> Findings:
         ),
         Claim("long-prompt: longest gap over median ITL", long["gap_over_itl"], at_most=3.0),
         Claim(
+            "long-prompt: longest gap before and after it over median ITL",
+            long["calm_gap_max_s"] / long["calm_itl_p50_s"],
+            at_most=3.0,
+        ),
+        Claim(
             "long-prompt: prefill speed over undisturbed", long["busy_prefill_share"], at_least=0.6
         ),
         no_errors(session),
