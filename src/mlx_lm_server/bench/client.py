@@ -119,6 +119,7 @@ class Client:
             raise
         finally:
             trace.ended_at = trace.ended_at or perf_counter()
+            connection.done.cancel()  # what closing does to the connection is no error of its own
             connection.close()
         return trace
 

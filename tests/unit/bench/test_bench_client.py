@@ -95,6 +95,21 @@ async def test_a_client_that_was_held_up_itself_gives_the_server_its_time_again(
     assert trace.ended_at - resumed_at > 0.25
 
 
+async def test_a_request_that_is_cancelled_while_it_connects_has_no_error(
+    server: FakeServer,
+) -> None:
+    client = Client(server.target())
+    for num_turns in range(12):  # of the event loop, somewhere within connecting
+        _, task = client.start(CALL)
+        for _ in range(num_turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        await asyncio.sleep(0.01)
+    assert [trace.error for trace in client.traces if trace.error] == []
+    assert sum(trace.was_stopped for trace in client.traces) > 3
+
+
 async def test_a_cancelled_request_is_stopped_and_the_server_sees_it(server: FakeServer) -> None:
     trace, task = Client(server.target("stalls")).start(CALL)
     await until(lambda: len(trace.event_times) == 3)
