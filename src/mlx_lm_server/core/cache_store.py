@@ -2,7 +2,7 @@
 memory is short, and keeps the list of operations that the runner has to execute for it.
 
 Blocks and checkpoints form one LRU list. A chain's tail is touched before its head, so that the
-oldest entry is always one that no other depends on.
+oldest entry is always one that no other depends on, once all parts of a row that leaves have come.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class CacheStore:
 
     def offload_all(self) -> None:
         """From the next plan on, the newest first."""
-        self._offloads.add_due(reversed(self._lru))
+        self._offloads.keep_all(reversed(self._lru))
 
     def note_filled(self, block: Block) -> None:
         """A row has all tokens of the block by the next plan."""

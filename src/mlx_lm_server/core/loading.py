@@ -11,8 +11,9 @@ from mlx_lm_server.core.scheduler_limits import SchedulerLimits
 
 
 class LoadPlan:
-    """What the requests of one step take from the cache. Lives within one `schedule` call.
-    `unfinished` are those that find more of it in the next step, so that they compute nothing."""
+    """What the requests of one step take from the cache, in the order in which they ask; the first
+    one is given something whatever the goal. Lives within one `schedule` call. `unfinished` are
+    those that find more of it in the next step, so that they compute nothing."""
 
     def __init__(
         self, limits: SchedulerLimits, cost_model: CostModel, decode: StepFeatures
@@ -26,12 +27,15 @@ class LoadPlan:
         self.num_tokens = 0
         self.unfinished: set[Request] = set()
 
-    def cut(self, request: Request, hit: Hit) -> Hit:
-        """As much of the hit as the request takes in this step."""
-        part = hit
-        if self._tokens_left is not None:
-            part = hit.within(max(self._least, self._tokens_left - self.num_tokens))
-        self.num_tokens += part.stop - part.start
-        if part.stop < hit.stop:
+    def cut(self, request: Request, hit: Hit) -> Hit | None:
+        """As much of the hit as the request takes in this step, if any."""
+        part: Hit | None = hit
+        if self._tokens_left is not None and self.num_tokens:
+            part = hit.within(self._tokens_left - self.num_tokens)
+        elif self._tokens_left is not None:
+            part = hit.within(max(self._least, self._tokens_left)) or hit.first_block
+        if part is None or part.stop < hit.stop:
             self.unfinished.add(request)
+        if part is not None:
+            self.num_tokens += part.stop - part.start
         return part

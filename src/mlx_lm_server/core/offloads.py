@@ -46,6 +46,7 @@ class Offloads:
         self._planned: set[bytes] = set()  # in this step
         self._planned_bytes = 0
         self._num_steps_waited = 0
+        self._keeps_all = False
 
     @property
     def has_due(self) -> bool:
@@ -62,8 +63,13 @@ class Offloads:
 
     def note_kept(self, entries: Iterable[Entry]) -> None:
         """They are in memory now, and the runner will have their bytes by the next step."""
-        if self._tier.writes_through:
+        if self._tier.writes_through or self._keeps_all:
             self.add_due(entries)
+
+    def keep_all(self, entries: Iterable[Entry]) -> None:
+        """The engine is about to end: these are due, and whatever comes to be kept."""
+        self._keeps_all = True
+        self.add_due(entries)
 
     def add_due(self, entries: Iterable[Entry]) -> None:
         self._due.update((entry, None) for entry in entries if not self._is_stored(entry))

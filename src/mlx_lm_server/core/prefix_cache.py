@@ -2,7 +2,8 @@
 
 Committing is naming: a block of a running row gets its name when it is full and computed, and from
 then on others may copy it from that row. Bytes go to the pool only when the last row that holds
-them leaves. The pool takes what rows leave free and gives it back when rows need it.
+them leaves, which may take some steps. The pool takes what rows leave free and gives it back when
+rows need it.
 
 One plan is made like this:
 
@@ -65,13 +66,19 @@ class Hit:
         blocks = tuple(reversed(self.blocks))
         return blocks if self.state is None else (self.state, *blocks)
 
-    def within(self, num_tokens: int) -> Hit:
-        """Its first blocks with no more than so many tokens. All of it where that is not a block,
-        and where a state belongs to it, without which its tokens are of no use."""
+    def within(self, num_tokens: int) -> Hit | None:
+        """Its first blocks with no more than so many tokens; None where that is not one. All of it
+        where a state belongs to it, without which its tokens are of no use."""
         if self.stop - self.start <= num_tokens or self.state is not None:
             return self
         blocks = tuple(b for b in self.blocks if b.num_tokens <= self.start + num_tokens)
-        return Hit(self.start, blocks[-1].num_tokens, blocks) if blocks else self
+        return Hit(self.start, blocks[-1].num_tokens, blocks) if blocks else None
+
+    @property
+    def first_block(self) -> Hit:
+        """The least that can be taken of it."""
+        end = self.blocks[0].num_tokens if self.blocks else self.stop
+        return self.within(end - self.start) or self
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,11 +201,14 @@ class PrefixCache:
         row = hit.row if num_blocks > len(hit.blocks) else None
         return Hit(hit.start, state.num_tokens, hit.blocks[:num_blocks], row, state)
 
-    def take(self, request: Request, hit: Hit) -> None:
-        """The request, which has a row, goes on from the hit."""
+    def use(self, hit: Hit) -> None:
+        """Somebody goes on from it, now or step by step."""
         self.store.pin(hit.entries)
         self.store.touch(hit.entries)
         self.tier.use([Label.of(entry).name for entry in hit.entries])
+
+    def take(self, request: Request, hit: Hit) -> None:
+        """The request, which has a row, goes on from the hit, or from the part of one, in use."""
         rows = [None if block.place else next(iter(block.rows)) for block in hit.blocks]
         self._taken.append(_Taken(request, hit, tuple(rows)))
         request.num_computed_tokens = hit.stop
@@ -212,18 +222,20 @@ class PrefixCache:
         num_from_rows = self._num_from_rows(hit) if hit else 0
         request.cache_report = self._report(request, num_cached, num_from_rows, recompute_s)
 
-    def note_catching_up(self, request: Request, hit: Hit, recompute_s: float) -> None:
-        """Count what the request takes over later, from others that computed it meanwhile. Not
-        after a preemption, when what it finds may be its own."""
+    def note_catching_up(
+        self, request: Request, hit: Hit, recompute_s: float, *, is_last: bool
+    ) -> None:
+        """Count what the request takes over later: from others that computed it meanwhile, or the
+        next part of what it found. Not after a preemption, when what it finds may be its own."""
         report = request.cache_report
         if report is None or request.num_preemptions:
             return
         self.num_hit_tokens += hit.stop - hit.start
         num_cached = report.num_cached_tokens + hit.stop - hit.start
         num_from_rows = report.num_from_rows + self._num_from_rows(hit)
-        if num_cached == hit.stop:
+        if num_cached == hit.stop and is_last:
             request.cache_report = self._report(request, num_cached, num_from_rows, recompute_s)
-        else:  # in between are tokens of its own, which are no cached text
+        else:  # more is to come, or in between are tokens of its own, which are no cached text
             request.cache_report = structs.replace(
                 report, num_cached_tokens=num_cached, num_from_rows=num_from_rows
             )
@@ -367,7 +379,10 @@ class PrefixCache:
 
     def keep_some(self, request: Request, first: int, most: int) -> KeptPart:
         """Save up to `most` of the blocks from number `first` on that only the request's row has,
-        which it keeps. Fewer were saved where there are no more, or no room for more."""
+        which it keeps. Fewer were saved where there are no more, or no room for more beside those
+        before them."""
+        names = map(request.name_of_block, range(first))
+        self.store.pin(b for name in names if (b := self._index.block(name)) and b.place)
         missing: list[tuple[int, Block]] = []
         stop = first
         while stop < request.num_named_blocks and len(missing) < most:

@@ -19,7 +19,7 @@ class RequestStatus(Enum):
     WAITING = auto()  # in the queue, never had a row
     RUNNING = auto()  # has a row
     PREEMPTED = auto()  # in the queue again; computes prompt and output anew
-    DRAINING = auto()  # its last token is planned and its row given back, the token not read yet
+    DRAINING = auto()  # its last token is planned and its row leaves, the token not read yet
     FINISHED = auto()  # its terminal output is made
 
 

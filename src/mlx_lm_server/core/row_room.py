@@ -32,6 +32,11 @@ class RowRoom:
             self._store.unpin(pinned)
         return has_place
 
+    def has_next(self, request: Request) -> bool:
+        """Whether one more token of its row has a place at nobody's cost."""
+        row, needed = request.held_row, request.num_computed_tokens + 1
+        return needed <= self._layout.capacity(row) or self._layout.can_grow(row, needed)
+
     def find_next(self, request: Request) -> bool:
         """Have a place for one more token of its row; False where all that is not cached is taken
         by rows."""

@@ -7,11 +7,11 @@ The engine plans one step ahead of what it has read:
 
 so a row may be planned on a token that is still on the device (pending). Invariants:
 
-- a row is never planned past `max_new_tokens`; it leaves with the plan after its last token;
+- a row is never planned past `max_new_tokens`; it begins to leave with the plan after its last
+  token;
 - a stop token is seen one step late: the token of the step in between is dropped, and the row
-  leaves with the next plan;
-- a row whose request has ended leaves in parts, a few blocks a step, as long as others run and
-  nobody waits for its place;
+  begins to leave with the next plan;
+- a row leaves in parts, a few blocks a step, as long as others run and nobody waits for its place;
 - a row number that is given back is used again in later plans only;
 - the most urgent running request always goes on; when a row cannot grow, first the prefix cache
   gives back memory, then the least urgent request is preempted and later computes anew what of its
@@ -106,7 +106,7 @@ class Scheduler:
 
     def abort(self, req_id: str) -> RequestOutput | None:
         """End a request now; None where it is unknown or has ended by itself. Its row, if it has
-        one, leaves with the next plan."""
+        one, begins to leave with the next plan."""
         request = self._requests.get(req_id)
         if request is None:
             return None
@@ -160,8 +160,8 @@ class Scheduler:
         # Not in the step that preempts: the victim would take back what it just gave.
         decode = _features_of(decoding)
         loads = LoadPlan(self._limits, self._cost_model, decode)
-        joined = self._admit(now_s, loads) if self._num_preemptions == num_preemptions else []
         self._catch_up(loads)
+        joined = self._admit(now_s, loads) if self._num_preemptions == num_preemptions else []
         chunks = self._choose_chunks(decode, loads)
         if not (self._left_rows or joined or decoding or chunks or self._cache.has_operations):
             return None
@@ -200,10 +200,9 @@ class Scheduler:
     def _make_room(self, request: Request) -> bool:
         """Have a place for one more token, if need be at the cost of less urgent requests; False
         where the request itself is the least urgent and had to give way."""
+        if self._departures and not self._room.has_next(request):
+            self._left_rows += self._departures.go_on(at_once=True)
         while not self._room.find_next(request):
-            if self._departures:
-                self._left_rows += self._departures.go_on(at_once=True)
-                continue
             victim = self._running[-1]
             self._preempt(victim)
             if victim is request:
@@ -234,8 +233,7 @@ class Scheduler:
                 if not self._room.find_place(num_tokens, None):
                     break
             joined.append(self._queue.pop())
-            part = loads.cut(request, hit) if hit is not None else None
-            self._join(request, num_tokens, part, now_s)
+            self._join(request, num_tokens, self._part_of(hit, request, loads), now_s)
         return joined
 
     def _join(self, request: Request, num_tokens: int, hit: Hit | None, now_s: float) -> None:
@@ -267,14 +265,20 @@ class Scheduler:
     def _catch_up(self, loads: LoadPlan) -> None:
         """Take over what others have computed meanwhile, and what was too much for one step."""
         for request in self._running:
-            if not request.is_prefilling or request in loads.unfinished:
-                continue
-            if (hit := self._cache.find(request)) is not None:
-                hit = loads.cut(request, hit)
+            hit = self._cache.find(request) if request.is_prefilling else None
+            if (part := self._part_of(hit, request, loads)) is not None:
                 num_prompt = len(request.prompt_ids)
-                recompute_s = self._prefill_s(num_prompt, max(1, num_prompt - hit.stop))
-                self._cache.note_catching_up(request, hit, recompute_s)
-                self._cache.take(request, hit)
+                recompute_s = self._prefill_s(num_prompt, max(1, num_prompt - part.stop))
+                is_last = request not in loads.unfinished
+                self._cache.note_catching_up(request, part, recompute_s, is_last=is_last)
+                self._cache.take(request, part)
+
+    def _part_of(self, hit: Hit | None, request: Request, loads: LoadPlan) -> Hit | None:
+        """What the request takes of a hit in this step, if any; the next ones take the rest."""
+        if hit is None:
+            return None
+        self._cache.use(hit)
+        return loads.cut(request, hit)
 
     def _leader(
         self, request: Request, prefilling: Sequence[Request]

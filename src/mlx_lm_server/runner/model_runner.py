@@ -5,9 +5,9 @@ The host works one step ahead of the device:
     sample()      submits the draw of a token for each sampling row of the forward that runs
     execute(plan) builds the graph of the next forward, whose decode rows take those tokens as
                   arrays that nobody has read yet
-    read()        waits for the tokens, does what the plan orders for slabs and pool, submits that
-                  graph at once, and returns the tokens, so that the host digests them while the
-                  device runs
+    read()        waits for the tokens
+    submit()      does what the plan orders for slabs and pool, and submits that graph, so that the
+                  host digests the tokens while the device runs
 
 The graph is submitted only when the forward before has ended, because MLX decides at submission
 whether a slab can be written in place, and an operation under way still holds the slab: submitted
@@ -221,7 +221,8 @@ class ModelRunner:
         draw.submit(self._last_tokens, *scores)
 
     def submit(self) -> None:
-        """Submit the forward that `execute` built, if `read` left that for after the tokens."""
+        """Do what the plan orders for slabs and pool, and submit the forward that `execute` built;
+        once."""
         self._storage.stages.run()
         if self._forward is not None and not self._is_submitted:
             mx.async_eval(self._forward.result, *self._forward.beside)

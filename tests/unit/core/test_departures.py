@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from scheduler_sim import Simulation
+from typing import Any
+
+import pytest
+from scheduler_sim import FakeTier, Simulation
 
 from mlx_lm_server.core.plan import CreateSlab, SaveBlocks, StepPlan
 from mlx_lm_server.core.prefix_cache import CacheSettings
@@ -18,13 +21,18 @@ def _request(req_id: str, prompt: tuple[int, ...], max_tokens: int) -> Request:
     return Request(req_id, prompt, SamplingParams(max_tokens=max_tokens, seed=0))
 
 
-def _simulation(limit_tokens: int = 1 << 16, **limits: int) -> Simulation:
+def _simulation(
+    limit_tokens: int = 1 << 16,
+    max_blocks: int | None = None,
+    tier: FakeTier | None = None,
+    **limits: int,
+) -> Simulation:
     limits = {"leaving_bytes": 4 * BLOCK, "lookahead_tokens": 0, **limits}
-    cache = CacheSettings(block_size=BLOCK, segment_bytes=10 * BLOCK)
-    return Simulation(SchedulerLimits(**limits), limit_tokens, cache=cache)
+    cache = CacheSettings(block_size=BLOCK, segment_bytes=10 * BLOCK, max_blocks=max_blocks)
+    return Simulation(SchedulerLimits(**limits), limit_tokens, cache=cache, tier=tier)
 
 
-def _beside_a_long_row_that_ends(**settings: int) -> Simulation:
+def _beside_a_long_row_that_ends(**settings: Any) -> Simulation:
     sim = _simulation(**settings)
     sim.add(_request("short", (1, 2, 3), 60))
     sim.add(_request("long", LONG, 2))
@@ -111,3 +119,25 @@ def test_nobody_is_preempted_for_what_a_row_that_leaves_still_holds():
     while len(sim.tokens_of("short")) < 60:
         sim.step()
     assert sim.scheduler.stats().num_preemptions_total == 0
+
+
+@pytest.mark.parametrize("settings", [{"max_blocks": 20}, {"limit_tokens": 896}])
+def test_where_not_all_of_a_row_finds_room_its_beginning_is_kept(settings: dict[str, int]):
+    sim = _beside_a_long_row_that_ends(**settings)
+    _steps_until_it_left(sim)
+    sim.abort("short")
+    sim.add(_request("next", (*LONG, 7, 8), 2))
+    sim.run()
+    [report] = [output.cache for output in sim.outputs["next"] if output.cache]
+    assert report.num_nearest_tokens >= 16 * BLOCK, "cached, whether or not it fits beside the row"
+
+
+def test_at_the_end_the_tier_gets_what_rows_that_leave_still_hold():
+    tier = FakeTier(0, is_flaky=False)
+    sim = _beside_a_long_row_that_ends(tier=tier)
+    assert sim.scheduler._departures
+    sim.scheduler.abort_all()
+    sim.scheduler.offload_all()
+    sim.run()
+    kept = {label.num_tokens for label, _ in tier.records.values()}
+    assert kept >= {(i + 1) * BLOCK for i in range(25)}

@@ -69,6 +69,35 @@ def test_with_nobody_decoding_all_is_loaded_at_once():
     assert _copied(_plans_of_the_next(sim)) == [400]
 
 
+def test_some_who_load_share_what_the_goal_allows():
+    sim = _with_a_cached_prompt(per_copied_token_s=0.01 / 200, beside=True)
+    first = len(sim.plans)
+    for i in range(5):
+        sim.add(_request(f"next {i}", (*LONG, i)))
+    sim.run()
+    assert max(_copied(sim.plans[first:])) <= 200
+    for i in range(5):
+        [report] = [output.cache for output in sim.outputs[f"next {i}"] if output.cache]
+        assert report.num_cached_tokens == len(LONG)
+
+
+def test_what_is_still_to_be_loaded_is_evicted_last():
+    sim = _with_a_cached_prompt(per_copied_token_s=0.001, beside=False)
+    sim.add(_request("other", tuple(range(3000, 3000 + len(LONG)))))
+    sim.run()
+    sim.add(_request("decoding", (1, 2, 3), 100))
+    sim.step()
+    sim.add(_request("next", LONG + QUESTION))
+    for _ in range(3):
+        sim.step()
+    sim.cache.begin()  # nothing is pinned between two plans
+    for _ in range(20):
+        sim.cache.store._evict_oldest()
+    sim.run()
+    [report] = [output.cache for output in sim.outputs["next"] if output.cache]
+    assert report.num_cached_tokens == len(LONG)
+
+
 def test_what_is_evicted_meanwhile_is_computed():
     sim = _with_a_cached_prompt(per_copied_token_s=0.001, beside=True)
     sim.add(_request("next", LONG + QUESTION))
