@@ -161,6 +161,17 @@ def test_progress_is_told_to_those_who_ask(folder: Path) -> None:
     assert told == {"a": [16, 32, 40], "b": [], "c": []}
 
 
+def test_no_progress_is_told_after_the_end(folder: Path) -> None:
+    driver = engine(folder, batching=BatchingConfig(prefill_step_size=16))
+    [prompt] = random_prompts(7, [80], VOCAB_SIZE)
+    driver.core.handle([AddRequest("a", prompt, GREEDY, wants_progress=True)])
+    while not any(output.num_computed_tokens for output in driver.core.step()):
+        pass
+    assert [output.finish_reason for output in driver.core.handle([Abort("a")])] == ["abort"]
+    while driver.core.has_work:
+        assert driver.core.step() == []
+
+
 def test_progress_tells_what_was_cached(folder: Path) -> None:
     driver = engine(folder, batching=BatchingConfig(prefill_step_size=16))
     [prompt] = random_prompts(6, [80], VOCAB_SIZE)

@@ -32,7 +32,10 @@ class PrefillProgress:
             if joined.req_id in self._watched and not joined.output_ids:
                 self._rows[joined.row] = joined.req_id
                 self._num_own[joined.row] = 0
-        return [self._told(chunk) for chunk in plan.prefills if chunk.row in self._rows]
+        watched = self._watched
+        return [
+            self._told(chunk) for chunk in plan.prefills if self._rows.get(chunk.row) in watched
+        ]
 
     def _told(self, chunk: PrefillChunk) -> RequestOutput:
         self._num_own[chunk.row] += len(chunk.token_ids)
