@@ -80,5 +80,18 @@ def test_adapters_give_their_tokens_and_a_models_own_code_gets_the_real_library(
     assert tokens == driver.run(random_prompts(1, LENGTHS, VOCAB_SIZE))
 
 
+def test_an_mlx_lm_that_wants_more_of_a_library_gets_the_real_one(tmp_path: Path) -> None:
+    """Here is one that looks at the version."""
+    (tmp_path / "mlx_lm").mkdir()
+    (tmp_path / "mlx_lm" / "__init__.py").write_text("")
+    (tmp_path / "mlx_lm" / "utils.py").write_text(
+        "import transformers\nVERSION = transformers.__version__.split('.')\n"
+    )
+    program = BEGIN.replace(
+        "light_import.import", f"sys.path.insert(0, {str(tmp_path)!r})\nlight_import.import"
+    )
+    assert int(run(program + "from mlx_lm import utils\nprint(json.dumps(utils.VERSION[0]))")) >= 4
+
+
 def test_who_has_the_real_library_keeps_it() -> None:
     assert run(WITH_THE_REAL_ONE) == [True, True]

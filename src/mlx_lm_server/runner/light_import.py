@@ -8,6 +8,7 @@ engine sees token ids and a folder; the server has read the prompt and found the
 from __future__ import annotations
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,17 +17,26 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+log = logging.getLogger(__name__)
+
 UNUSED_LIBRARIES = ("transformers", "huggingface_hub")
 
 
 def import_mlx_lm(*, with_adapters: bool) -> None:
     """Import what an engine calls of mlx-lm while the unused libraries are stand-ins. Who imports
     one of them later, as the Python files of a model may, gets the real one. mlx-lm's own
-    tokenizers and downloads do not work in this process any more."""
-    with _stand_ins():
-        importlib.import_module("mlx_lm.utils")
-        if with_adapters:
-            importlib.import_module("mlx_lm.tuner.utils")
+    tokenizers and downloads do not work in this process any more.
+
+    An mlx-lm that asks more of them than names is left to be imported with the real ones."""
+    try:
+        with _stand_ins():
+            importlib.import_module("mlx_lm.utils")
+            if with_adapters:
+                importlib.import_module("mlx_lm.tuner.utils")
+    except (ImportError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        log.warning("mlx-lm is imported with all it wants: %s", error)
+        for name in [name for name in sys.modules if name.partition(".")[0] == "mlx_lm"]:
+            del sys.modules[name]
 
 
 @contextmanager

@@ -114,11 +114,14 @@ def test_a_row_does_not_leave_at_once_for_one_that_fits_elsewhere():
     assert _steps_until_it_left(sim) > 3
 
 
-def test_nobody_is_preempted_for_what_a_row_that_leaves_still_holds():
-    sim = _beside_a_long_row_that_ends(limit_tokens=64 + 512 + 30)
-    while len(sim.tokens_of("short")) < 60:
-        sim.step()
+@pytest.mark.parametrize("num_prompt", [54, 56, 58])
+def test_nobody_gives_way_to_a_row_that_grows_for_what_one_that_leaves_still_holds(num_prompt: int):
+    sim = _simulation(limit_tokens=750, leaving_bytes=BLOCK)
+    sim.add(_request("short", tuple(range(num_prompt)), 40))  # its slot holds 64
+    sim.add(_request("long", LONG, 2))
+    sim.run()
     assert sim.scheduler.stats().num_preemptions_total == 0
+    assert sim.cache.store.num_evictions == 0
 
 
 @pytest.mark.parametrize("settings", [{"max_blocks": 20}, {"limit_tokens": 896}])
