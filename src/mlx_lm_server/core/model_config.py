@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 # The language model's own section in the config of a multi-modal one; it wins over the top level.
@@ -22,6 +22,13 @@ LEGACY_NAMES = {
     ),
 }
 
+# Kinds of rotary embedding whose config states the context with the scaling in it, or has none.
+UNSCALED_ROPE_TYPES = frozenset({"default", "llama3", "longrope", "su", "mrope", "proportional"})
+# Families, by how their model types begin, that state the context with the scaling in it.
+SCALED_ALREADY = ("gemma",)
+# More than any model's; a number beyond it is a stand-in for "no limit" or a mistake.
+MAX_CONTEXT_TOKENS = 10**9
+
 
 def sections(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Where to look for the language model's fields, the first first."""
@@ -39,7 +46,48 @@ def field(config: Mapping[str, Any], name: str) -> Any:
 
 
 def context_tokens(config: Mapping[str, Any]) -> int | None:
-    """How many tokens the model is made for, where it says so."""
-    stated = field(config, "max_position_embeddings")
-    is_number = isinstance(stated, int) and not isinstance(stated, bool) and stated > 0
-    return stated if is_number else None
+    """How many tokens the model is made for, with what its rotary embedding is scaled by; None
+    where config.json does not say."""
+    stated = _stated_context(config)
+    if stated is None or str(field(config, "model_type") or "").startswith(SCALED_ALREADY):
+        return stated
+    scaled = [_scaled_context(stated, scaling) for scaling in _rope_scalings(config)]
+    return max((tokens for tokens in scaled if tokens is not None), default=stated)
+
+
+def _stated_context(config: Mapping[str, Any]) -> int | None:
+    # Cohere's `max_position_embeddings` is the length of the training's first part.
+    for name in ("model_max_length", "max_position_embeddings"):
+        stated = field(config, name)
+        if isinstance(stated, int) and _positive(stated) is not None:
+            return stated
+    return None
+
+
+def _rope_scalings(config: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The scalings that config.json names: one, or one for each kind of layer."""
+    for name in ("rope_parameters", "rope_scaling"):
+        given = field(config, name)
+        if isinstance(given, dict):
+            nested = [value for value in given.values() if isinstance(value, dict)]
+            return nested or [given]
+    return []
+
+
+def _scaled_context(stated: int, scaling: Mapping[str, Any]) -> int | None:
+    """What a scaling makes of the stated context; None where it leaves that as it is."""
+    kind = scaling.get("rope_type", scaling.get("type"))
+    factor = _positive(scaling.get("factor"))
+    if kind is None or kind in UNSCALED_ROPE_TYPES or factor is None or factor <= 1:
+        return None
+    original = _positive(scaling.get("original_max_position_embeddings"))
+    if original is None:
+        return int(stated * factor)
+    is_yarn = str(kind).endswith("yarn")
+    is_counted = stated >= original * factor
+    return int(original * factor) if is_yarn or not is_counted else None
+
+
+def _positive(value: Any) -> float | None:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and 0 < value < MAX_CONTEXT_TOKENS else None

@@ -12,6 +12,8 @@ from mlx_lm_server.config import NANO
 from mlx_lm_server.core import model_config
 from mlx_lm_server.errors import ModelError, ModelNotFoundError
 
+# tokenizer_config.json's; often a stand-in, so that config.json goes first.
+LENGTH_FIELD = "model_max_length"
 NANO_FOLDER = Path(__file__).resolve().parent.parent / "nano"
 # What mlx-lm downloads of a repository.
 ALLOW_PATTERNS = [
@@ -124,9 +126,11 @@ class ModelFacts:
 def read_facts(folder: Path) -> ModelFacts:
     config = read_json(folder / "config.json")
     generation = read_json(folder / "generation_config.json")
+    tokenizer_config = read_json(folder / "tokenizer_config.json")
     sources = (*model_config.sections(config), generation)
     return ModelFacts(
-        context_tokens=model_config.context_tokens(config),
+        context_tokens=model_config.context_tokens(config)
+        or model_config.context_tokens({LENGTH_FIELD: tokenizer_config.get(LENGTH_FIELD)}),
         eos_ids=frozenset(i for source in sources for i in _ids(source.get("eos_token_id"))),
         defaults=SamplingDefaults(
             temperature=_number(generation, "temperature"),
@@ -135,7 +139,7 @@ def read_facts(folder: Path) -> ModelFacts:
             min_p=_number(generation, "min_p"),
             repetition_penalty=_number(generation, "repetition_penalty"),
         ),
-        tokenizer_config=read_json(folder / "tokenizer_config.json"),
+        tokenizer_config=tokenizer_config,
     )
 
 

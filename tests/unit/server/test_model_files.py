@@ -55,6 +55,15 @@ def test_the_context_of_the_text_part_goes_first(tmp_path: Path) -> None:
     assert read_facts(write(tmp_path, config=config)).context_tokens == 20
 
 
+def test_the_tokenizers_length_counts_where_the_model_states_no_context(tmp_path: Path) -> None:
+    write(tmp_path, config={}, tokenizer_config={"model_max_length": 2048})
+    assert read_facts(tmp_path).context_tokens == 2048
+    write(tmp_path, tokenizer_config={"model_max_length": int(1e30)})
+    assert read_facts(tmp_path).context_tokens is None
+    write(tmp_path, config={"n_ctx": 512}, tokenizer_config={"model_max_length": 2048})
+    assert read_facts(tmp_path).context_tokens == 512
+
+
 def test_sampling_defaults_come_from_the_generation_config(tmp_path: Path) -> None:
     write(tmp_path, config={}, generation_config={"temperature": 1, "top_k": 20, "top_p": None})
     defaults = read_facts(tmp_path).defaults
