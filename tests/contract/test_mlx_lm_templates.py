@@ -14,8 +14,9 @@ from mlx_lm.chat_templates import deepseek_v32
 
 from mlx_lm_server.config import ModelConfig
 from mlx_lm_server.parsing.formats import REASONING_FORMATS, TOOL_FORMATS
-from mlx_lm_server.server.chat_template import OURS, ChatTemplate, find_template
+from mlx_lm_server.server.chat_template import ChatTemplate
 from mlx_lm_server.server.model_formats import ModelFormats
+from mlx_lm_server.server.template_files import OURS, find_templates
 
 TOOL = {
     "type": "function",
@@ -50,7 +51,7 @@ CONVERSATIONS = {
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> ChatTemplate:
     folder = tmp_path_factory.mktemp("model")
-    source = find_template(folder, {"chat_template_type": "deepseek_v32"}, None)
+    source = find_templates(folder, {"chat_template_type": "deepseek_v32"}, None).get("default")
     assert source is not None
     return ChatTemplate(source, {})
 

@@ -6,7 +6,6 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
@@ -15,7 +14,6 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_lm_server.errors import ConfigError, InvalidRequestError, ModelError
 
-OURS = Path(__file__).parent / "chat_templates"
 # Variables that the server sets; a request cannot.
 RESERVED_NAMES = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
 # What a template may raise when the messages are not those it was written for.
@@ -135,38 +133,3 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {reason}", param="messages"
             ) from error
-
-
-def find_template(
-    folder: Path, tokenizer_config: Mapping[str, Any], override: str | None
-) -> str | None:
-    """The template's text: the user's, else one of ours that the folder names as mlx-lm's, else the
-    folder's file, else tokenizer_config's."""
-    if override is not None:
-        return _read_override(override)
-    if (ours := _ours(tokenizer_config.get("chat_template_type"))) is not None:
-        return ours
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    given = tokenizer_config.get("chat_template")
-    if isinstance(given, list):
-        named = {item.get("name"): item.get("template") for item in given if isinstance(item, dict)}
-        given = named.get("default")
-    return given if isinstance(given, str) else None
-
-
-def _ours(kind: Any) -> str | None:
-    """What mlx-lm keeps as code, by the name that it goes by there."""
-    file = OURS / f"{kind}.jinja"
-    is_name = isinstance(kind, str) and kind.isidentifier()
-    return file.read_text(encoding="utf-8") if is_name and file.is_file() else None
-
-
-def _read_override(override: str) -> str:
-    if "{" in override or "\n" in override:
-        return override
-    try:
-        return Path(override).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--chat-template {override}: no template and no such file") from error

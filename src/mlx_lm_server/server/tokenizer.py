@@ -18,8 +18,9 @@ from mlx_lm_server.parsing.detokenizer import (
     Detokenizer,
     WindowDetokenizer,
 )
-from mlx_lm_server.server.chat_template import ChatTemplate, find_template
+from mlx_lm_server.server.chat_template import ChatTemplate
 from mlx_lm_server.server.model_files import ModelFacts
+from mlx_lm_server.server.template_files import DEFAULT, find_templates
 
 # A text this long takes a few milliseconds to encode; longer ones leave the event loop.
 MAX_INLINE_CHARS = 8192
@@ -185,7 +186,7 @@ def load_tokenizer(
         for name in SPECIAL_TOKEN_NAMES
         if (text := _token_text(facts.tokenizer_config.get(name))) is not None
     }
-    source = find_template(folder, facts.tokenizer_config, chat_template)
+    source = find_templates(folder, facts.tokenizer_config, chat_template).get(DEFAULT)
     template = None
     if source is not None:
         template = ChatTemplate(source, {**specials, **(chat_template_args or {})})

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlx_lm_server.errors import ConfigError, InvalidRequestError, ModelError
-from mlx_lm_server.server.chat_template import ChatTemplate, find_template
+from mlx_lm_server.server.chat_template import ChatTemplate
 
 USER = [{"role": "user", "content": "hi"}]
 
@@ -79,17 +78,3 @@ def test_reserved_names_cannot_be_set() -> None:
         render("", tools=[])
     with pytest.raises(ConfigError):
         ChatTemplate("", {"tools": []})
-
-
-def test_where_a_template_is_found(tmp_path: Path) -> None:
-    listed = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
-    assert find_template(tmp_path, {}, None) is None
-    assert find_template(tmp_path, {"chat_template": "C"}, None) == "C"
-    assert find_template(tmp_path, {"chat_template": listed}, None) == "D"
-    file = tmp_path / "chat_template.jinja"
-    file.write_text("F")
-    assert find_template(tmp_path, {"chat_template": "C"}, None) == "F"
-    assert find_template(tmp_path, {}, "{{ x }}") == "{{ x }}"
-    assert find_template(tmp_path, {}, str(file)) == "F"
-    with pytest.raises(ConfigError):
-        find_template(tmp_path, {}, str(tmp_path / "nothing"))
