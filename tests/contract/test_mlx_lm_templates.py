@@ -93,10 +93,10 @@ def test_tools_without_a_system_message_are_not_dropped(ours: ChatTemplate) -> N
 
 
 def test_the_formats_are_found_in_it(ours: ChatTemplate) -> None:
-    formats = ModelFormats.of(ModelConfig(), ours.source)
+    formats = ModelFormats.of(ModelConfig(), ours)
     assert formats.tools == TOOL_FORMATS["deepseek_v32"]
     assert formats.reasoning == REASONING_FORMATS["think"]
-    assert ours.takes_argument_objects
+    assert ours.traits.calls.takes_objects
 
 
 def test_mlx_lm_keeps_no_other_template_as_code() -> None:

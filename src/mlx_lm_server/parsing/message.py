@@ -6,15 +6,12 @@ White space at the border of two parts belongs to the format, not to the parts, 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from mlx_lm_server.parsing.reader import UnparsableError
-from mlx_lm_server.parsing.strict_schema import StrictSchema
-
-NOTHING_STRICT: Mapping[str, StrictSchema] = MappingProxyType({})
+from mlx_lm_server.parsing.tool_schemas import ToolSchemas
 
 
 @dataclass(slots=True)
@@ -91,14 +88,14 @@ class _Part:
 class MessageBuilder:
     """Where scripts put what they read. One per sequence.
 
-    Calls of a strict tool are held until they are complete and fit its schema.
+    Only names of the request's tools are calls. Calls of a strict tool are held until they are
+    complete and fit its schema.
     """
 
-    def __init__(
-        self, new_id: Callable[[], str], strict: Mapping[str, StrictSchema] = NOTHING_STRICT
-    ) -> None:
+    def __init__(self, new_id: Callable[[], str], schemas: ToolSchemas) -> None:
         self._new_id = new_id
-        self._strict = strict
+        self._schemas = schemas
+        self._strict = schemas.strict
         self._held_call: CallDelta | None = None
         self._delta = MessageDelta()
         self._content = _Part()
@@ -128,6 +125,8 @@ class MessageBuilder:
         self._content.begin()
 
     def begin_call(self, name: str, id: str | None = None) -> None:
+        """Raises UnparsableError where the request has no such tool."""
+        name = self._schemas.resolve(name)
         call = CallDelta(self.num_calls, id or self._new_id(), name)
         if name in self._strict:
             self._held_call = call

@@ -3,7 +3,9 @@
 Invariants:
 - however the text is cut into pieces, the joined parts are the same;
 - no marker of the reasoning is ever content;
-- nothing is dropped: what begins as a call and is none comes back as content, with a warning.
+- nothing is dropped: what begins as a call and is none comes back as content, with a warning;
+- a call within reasoning that never ends is a call where the answer ends with it, and part of the
+  reasoning otherwise.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import string
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mlx_lm_server.parsing import harmony
+from mlx_lm_server.parsing.channels import HARMONY, ChannelFormat
 from mlx_lm_server.parsing.message import MessageBuilder, MessageDelta
 from mlx_lm_server.parsing.reader import (
     Markers,
@@ -22,33 +24,45 @@ from mlx_lm_server.parsing.reader import (
     UnparsableError,
 )
 from mlx_lm_server.parsing.reasoning import ReasoningFormat
-from mlx_lm_server.parsing.tool_formats.format import ToolFormat, ToolSchemas
+from mlx_lm_server.parsing.tool_formats.format import ToolFormat
+from mlx_lm_server.parsing.tool_schemas import ToolSchemas
 
 LETTERS = string.ascii_letters + string.digits
 
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """How one answer is to be read. `tools` None: calls are text. `is_open`: the prompt ends within
-    the reasoning."""
+    """How one answer is to be read. `tools` None: calls are text. `channels` read the whole answer;
+    `is_harmony` is the same as those of Harmony. `is_open`: the prompt ends within the reasoning.
+    `is_calling`: it ends with the mark that begins calls. `head`: it ends within a message of
+    channels that has this head."""
 
     reasoning: ReasoningFormat | None = None
     tools: ToolFormat | None = None
     is_harmony: bool = False
     is_open: bool = False
     schemas: ToolSchemas | None = None
+    channels: ChannelFormat | None = None
+    is_calling: bool = False
+    head: str = ""
+
+    @property
+    def whole(self) -> ChannelFormat | None:
+        return HARMONY if self.is_harmony else self.channels
 
 
 class MessageParser:
-    """Of one sequence."""
+    """Reads one sequence."""
 
     def __init__(self, answer: AnswerFormat) -> None:
         self._answer = answer
         self._reader = Reader()
         self._schemas = answer.schemas or ToolSchemas(())
-        self._out = MessageBuilder(_id_maker(answer.tools), self._schemas.strict)
-        self._markers = Markers(_markers_of(answer)) if _markers_of(answer) else None
-        self._script: Script[None] | None = self._begin()
+        self._new_id = _id_maker(answer.tools)
+        self._out = MessageBuilder(self._new_id, self._schemas)
+        marks = _marks_of(answer)
+        self._markers = Markers(marks) if marks else None
+        self._script: Script[None] | None = self._begin(answer.head)
 
     @property
     def is_reasoning(self) -> bool:
@@ -56,11 +70,11 @@ class MessageParser:
 
     @property
     def knows_reasoning(self) -> bool:
-        return self._answer.is_harmony or self._answer.reasoning is not None
+        return self._answer.whole is not None or self._answer.reasoning is not None
 
     @property
     def num_calls(self) -> int:
-        """Calls that are complete."""
+        """Counts the calls that are complete."""
         return self._out.num_ended_calls
 
     def push(self, text: str) -> MessageDelta:
@@ -77,11 +91,11 @@ class MessageParser:
         self._out.flush()
         return self._out.take()
 
-    def _begin(self) -> Script[None]:
-        return self._harmony() if self._answer.is_harmony else self._message()
+    def _begin(self, head: str) -> Script[None]:
+        return self._channels(head) if self._answer.whole is not None else self._message()
 
     def _run(self, is_cut: bool = False) -> None:
-        """Let the script read; where it fails, what it read is content and it begins again."""
+        """Lets the script read; where it fails, what it read is content and it begins again."""
         while self._script is not None:
             try:
                 next(self._script)
@@ -94,78 +108,150 @@ class MessageParser:
                 self._script = self._again()
 
     def _give_up(self, error: UnparsableError, is_fine: bool) -> None:
-        raw = self._reader.recall()
+        raw = self._reader.recall_all()
         if self._reader.is_at_end:
             raw += self._reader.take(len(self._reader.text))
         if is_fine:
             return
+        for mark in self._answer.reasoning.marks if self._answer.reasoning is not None else ():
+            raw = raw.replace(mark, "")
         self._out.give_back(raw, f"a tool call could not be parsed and is given as text: {error}")
 
     def _again(self) -> Script[None]:
-        return self._harmony() if self._answer.is_harmony else self._parts()
+        return self._channels() if self._answer.whole is not None else self._parts()
 
-    def _harmony(self) -> Script[None]:
-        yield from harmony.read(self._reader, self._out)
+    def _channels(self, head: str = "") -> Script[None]:
+        assert self._answer.whole is not None
+        yield from self._answer.whole.read(self._reader, self._out, self._schemas, head)
 
     def _message(self) -> Script[None]:
+        tools = self._answer.tools
         if self._answer.is_open:
             yield from self._think()
-        if self._answer.tools is not None and self._answer.tools.bare:
-            yield from self._bare_calls(self._answer.tools)
+        if tools is not None and self._answer.is_calling:
+            yield from self._calls(tools, tools.starts[0], is_given=True)
+        yield from self._bare_calls()
         yield from self._parts()
 
     def _parts(self) -> Script[None]:
         reader, out, reasoning = self._reader, self._out, self._answer.reasoning
+        tools = self._answer.tools
         assert self._markers is not None, "without markers there is nothing to parse"
         while (marker := (yield from reader.pass_until(self._markers, out.content))) is not None:
             if reasoning is not None and marker == reasoning.start:
                 yield from self._think()
-                if self._answer.tools is not None and self._answer.tools.bare:
-                    yield from self._bare_calls(self._answer.tools)
-            elif self._answer.tools is not None and marker in self._answer.tools.starts:
-                yield from self._calls(self._answer.tools, marker)
+                yield from self._bare_calls()
+            elif tools is None:
+                continue
+            elif marker in tools.starts:
+                yield from self._calls(tools, marker)
+            elif marker in tools.dropped:
+                yield from self._bare_calls()
+            elif marker in tools.likely:
+                yield from self._likely_calls(tools, marker)
 
     def _think(self) -> Script[None]:
-        reasoning = self._answer.reasoning
+        reader, reasoning, tools = self._reader, self._answer.reasoning, self._answer.tools
         assert reasoning is not None
         self._out.begin_reasoning()
-        ends = Markers((reasoning.start, reasoning.end))
-        while (yield from self._reader.pass_until(ends, self._out.reasoning)) == reasoning.start:
-            pass
+        starts = tools.starts if tools is not None else ()
+        marks = Markers((reasoning.start, reasoning.end, *starts))
+        while (found := (yield from reader.pass_until(marks, self._out.reasoning))) is not None:
+            if found == reasoning.end:
+                break
+            if tools is not None and found in starts:
+                yield from self._thought_of_call(tools, found, reasoning.end)
         self._out.end_reasoning()
 
-    def _calls(self, tools: ToolFormat, marker: str) -> Script[None]:
-        self._reader.remember(marker)
-        yield from tools.read(self._reader, self._out, self._schemas)
+    def _thought_of_call(self, tools: ToolFormat, marker: str, end: str) -> Script[None]:
+        """Holds what looks like a call within the reasoning, up to where it is known whether the
+        answer ends with it."""
+        reader = self._reader
+        reader.remember(marker)
+        trial = self._ends_with_calls(tools, marker)
+        is_last = False
+        while end not in reader.remembered + reader.text:
+            try:
+                next(trial)
+            except StopIteration as stop:
+                is_last = stop.value and end not in reader.remembered
+                break
+            if not reader.is_at_end:
+                yield
+        reader.unread(reader.recall())
+        reader.take(len(marker))
+        if is_last:
+            self._out.end_reasoning()
+            yield from self._calls(tools, marker)
+        else:
+            self._out.reasoning(marker)
+
+    def _ends_with_calls(self, tools: ToolFormat, marker: str) -> Script[bool]:
+        """Tells whether calls follow that can be read, and nothing after them."""
+        reader = self._reader
+        trial = MessageBuilder(self._new_id, self._schemas)
+        try:
+            while True:
+                yield from tools.read(reader, trial, self._schemas, marker)
+                yield from reader.skip_space()
+                found = yield from reader.accept(*tools.starts)
+                if found is None:
+                    return reader.is_exhausted
+                marker = found
+        except UnparsableError:
+            return False
+
+    def _calls(self, tools: ToolFormat, marker: str, *, is_given: bool = False) -> Script[None]:
+        """Reads calls after a mark; `is_given`: the mark stands in the prompt."""
+        self._reader.remember("" if is_given else marker)
+        yield from tools.read(self._reader, self._out, self._schemas, marker)
         self._reader.recall()
 
-    def _bare_calls(self, tools: ToolFormat) -> Script[None]:
-        """Calls without a marker, at the start of the answer; anything else there is an answer."""
-        reader = self._reader
+    def _likely_calls(self, tools: ToolFormat, marker: str) -> Script[None]:
+        reader, num_calls = self._reader, self._out.num_calls
+        reader.remember("")
+        try:
+            yield from tools.read(reader, self._out, self._schemas, marker)
+        except UnparsableError:
+            if self._out.num_calls > num_calls:
+                raise
+            raw = reader.recall_all()
+            raw += reader.take(max(len(marker) - len(raw), 0))
+            self._out.give_back(raw, None)
+        else:
+            reader.recall()
+
+    def _bare_calls(self) -> Script[None]:
+        """Reads calls without a marker, at the start of the answer; anything else there is an
+        answer."""
+        reader, tools = self._reader, self._answer.tools
+        if tools is None or not tools.bare:
+            return
         reader.remember("")
         yield from reader.skip_space()
         space = reader.recall()
-        if (yield from reader.next_of(tools.bare)) is None:
+        if (yield from reader.next_of(*tools.bare)) is None:
             self._out.content(space)
             return
         reader.remember(space)
         num_calls = self._out.num_calls
         try:
-            yield from tools.read(reader, self._out, self._schemas)
+            yield from tools.read(reader, self._out, self._schemas, "")
         except UnparsableError:
             if self._out.num_calls > num_calls:
                 raise
-            self._out.give_back(reader.recall(), None)
-        reader.recall()
+            self._out.give_back(reader.recall_all(), None)
+        else:
+            reader.recall()
 
 
-def _markers_of(answer: AnswerFormat) -> tuple[str, ...]:
-    markers: list[str] = []
+def _marks_of(answer: AnswerFormat) -> tuple[str, ...]:
+    marks: list[str] = []
     if answer.reasoning is not None:
-        markers += (answer.reasoning.start, answer.reasoning.end, *answer.reasoning.dropped)
+        marks += answer.reasoning.marks
     if answer.tools is not None:
-        markers += answer.tools.starts
-    return tuple(markers)
+        marks += (*answer.tools.starts, *answer.tools.likely, *answer.tools.dropped)
+    return tuple(marks)
 
 
 def _id_maker(tools: ToolFormat | None) -> Callable[[], str]:

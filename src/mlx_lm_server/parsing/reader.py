@@ -37,8 +37,8 @@ class Markers:
         self._first_letters = tuple({text[0] for text in self._texts})
         self._longest = max(map(len, self._texts))
 
-    def search(self, text: str) -> re.Match[str] | None:
-        return self._pattern.search(text)
+    def search(self, text: str, begin: int = 0) -> re.Match[str] | None:
+        return self._pattern.search(text, begin)
 
     def may_be_in(self, text: str) -> bool:
         return any(letter in text for letter in self._first_letters)
@@ -111,12 +111,13 @@ def _escape(piece: str, places: Sequence[int]) -> str:
 class Reader:
     """The text that has come and is not read yet. Its generators are parts of scripts."""
 
-    __slots__ = ("_taken", "is_at_end", "text")
+    __slots__ = ("_begins", "_taken", "is_at_end", "text")
 
     def __init__(self) -> None:
         self.text = ""
         self.is_at_end = False
-        self._taken: list[str] | None = None
+        self._taken: list[str] = []
+        self._begins: list[int] = []
 
     @property
     def is_exhausted(self) -> bool:
@@ -124,21 +125,46 @@ class Reader:
 
     def take(self, count: int) -> str:
         piece, self.text = self.text[:count], self.text[count:]
-        if self._taken is not None:
+        if self._begins:
             self._taken.append(piece)
         return piece
 
     def remember(self, text: str) -> None:
-        """From here on keep what is read; `text` was read just before."""
-        self._taken = [text]
+        """Keeps what is read from here on; `text` was read just before. Within what is remembered,
+        more can be remembered."""
+        if self._begins:
+            self._begins.append(len(self._taken) - bool(text))
+        else:
+            self._begins.append(0)
+            self._taken.append(text)
 
     def recall(self) -> str:
-        """What was read since `remember`, and no more remembering."""
-        taken, self._taken = self._taken, None
-        return "".join(taken or ())
+        """Returns what was read since the last `remember`, which ends."""
+        begin = self._begins.pop()
+        text = "".join(self._taken[begin:])
+        if not self._begins:
+            self._taken.clear()
+        return text
+
+    @property
+    def remembered(self) -> str:
+        """What was read since the last `remember`."""
+        return "".join(self._taken[self._begins[-1] :])
+
+    def recall_all(self) -> str:
+        """Returns what was read since the first `remember`; all of them end."""
+        del self._begins[1:]
+        return self.recall() if self._begins else ""
+
+    def unread(self, text: str) -> None:
+        """Puts text back that was read last; within what is remembered it counts as read again."""
+        while self._taken and self._taken[-1] in ("", text):
+            if self._taken.pop() == text:
+                break
+        self.text = text + self.text
 
     def more(self) -> Script[None]:
-        """Raises EndOfTextError."""
+        """Waits for more text. Raises EndOfTextError where none comes."""
         if self.is_at_end:
             raise EndOfTextError("the text ends too early")
         yield

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import cached_property, reduce
+from operator import or_
 from typing import Any, NoReturn
 
 import jinja2
@@ -13,6 +14,8 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_lm_server.errors import ConfigError, InvalidRequestError, ModelError
+from mlx_lm_server.server.template_names import TemplateNames
+from mlx_lm_server.server.template_traits import NO_FIELDS, TemplateTraits
 
 # Variables that the server sets; a request cannot.
 RESERVED_NAMES = frozenset({"messages", "add_generation_prompt", "tools", "documents"})
@@ -75,37 +78,47 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """One compiled template. `variables` hold the special tokens and --chat-template-args."""
+    """A model's template, and the one that it has for requests with tools, if any. `variables` hold
+    the special tokens and --chat-template-args. Immutable; any thread may render."""
 
-    def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
-        """Raises ModelError where the source is no template, ConfigError for a reserved name."""
+    def __init__(
+        self, source: str, variables: Mapping[str, Any], *, tool_use: str | None = None
+    ) -> None:
+        """Raises ModelError where a source is no template, ConfigError for a reserved name."""
         for name in RESERVED_NAMES & variables.keys():
             raise ConfigError(f"--chat-template-args: `{name}` is set by the server")
+        self.sources = (source,) if tool_use is None else (source, tool_use)
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._default = environment.from_string(source)
+            self._tool_use = None if tool_use is None else environment.from_string(tool_use)
         except jinja2.TemplateError as error:
             raise ModelError(f"the chat template cannot be compiled: {error}") from error
-        self.source = source
         self._variables = dict(variables)
-        self.takes_argument_objects = self._takes_argument_objects()
+
+    @property
+    def source(self) -> str:
+        """The text of all its templates."""
+        return "\n".join(self.sources)
+
+    @cached_property
+    def names(self) -> TemplateNames:
+        """What any of its templates reads."""
+        environment = _environment()
+        first, *others = [TemplateNames.of(source, environment) for source in self.sources]
+        return reduce(or_, others, first)
+
+    @cached_property
+    def traits(self) -> TemplateTraits:
+        return TemplateTraits(self)
 
     def reads(self, name: str) -> bool:
-        """Whether the template mentions a variable."""
-        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+        """Tells whether a variable has a meaning here."""
+        return name in self.names.variables
 
-    def _takes_argument_objects(self) -> bool:
-        """Whether a call's arguments are to be an object, as most templates have it, or JSON text;
-        tried out with a call."""
-        call = {"type": "function", "function": {"name": "f", "arguments": {"key": "x"}}}
-        messages = [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": "", "tool_calls": [{"id": "abcdefghi", **call}]},
-        ]
-        try:
-            text = self._template.render(messages=messages, tools=[call], **self._variables)
-        except TEMPLATE_FAULTS:
-            return False
-        return "{'key'" not in text
+    def with_source(self, source: str) -> ChatTemplate:
+        """Returns another template with the same variables. Raises ModelError."""
+        return ChatTemplate(source, self._variables)
 
     def render(
         self,
@@ -115,14 +128,18 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
     ) -> str:
-        """The prompt up to where the assistant speaks. Raises InvalidRequestError."""
+        """Returns the prompt, as a rule up to where the assistant speaks.
+
+        Raises InvalidRequestError.
+        """
         for name in RESERVED_NAMES & variables.keys():
             raise InvalidRequestError(
                 f"`{name}` is set by the server", param=f"chat_template_kwargs.{name}"
             )
+        template = self._default if not tools or self._tool_use is None else self._tool_use
         known = {**self._variables, **variables}
         try:
-            return self._template.render(
+            return template.render(
                 messages=messages,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
@@ -133,3 +150,19 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {reason}", param="messages"
             ) from error
+
+    def attempt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] = NO_FIELDS,
+        *,
+        add_generation_prompt: bool = False,
+    ) -> str | None:
+        """Returns what it makes of messages, or None where it refuses them."""
+        try:
+            return self.render(
+                messages, variables, tools, add_generation_prompt=add_generation_prompt
+            )
+        except InvalidRequestError:
+            return None

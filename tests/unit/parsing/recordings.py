@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_lm_server.parsing.formats import REASONING_FORMATS, TOOL_FORMATS
+from mlx_lm_server.parsing.formats import CHANNEL_FORMATS, REASONING_FORMATS, TOOL_FORMATS
 from mlx_lm_server.parsing.message_parser import AnswerFormat, MessageParser
 from mlx_lm_server.parsing.tool_formats.format import ToolSchemas
 
@@ -27,7 +27,7 @@ WEATHER = {
         },
     },
 }
-SCHEMAS = ToolSchemas([WEATHER])
+SCHEMAS = ToolSchemas([WEATHER, *({"function": {"name": name}} for name in ("f", "now"))])
 THINK = REASONING_FORMATS["think"]
 
 Call = tuple[str, dict[str, Any]]
@@ -69,8 +69,8 @@ def read(answer: AnswerFormat, pieces: list[str], *, is_cut: bool = False) -> Sa
 
 
 def tool_answer(name: str, *, is_open: bool = False) -> AnswerFormat:
-    if name == "harmony":
-        return AnswerFormat(is_harmony=True, schemas=SCHEMAS)
+    if name in CHANNEL_FORMATS:
+        return AnswerFormat(channels=CHANNEL_FORMATS[name], schemas=SCHEMAS)
     return AnswerFormat(THINK, TOOL_FORMATS[name], is_open=is_open, schemas=SCHEMAS)
 
 
@@ -249,6 +249,297 @@ RECORDINGS: list[tuple[str, str, str, list[Call]]] = [
         "Two calls:",
         [ROME],
     ),
+    (
+        "minimax_m3",
+        ']<]minimax[>[<tool_call>\n]<]minimax[>[<invoke name="get_weather">]<]minimax[>[<city>Paris'
+        "]<]minimax[>[</city>]<]minimax[>[</invoke>\n"
+        ']<]minimax[>[<invoke name="f">]<]minimax[>[<a>]<]minimax[>[<item>1]<]minimax[>[</item>'
+        "]<]minimax[>[<item>x]<]minimax[>[</item>]<]minimax[>[</a>]<]minimax[>[</invoke>\n"
+        "]<]minimax[>[</tool_call>",
+        "",
+        [PARIS, ("f", {"a": [1, "x"]})],
+    ),
+    (
+        "solar",
+        "<|tool_calls|><|tool_call:begin|>abc<|tool_call:name|>get_weather<|tool_call:args|>"
+        '{"city": "Paris"}<|tool_call:end|><|tool_call:begin|>abd<|tool_call:name|>get_weather'
+        '<|tool_call:args|>{"city": "Rome", "days": 2}<|tool_call:end|><|calls|>',
+        "",
+        [PARIS, ROME],
+    ),
+    (
+        "functionary_v31",
+        'Yes.<function=get_weather>{"city": "Paris"}</function><function=get_weather>'
+        '{"city": "Rome", "days": 2}</function>',
+        "Yes.",
+        [PARIS, ROME],
+    ),
+    (
+        "functionary_v32",
+        '>>>all\nLet me look.>>>get_weather\n{"city": "Paris"}>>>get_weather\n'
+        '{"city": "Rome", "days": 2}',
+        "Let me look.",
+        [PARIS, ROME],
+    ),
+    (
+        "apertus",
+        'Hm.<|tools_prefix|>[{"get_weather": {"city": "Paris"}}, {"now": {}}]<|tools_suffix|>',
+        "Hm.",
+        [PARIS, ("now", {})],
+    ),
+    (
+        "kimi_k3",
+        '<|open|>tools<|sep|><|open|>call tool="get_weather" index="1"<|sep|><|open|>argument '
+        'key="city" type="string"<|sep|>Rome<|close|>argument<|sep|><|open|>argument key="days" '
+        'type="number"<|sep|>2<|close|>argument<|sep|><|close|>call<|sep|><|close|>tools<|sep|>',
+        "",
+        [ROME],
+    ),
+    (
+        "seed_oss",
+        "I will.\n<seed:tool_call>\n<function=get_weather>\n<parameter=city>Rome</parameter>\n"
+        "<parameter=days>2</parameter>\n</function>\n</seed:tool_call>",
+        "I will.",
+        [ROME],
+    ),
+    (
+        "cohere",
+        '<|START_ACTION|>[\n    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": '
+        '{"city": "Paris"}},\n    {"tool_call_id": "1", "tool_name": "get_weather", "parameters": '
+        '{"city": "Rome", "days": 2}}\n]<|END_ACTION|>',
+        "",
+        [PARIS, ROME],
+    ),
+    (
+        "command_r",
+        'Action: ```json\n[\n    {\n        "tool_name": "get_weather",\n        "parameters": {\n'
+        '            "city": "Paris"\n        }\n    }\n]```',
+        "",
+        [PARIS],
+    ),
+    (
+        "granite",
+        '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Paris"}}, {"name": '
+        '"get_weather", "arguments": {"city": "Rome", "days": 2}}]',
+        "",
+        [PARIS, ROME],
+    ),
+    (
+        "granite_20b",
+        '<function_call> {"name": "get_weather", "arguments": {"city": "Paris"}}\n'
+        '<function_call> {"name": "get_weather", "arguments": {"city": "Rome", "days": 2}}\n',
+        "",
+        [PARIS, ROME],
+    ),
+    (
+        "nemotron",
+        '<TOOLCALL>[{"name": "get_weather", "arguments": {"city": "Paris"}}]</TOOLCALL>',
+        "",
+        [PARIS],
+    ),
+    (
+        "tool_calls",
+        '<tool_calls>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n{"name": '
+        '"get_weather", "arguments": {"city": "Rome", "days": 2}}\n</tool_calls>',
+        "",
+        [PARIS, ROME],
+    ),
+    (
+        "hunyuan",
+        "<tool_calls>\n<tool_call>get_weather<tool_sep>\n<arg_key>city</arg_key>\n"
+        "<arg_value>Paris</arg_value>\n</tool_call>\n</tool_calls>",
+        "",
+        [PARIS],
+    ),
+    (
+        "longcat",
+        '<longcat_tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n'
+        "</longcat_tool_call>",
+        "",
+        [PARIS],
+    ),
+    (
+        "internlm",
+        'Yes.<|action_start|><|plugin|>\n{"name": "get_weather", "parameters": {"city": "Paris"}}'
+        "<|action_end|>",
+        "Yes.",
+        [PARIS],
+    ),
+    (
+        "phi4_mini",
+        '<|tool_call|>[{"type": "function", "function": {"name": "get_weather", "arguments": '
+        '{"city": "Paris"}}}]<|/tool_call|>',
+        "",
+        [PARIS],
+    ),
+    ("phi4_mini", "functools.partial is one", "functools.partial is one", []),
+    (
+        "firefunction",
+        ' functools[{"name": "get_weather", "arguments": {"city": "Paris"}}]',
+        "",
+        [PARIS],
+    ),
+    (
+        "gigachat",
+        "Yes.<|message_sep|>\n\nfunction call<|role_sep|>\n"
+        '{"name": "get_weather", "arguments": {"city": "Paris"}}',
+        "Yes.",
+        [PARIS],
+    ),
+    (
+        "xlam",
+        '[{"name": "get_weather", "arguments": {"city": "Paris"}}, '
+        '{"name": "now", "arguments": {}}]',
+        "",
+        [PARIS, ("now", {})],
+    ),
+    (
+        "minicpm5",
+        '<function name="get_weather"><param name="city"><![CDATA[Rome]]></param><param '
+        'name="days">2</param></function>\n<function name="now"></function>',
+        "",
+        [ROME, ("now", {})],
+    ),
+    (
+        "step3",
+        "<｜tool_calls_begin｜><｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke "
+        'name="get_weather"><steptml:parameter name="city">Paris</steptml:parameter>'
+        "</steptml:invoke><｜tool_call_end｜>",
+        "",
+        [PARIS],
+    ),
+    (
+        "lfm2",
+        "<|tool_call_start|>[get_weather(city='it's \"here\"', days=2), now()]<|tool_call_end|>",
+        "",
+        [("get_weather", {"city": 'it\'s "here"', "days": 2}), ("now", {})],
+    ),
+    (
+        "olmo3",
+        '<function_calls>\nget_weather(city="Paris")\nget_weather(city="Rome", days=2)\n'
+        "</function_calls>",
+        "",
+        [PARIS, ROME],
+    ),
+    (
+        "muse",
+        ' to=get_weather<|message|><atem:function_calls>\n<atem:invoke name="get_weather">\n'
+        '<atem:parameter name="city">Paris</atem:parameter>\n</atem:invoke>\n'
+        "</atem:function_calls><|eot|>",
+        "",
+        [PARIS],
+    ),
+    (
+        "muse",
+        " to=user<|message|>It is warm.<|eot|>",
+        "It is warm.",
+        [],
+    ),
+    # what vendors' own parsers let through
+    (
+        "qwen3_coder",
+        'Sure.\n<function="get_weather">\n<parameter="city">\nRome\n<parameter=days>\n2\n'
+        "</parameter>\n</function>\n</tool_call>",
+        "Sure.",
+        [ROME],
+    ),
+    (
+        "qwen3_coder",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nRome\n</parameter>\n"
+        "<parameter=where>\n{'x': [True, None]}\n</parameter>\n</function>\n</tool_call>",
+        "",
+        [("get_weather", {"city": "Rome", "where": {"x": [True, None]}})],
+    ),
+    (
+        "qwen3_coder",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</tool_call>\n<tool_call>\n"
+        "<function=get_weather>\n<parameter=city>\nRome\n</parameter>\n<parameter=days>\n2\n"
+        "</parameter>\n</function>\n</tool_call>",
+        "",
+        [PARIS, ROME],
+    ),
+    (
+        "hermes",
+        '<tool_call>{"name": "get_weather", "args": {"city": "Paris"}}</tool_call>'
+        '<tool_call>{"name": "get_weather", "city": "Rome", "days": 2}</tool_call>',
+        "",
+        [PARIS, ROME],
+    ),
+    (
+        "hermes",
+        '<tool_call>{"name": "get_weather", "input": {"city": "Paris"}}</tool_call>',
+        "",
+        [PARIS],
+    ),
+    (
+        "kimi_k2",
+        '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Paris"}',
+        "",
+        [PARIS],
+    ),
+    (
+        "deepseek_v32",
+        '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="get_weather">\n<｜DSML｜parameter name="city" '
+        'string="true">Paris</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>',
+        "",
+        [PARIS],
+    ),
+    (
+        "llama3_json",
+        '<|python_start|>Sure.<|python_end|>{"name": "get_weather", "parameters": '
+        '{"city": "Paris"}}',
+        "Sure.",
+        [PARIS],
+    ),
+    (
+        "llama3_json",
+        'Here: {"name": "get_weather", "parameters": {"city": "Paris"}}',
+        "Here:",
+        [PARIS],
+    ),
+    (
+        "llama3_json",
+        'Here: {"name": "Bob", "age": 4} is one.',
+        'Here: {"name": "Bob", "age": 4} is one.',
+        [],
+    ),
+    (
+        "pythonic",
+        "[get_weather(\n  city='two\nlines',\n  days=2\n),]",
+        "",
+        [("get_weather", {"city": "two\nlines", "days": 2})],
+    ),
+    (
+        "pythonic",
+        '<|tool_call_start|>[f(from="a", x-y=1, c="5\\" [disk")]<|tool_call_end|>',
+        "",
+        [("f", {"from": "a", "x-y": 1, "c": '5" [disk'})],
+    ),
+    (
+        "gemma4",
+        "<|tool_call>call:get_weather{city:Rome,note:None,days:2}<tool_call|>",
+        "",
+        [("get_weather", {"city": "Rome", "note": None, "days": 2})],
+    ),
+    (
+        "harmony",
+        ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Paris"}<|call|>',
+        "",
+        [PARIS],
+    ),
+    (
+        "harmony",
+        "<|channel|>commentary to=assistant<|channel|>analysis<|message|>Hm.<|end|><|start|>"
+        "assistant<|channel|>final<|message|>Done.",
+        "Done.",
+        [],
+    ),
+    (
+        "harmony",
+        "<|channel|>analysis<|message|>Hm.<|channel|>final<|message|>It is warm.",
+        "It is warm.",
+        [],
+    ),
 ]
 
 # format, text, words that must come back as content, calls that are fine
@@ -271,4 +562,26 @@ BROKEN: list[tuple[str, str, str, list[Call]]] = [
     ("gemma4", "<|tool_call>call:f{a b}<tool_call|>", "call:f{a b}", []),
     ("llama3_json", '{"name": "f", "parameters": {"a" 1}}', '{"a" 1}', []),
     ("harmony", "<|channel|>commentary to=functions.f<|message|>no", "no", []),
+    ("harmony", "<|channel|>commentary to=functions.nope<|message|>{}", "to=functions.nope", []),
+    ("hermes", '<tool_call>{"name": "nope", "arguments": {}}</tool_call>', '"nope"', []),
+    ("hermes", '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>', "NaN", []),
+    (
+        "qwen3_coder",
+        "<tool_call><function=nope><parameter=a>1</parameter></function></tool_call>",
+        "<function=nope>",
+        [],
+    ),
+    (
+        "qwen3_coder",
+        "<tool_call><function=get_weather><parameter=days>soon</parameter></function></tool_call>",
+        "soon",
+        [],
+    ),
+    (
+        "qwen3_coder",
+        "<tool_call><function=get_weather><parameter=days>NaN</parameter></function></tool_call>",
+        "NaN",
+        [],
+    ),
+    ("pythonic", "<|tool_call_start|>[nope(a=1)]<|tool_call_end|>", "[nope(a=1)]", []),
 ]

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 from tests.unit.parsing.recordings import THINK, read, tool_answer
 
+from mlx_lm_server.parsing.channels import HARMONY
 from mlx_lm_server.parsing.formats import (
     REASONING_FORMATS,
+    channels_in,
     find_reasoning_format,
     find_tool_format,
 )
@@ -70,7 +72,6 @@ def test_harmony_keeps_the_analysis_apart() -> None:
         ("<tool_call>\n<function=x", "qwen3_coder", None),
         ("<tool_call>{{ name }}<arg_key> <think>", "glm", "think"),
         ("[TOOL_CALLS] [THINK]", "mistral", "magistral"),
-        ("<|start|><|channel|>x<|message|>", "harmony", None),
         ("{{ messages }}", None, None),
     ],
 )
@@ -79,3 +80,8 @@ def test_the_template_tells_the_formats(
 ) -> None:
     found, thinks = find_tool_format(template), find_reasoning_format(template)
     assert (found.name if found else None, thinks.name if thinks else None) == (tools, reasoning)
+
+
+def test_the_template_tells_of_channels() -> None:
+    assert channels_in("<|start|><|channel|>x<|message|>") is HARMONY
+    assert channels_in("<|start|>x") is None

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from tests.unit.parsing.recordings import BROKEN, RECORDINGS, Call, read, tool_answer
 
-from mlx_lm_server.parsing.formats import TOOL_FORMATS
+from mlx_lm_server.parsing.formats import CHANNEL_FORMATS, TOOL_FORMATS
 from mlx_lm_server.parsing.message_parser import AnswerFormat, MessageParser
 
 
@@ -37,7 +37,7 @@ def test_what_cannot_be_parsed_comes_back_as_text_with_a_warning(
 
 
 def test_every_format_has_a_recording() -> None:
-    assert {name for name, *_ in RECORDINGS} == set(TOOL_FORMATS)
+    assert {name for name, *_ in RECORDINGS} == {*TOOL_FORMATS, *CHANNEL_FORMATS}
 
 
 def test_arguments_come_while_they_are_written() -> None:

@@ -6,8 +6,12 @@ from typing import get_args, get_type_hints
 import pytest
 
 from mlx_lm_server.config import ModelConfig
-from mlx_lm_server.parsing import harmony
-from mlx_lm_server.parsing.formats import REASONING_FORMATS, TOOL_FORMATS
+from mlx_lm_server.parsing.channels import HARMONY
+from mlx_lm_server.parsing.formats import (
+    CHANNEL_FORMATS,
+    REASONING_FORMATS,
+    TOOL_FORMATS,
+)
 from mlx_lm_server.server.chat_template import ChatTemplate
 from mlx_lm_server.server.model_formats import ModelFormats
 from mlx_lm_server.server.thinking import ThinkingMarks
@@ -17,8 +21,9 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 def test_the_flags_offer_every_format() -> None:
     hints = get_type_hints(ModelConfig)
-    assert set(get_args(hints["tool_call_parser"])) == {"auto", "none", *TOOL_FORMATS}
-    names = {"auto", "none", harmony.NAME, *REASONING_FORMATS}
+    names = {"auto", "none", *TOOL_FORMATS, *CHANNEL_FORMATS}
+    assert set(get_args(hints["tool_call_parser"])) == names
+    names = {"auto", "none", *REASONING_FORMATS, *CHANNEL_FORMATS}
     assert set(get_args(hints["reasoning_parser"])) == names
 
 
@@ -42,7 +47,7 @@ def test_the_prompts_end_says_whether_it_thinks_already() -> None:
 class Words:
     """A tokenizer of the tokens of Harmony, a word each."""
 
-    TOKENS = (*harmony.TOKENS, "assistant", "analysis", "final")
+    TOKENS = (*HARMONY.tokens, "assistant", "analysis", "final")
 
     def id_of(self, token: str) -> int | None:
         return self.TOKENS.index(token) if token in self.TOKENS else None
@@ -52,7 +57,7 @@ class Words:
 
 
 def test_harmony_goes_on_with_the_answer_or_where_it_may_call_with_the_next_message() -> None:
-    marks = ThinkingMarks.of(ModelFormats(is_harmony=True), Words())
+    marks = ThinkingMarks.of(ModelFormats(channels=HARMONY), Words())
     assert marks is not None
     answer, call = (
         [Words.TOKENS[i] for i in marks.budget(4, is_open=False, has_tools=has).forced_ids]
@@ -74,9 +79,9 @@ def test_harmony_is_read_as_a_whole(flag: str) -> None:
     formats = ModelFormats.of(config, "")
     answer = formats.answer("prompt", None)
     assert answer is not None
-    assert answer.is_harmony
+    assert answer.whole is HARMONY
     assert formats.can_think
-    assert formats.markers() == harmony.TOKENS
+    assert formats.markers() == HARMONY.tokens
 
 
 @pytest.mark.parametrize(
@@ -91,4 +96,4 @@ def test_harmony_is_read_as_a_whole(flag: str) -> None:
 def test_a_template_gets_arguments_as_it_writes_them(written: str, as_objects: bool) -> None:
     source = "{% for m in messages %}{% for c in m.tool_calls or [] %}" + written
     template = ChatTemplate(source + "{% endfor %}{% endfor %}", {})
-    assert template.takes_argument_objects == as_objects
+    assert template.traits.calls.takes_objects == as_objects

@@ -58,7 +58,7 @@ class Backend:
 
 def tokenizer(backend: Backend) -> Tokenizer:
     template = ChatTemplate("{{ messages }}", {})
-    template._template = backend  # type: ignore[assignment]
+    template._default = backend  # type: ignore[assignment]
     return Tokenizer(backend, template, frozenset())
 
 

@@ -2,38 +2,54 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_lm_server.errors import InvalidRequestError
 from mlx_lm_server.parsing.strict_schema import unknown_keyword
-from mlx_lm_server.server.chat_template import ChatTemplate
+from mlx_lm_server.server.history import for_template
 from mlx_lm_server.server.openai.schema import ChatMessage, Tool
 from mlx_lm_server.server.served_model import ServedModel
+from mlx_lm_server.server.thinking_switches import thinking_of
 
-NO_EFFORT = "reasoning_effort has no effect on this model"
+# Where a message that is to be continued ends; no conversation holds it.
+HERE = "\x01continue here\x01"
 
 
 @dataclass(frozen=True)
 class ChatPrompt:
     """Input of a template; `tools` None where the answer may call none. `ends_thinking`: what the
-    template cannot switch off is ended at once. `warnings` say what has no effect."""
+    template cannot switch off is ended at once. `warnings` say what has no effect. `continues`: the
+    prompt ends within the last message."""
 
     messages: list[dict[str, Any]]
     variables: dict[str, Any]
     tools: list[dict[str, Any]] | None
     ends_thinking: bool = False
     warnings: tuple[str, ...] = ()
+    continues: bool = False
 
     async def render(self, model: ServedModel, *, add_generation_prompt: bool = True) -> str:
-        return await model.tokenizer.render_chat(
-            self.messages,
+        """Returns the prompt; a template that refuses tools gets them with the fields that were
+        left out. Raises InvalidRequestError where it refuses the messages."""
+        complete = self if self.tools is None else _with_complete_tools(self, self.tools)
+        try:
+            return await self._rendered(model, add_generation_prompt)
+        except InvalidRequestError:
+            if complete == self:
+                raise
+        return await complete._rendered(model, add_generation_prompt)
+
+    async def _rendered(self, model: ServedModel, add_generation_prompt: bool) -> str:
+        messages = _with_mark(self.messages) if self.continues else self.messages
+        text = await model.tokenizer.render_chat(
+            messages,
             self.variables,
             self.tools,
-            add_generation_prompt=add_generation_prompt,
+            add_generation_prompt=add_generation_prompt and not self.continues,
         )
+        return _up_to_mark(text) if self.continues else text
 
 
 def chat_prompt(
@@ -44,114 +60,95 @@ def chat_prompt(
     effort: str | None = None,
     tools: Sequence[Tool] | None = None,
     tool_choice: str | Mapping[str, Any] | None = None,
+    continues: bool = False,
 ) -> ChatPrompt:
     """Raises InvalidRequestError for what the model's template cannot do."""
     template = model.tokenizer.template
-    by_effort = {} if effort is None else _variables_of_effort(effort, template, model)
-    is_deaf = effort is not None and not by_effort and (effort != "none" or model.formats.can_think)
-    ends_thinking = is_deaf and effort == "none" and model.thinking is not None
+    thinking = thinking_of(
+        variables or {},
+        effort,
+        template,
+        can_think=model.formats.can_think,
+        can_be_ended=model.thinking is not None,
+    )
+    given = [message.said() for message in messages]
     return ChatPrompt(
-        _for_template(messages, template),
-        _variables({**by_effort, **(variables or {})}, template, model),
-        _tools(tools, tool_choice, template, model),
-        ends_thinking,
-        (NO_EFFORT,) if is_deaf and not ends_thinking else (),
+        for_template(given, template.traits, model.formats.tools),
+        thinking.variables,
+        _tools(tools, tool_choice, model),
+        thinking.ends,
+        thinking.warnings,
+        continues,
     )
 
 
-def _for_template(messages: Sequence[ChatMessage], template: ChatTemplate) -> list[dict[str, Any]]:
-    """What a template sees: only what was given, `developer` by its older name, and tool messages
-    with the name of what was called."""
-    names: dict[str, str] = {}
-    found = []
-    for message in messages:
-        fields: dict[str, Any] = message.model_dump(exclude_none=True)
-        if message.role == "developer":
-            fields["role"] = "system"
-        if message.tool_calls:
-            fields.setdefault("content", "")
-            names |= {c.id: c.function.name for c in message.tool_calls if c.id is not None}
-            if template.takes_argument_objects:
-                _parse_arguments(fields["tool_calls"])
-        if message.tool_call_id in names:
-            fields.setdefault("name", names[message.tool_call_id])
-        if message.reasoning_content and template.reads("message.thinking"):
-            fields["thinking"] = message.reasoning_content
-        found.append(fields)
-    return found
+def _with_complete_tools(prompt: ChatPrompt, tools: Sequence[dict[str, Any]]) -> ChatPrompt:
+    return replace(prompt, tools=[_complete(tool) for tool in tools])
 
 
-def _parse_arguments(calls: list[dict[str, Any]]) -> None:
-    """Arguments that are no JSON, which a model may once have written, stay as they are."""
-    for call in calls:
-        function = call["function"]
-        try:
-            function["arguments"] = json.loads(function["arguments"] or "{}")
-        except ValueError:
-            continue
+def _complete(tool: dict[str, Any]) -> dict[str, Any]:
+    """Returns a tool with all fields that templates read without asking."""
+    function = tool["function"]
+    schema = {"type": "object", "properties": {}, **(function.get("parameters") or {})}
+    properties = {
+        name: {"description": "", **one} if isinstance(one, dict) else one
+        for name, one in schema["properties"].items()
+    }
+    schema = {**schema, "properties": properties, "required": schema.get("required") or []}
+    return {**tool, "function": {"description": "", **function, "parameters": schema}}
 
 
-def _variables(
-    variables: dict[str, Any], template: ChatTemplate, model: ServedModel
-) -> dict[str, Any]:
-    if "enable_thinking" in variables and not template.reads("enable_thinking"):
-        variables |= _other_switch(bool(variables.pop("enable_thinking")), template, model)
-    for name in variables:
-        if not template.reads(name):
-            raise InvalidRequestError(
-                f"the model's chat template has no variable `{name}`",
-                param=f"chat_template_kwargs.{name}",
-            )
-    return variables
+def _with_mark(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Marks the end of the last message, so that it can be found in what is rendered."""
+    *before, last = messages
+    content = last.get("content") or ""
+    if isinstance(content, list):
+        text = content[-1] if content and content[-1].get("type") == "text" else None
+        kept = content[:-1] if text is not None else content
+        marked: Any = [*kept, {"type": "text", "text": (text or {}).get("text", "") + HERE}]
+    else:
+        marked = content + HERE
+    return [*before, {**last, "content": marked}]
 
 
-def _other_switch(thinks: bool, template: ChatTemplate, model: ServedModel) -> dict[str, bool]:
-    if not model.formats.is_harmony and template.reads("thinking"):
-        return {"thinking": thinks}
-    if thinks == model.formats.can_think:
-        return {}  # it cannot do otherwise
-    raise InvalidRequestError(
-        f"this model {'does not think' if thinks else 'always thinks'}: its chat template has no "
-        "variable `enable_thinking`",
-        param="chat_template_kwargs.enable_thinking",
-        code="unsupported_parameter",
-    )
-
-
-def _variables_of_effort(effort: str, template: ChatTemplate, model: ServedModel) -> dict[str, Any]:
-    """Empty where the template has none for it."""
-    found: dict[str, Any] = {}
-    if template.reads("reasoning_effort"):
-        found["reasoning_effort"] = effort
-    if template.reads("enable_thinking"):
-        found["enable_thinking"] = effort != "none"
-    if not found and not model.formats.is_harmony and template.reads("thinking"):
-        found["thinking"] = effort != "none"
-    return found
+def _up_to_mark(text: str) -> str:
+    """Raises InvalidRequestError where the template does not write the end of the message."""
+    place = text.rfind(HERE)
+    if place < 0:
+        raise InvalidRequestError(
+            "the model's chat template does not write the last message as it is, so that it cannot "
+            "be continued",
+            param="continue_final_message",
+        )
+    return text[:place]
 
 
 def _tools(
     tools: Sequence[Tool] | None,
     choice: str | Mapping[str, Any] | None,
-    template: ChatTemplate,
     model: ServedModel,
 ) -> list[dict[str, Any]] | None:
-    _check_choice(choice)
+    _check_choice(choice, tools)
     if not tools or choice == "none":
         return None
     for tool in tools:
         if tool.function.strict and (word := unknown_keyword(tool.function.parameters)):
             raise _unsupported("tools", f"`{word}` in the schema of a strict tool is not checked:")
-    if not template.reads("tools"):
+    if not model.tokenizer.template.reads("tools"):
         raise _unsupported("tools", "the model's chat template has no tools:")
-    formats = model.formats
-    if formats.tools is None and not formats.is_harmony and not formats.leaves_calls:
+    if not model.formats.can_call:
         raise _unsupported("tools", "how this model writes calls is unknown (--tool-call-parser):")
     return [tool.model_dump(exclude_none=True) for tool in tools]
 
 
-def _check_choice(choice: str | Mapping[str, Any] | None) -> None:
-    if choice in (None, "auto", "none"):
+def _check_choice(choice: str | Mapping[str, Any] | None, tools: Sequence[Tool] | None) -> None:
+    if choice in (None, "none"):
+        return
+    if not tools:
+        raise InvalidRequestError(
+            "tool_choice: only together with `tools`", param="tool_choice", code="invalid_value"
+        )
+    if choice == "auto":
         return
     if choice == "required" or isinstance(choice, Mapping):
         raise _unsupported("tool_choice", "a call that is required needs a grammar, and")

@@ -64,10 +64,17 @@ COMPLETION: Neutral = {
 }
 MESSAGE: Neutral = {
     "function_call": (),
-    "refusal": (),
     "audio": (),
-    "annotations": ([],),
 }
+# What answers of this server and others have, and what clients add to messages: no prompt is
+# different for it, so it is left out, whatever it says.
+LEFT_OUT_OF_MESSAGES = frozenset(
+    {
+        *("annotations", "cache_control", "finish_reason", "id", "index", "logprobs", "model"),
+        *("parsed", "provider_specific_fields", "reasoning_details", "refusal", "status"),
+        *("stop_reason", "thinking_blocks", "token_ids", "type", "usage", "warning"),
+    }
+)
 STREAM_OPTIONS: Neutral = {
     "include_obfuscation": (False,),
     "continuous_usage_stats": (False,),
@@ -79,10 +86,13 @@ def supported(
     known: Collection[str],
     later: Neutral,
     path: str = "",
+    left_out: Collection[str] = (),
 ) -> dict[str, Any]:
     """The fields of `given` that are done. Raises InvalidRequestError naming any other."""
     kept = {}
     for name, value in given.items():
+        if name in left_out:
+            continue
         if name in known:
             kept[name] = value
         elif name not in later:

@@ -5,6 +5,7 @@ What is said below a field is what /openapi.json and /docs say of it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -28,6 +29,8 @@ MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 MAX_LOGPROBS = 20
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
+# Kinds of parts that are text → the field that has it.
+TEXT_PARTS = {"text": "text", "refusal": "refusal"}
 
 
 def refuse(message: str, field: str = "") -> PydanticCustomError:
@@ -41,11 +44,15 @@ def _stops(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _text_of_parts(value: Any) -> Any:
-    """Content is a string, or a list of parts of which only text can be read here."""
+def _content(value: Any) -> Any:
+    """Content is a string, or a list of parts of which only text can be read here. One part is as
+    good as its text."""
     if not isinstance(value, list):
         return value
-    return "\n".join(_text_of_part(part, place) for place, part in enumerate(value))
+    texts = [_text_of_part(part, place) for place, part in enumerate(value)]
+    if len(texts) < 2:
+        return "".join(texts)
+    return [{"type": "text", "text": text} for text in texts]
 
 
 def _text_of_part(part: Any, place: int) -> str:
@@ -54,12 +61,19 @@ def _text_of_part(part: Any, place: int) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if not isinstance(kind, str):
         raise refuse(f"part {place} must be an object with a `type`")
-    if kind != "text":
+    if kind not in TEXT_PARTS:
         raise refuse(f"part {place} is of type `{kind[:50]}`; this model reads text only")
-    text = part.get("text")
+    text = part.get(TEXT_PARTS[kind])
     if not isinstance(text, str):
-        raise refuse(f"part {place} must have a string in `text`")
+        raise refuse(f"part {place} must have a string in `{TEXT_PARTS[kind]}`")
     return text
+
+
+def _arguments(value: Any) -> Any:
+    """Arguments of a call are JSON text; some clients keep the object, or nothing."""
+    if value is None:
+        return "{}"
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 
 def _prompts(value: Any) -> Any:
@@ -144,16 +158,26 @@ RequestBody = TypeVar("RequestBody", bound=Body)
 
 
 class FunctionCall(Body):
+    """What clients add to it has no meaning here."""
+
+    model_config = ConfigDict(extra="ignore")
+
     name: str = Field(min_length=1)
     """Name of the function."""
-    arguments: str = "{}"
-    """Arguments as JSON text."""
+    arguments: Annotated[
+        str, BeforeValidator(_arguments, json_schema_input_type=str | dict[str, Any] | None)
+    ] = "{}"
+    """Arguments as JSON text. What is no object is let through: a model once wrote it."""
 
 
 class ToolCall(Body):
+    """What clients add to it has no meaning here."""
+
+    model_config = ConfigDict(extra="ignore")
+
     id: str | None = None
     """Id that the tool's result names in `tool_call_id`."""
-    type: Literal["function"] = "function"
+    type: Literal["function"] | None = "function"
     """Always `function`."""
     index: int | None = None
     """Place in a stream; clients send it back, it has no meaning here."""
@@ -317,7 +341,7 @@ class TextPart(Body):
     type: Literal["text"]
     """Other types than text are refused."""
     text: str
-    """The text; parts are joined by line breaks."""
+    """The text. A chat template that reads parts gets them, another one joined by line breaks."""
 
 
 class ChatMessage(Body):
@@ -325,39 +349,43 @@ class ChatMessage(Body):
     rules: ClassVar = {
         "anyOf": [
             {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
-            {
-                "required": ["tool_calls"],
-                "properties": {
-                    "role": {"const": "assistant"},
-                    "tool_calls": {"type": "array", "minItems": 1},
-                },
-            },
+            {"properties": {"role": {"const": "assistant"}}},
         ]
     }
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """Who says it; a template sees `developer` as `system`."""
     content: Annotated[
-        str | None,
-        BeforeValidator(_text_of_parts, json_schema_input_type=str | list[str | TextPart] | None),
+        str | list[dict[str, str]] | None,
+        BeforeValidator(_content, json_schema_input_type=str | list[str | TextPart] | None),
     ] = None
-    """What is said; null only beside `tool_calls`."""
+    """What is said; null only of an assistant, which may have thought or called only."""
     name: str | None = None
     """Name of the speaker, or of the tool that was called, where the template reads it."""
     tool_calls: list[ToolCall] | None = None
-    """What an assistant called."""
+    """What an assistant called; an empty list is none."""
     tool_call_id: str | None = None
     """The call that a `tool` message answers."""
     reasoning_content: str | None = None
     """What an assistant thought, where the template reads it."""
+    reasoning: str | None = None
+    """The same, by another name that clients have for it."""
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
         if self.tool_calls and self.role != "assistant":
             raise refuse("only an assistant calls tools", "tool_calls")
-        if self.content is None and not self.tool_calls:
+        if self.content is None and self.role != "assistant":
             raise refuse("a string or a list of text parts is required", "content")
         return self
+
+    def said(self) -> dict[str, Any]:
+        """Returns the fields that were given, each by one name."""
+        found: dict[str, Any] = self.model_dump(exclude_none=True)
+        thought = found.pop("reasoning", None) or ""
+        if thought and not found.get("reasoning_content"):
+            found["reasoning_content"] = thought
+        return found
 
 
 class ChatRequest(Sampling):
@@ -455,15 +483,28 @@ def known_messages(given: dict[str, Any]) -> dict[str, Any]:
     messages = given.get("messages")
     if isinstance(messages, list):
         given["messages"] = [
-            known_fields(ChatMessage, m, f"messages[{i}].") if isinstance(m, dict) else m
+            _known_message(m, f"messages[{i}].") if isinstance(m, dict) else m
             for i, m in enumerate(messages)
         ]
     return given
 
 
+def _known_message(given: dict[str, Any], path: str) -> dict[str, Any]:
+    """What an assistant refused to say is what it said."""
+    if given.get("content") is None and isinstance(given.get("refusal"), str):
+        given = {**given, "content": given["refusal"]}
+    return fields.supported(
+        given, ChatMessage.model_fields, ChatMessage.not_done, path, fields.LEFT_OUT_OF_MESSAGES
+    )
+
+
 def _without_empty(given: dict[str, Any]) -> dict[str, Any]:
-    """An empty list of tools is none."""
-    return {name: value for name, value in given.items() if name != "tools" or value != []}
+    """An empty list of tools is none, and then there is nothing to choose automatically."""
+    if given.get("tools") != []:
+        return given
+    is_auto = given.get("tool_choice") == "auto"
+    left_out = {"tools", "tool_choice"} if is_auto else {"tools"}
+    return {name: value for name, value in given.items() if name not in left_out}
 
 
 def _known_stream_options(given: dict[str, Any]) -> dict[str, Any]:
