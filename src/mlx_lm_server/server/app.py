@@ -16,6 +16,7 @@ from mlx_lm_server.server.http_errors import HttpError
 from mlx_lm_server.server.middleware import Auth, BodyLimit, Border
 from mlx_lm_server.server.openai.routes import OpenAIRoutes
 from mlx_lm_server.server.openai.text_routes import TextRoutes
+from mlx_lm_server.server.page_guard import PageGuard
 from mlx_lm_server.server.services import Services
 
 
@@ -24,6 +25,7 @@ def create_app(services: Services, keys: ApiKeys, limits: ConnectionLimits) -> A
     routes = Routes(services)
     app: ASGIApp = BodyLimit(routes, server.max_request_bytes, limits.body_s)
     app = Auth(app, keys, routes.open_paths)
+    app = PageGuard(app, server, keys)
     app = Border(app, services.metrics.http_responses)
     if server.cors_origins:
         app = CORSMiddleware(

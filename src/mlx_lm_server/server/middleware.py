@@ -2,6 +2,7 @@
 but one function call.
 
     Border      request id; exceptions → error responses; the only `except Exception` of the server
+    PageGuard   is it a page that may not (page_guard.py)
     Auth        who is it
     BodyLimit   how much, how long
 """
@@ -27,18 +28,12 @@ from mlx_lm_server.errors import (
 )
 from mlx_lm_server.server.api_keys import ApiKeys
 from mlx_lm_server.server.generation import ClientGoneError
+from mlx_lm_server.server.headers import Headers, header
 from mlx_lm_server.server.http_errors import describe, headers_of
 
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
-Headers = list[tuple[bytes, bytes]]
-
-
-def header(scope: Scope, name: bytes) -> bytes | None:
-    """The first value of a header; `name` in lower case."""
-    found: bytes | None = next((value for key, value in scope["headers"] if key == name), None)
-    return found
 
 
 async def send_json(send: Send, status: int, body: bytes, extra: dict[str, str]) -> None:
