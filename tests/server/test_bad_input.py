@@ -286,9 +286,10 @@ def test_a_413_comes_before_the_body(server: RunningServer) -> None:
     ("method", "path", "status"),
     [
         ("GET", "/v1/nothing", 404),
-        ("GET", "/", 404),
-        ("POST", "/v1/chat/completions/", 404),
+        ("POST", "/", 405),
+        ("GET", "/v1", 404),
         ("GET", "/v1/chat/completions", 405),
+        ("GET", "/chat/completions/", 405),
         ("POST", "/health", 405),
         ("DELETE", "/v1/models/tiny", 405),
         ("GET", "/v1/models/a/b/../c", 404),
