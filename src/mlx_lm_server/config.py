@@ -270,10 +270,12 @@ class TierConfig:
         "Keep nothing on disk; else the prefix cache is there too, and outlives the server.",
         why="After a restart conversations go on where they were.",
     )
-    ssd_cache_dir: str = option(
-        "~/.cache/mlx-lm-server/kv-cache",
+    ssd_cache_dir: str | None = option(
+        None,
         "Folder of the disk cache. Several servers may share one.",
         why="Where caches belong.",
+        unset="`mlx-lm-server/kv-cache` in `$XDG_CACHE_HOME` or `~/.cache`, or where neither can "
+        "be written to, in a folder of the user's own below the temporary one",
         metavar="DIR",
     )
     ssd_policy: Literal["evict_only", "write_through"] = option(

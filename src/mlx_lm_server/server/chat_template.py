@@ -14,6 +14,7 @@ import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_lm_server.errors import ConfigError, InvalidRequestError, ModelError
+from mlx_lm_server.folders import expanded
 
 OURS = Path(__file__).parent / "chat_templates"
 # Variables that the server sets; a request cannot.
@@ -167,6 +168,6 @@ def _read_override(override: str) -> str:
     if "{" in override or "\n" in override:
         return override
     try:
-        return Path(override).expanduser().read_text(encoding="utf-8")
+        return expanded(override).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template {override}: no template and no such file") from error
