@@ -7,16 +7,19 @@ docs/reference/flags.md are generated from the field; config_loading.py reads an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from mlx_lm_server.web_names import host_fault, origin_fault
 
 NANO = "nano"
 
 
 @dataclass(frozen=True)
 class Option:
-    """How one setting is shown and checked. `unset` says what happens where the value is None."""
+    """How one setting is shown and checked. `unset` says what happens where the value is None;
+    `fault` what is wrong with one text of a list, in words that follow it."""
 
     help: str
     why: str
@@ -27,6 +30,7 @@ class Option:
     high: float | None = None
     is_secret: bool = False
     metavar: str = ""
+    fault: Callable[[str], str | None] | None = None
 
 
 def option(default: Any, help: str, *, why: str, **how: Any) -> Any:
@@ -180,18 +184,32 @@ class ServerConfig:
         why="An open model server is found within hours.",
     )
     max_request_bytes: int = option(
-        1048576,
-        "Largest request body; a larger one is refused with 413 before it is read.",
-        why="Eight times the text of a 32k-token prompt.",
+        33554432,
+        "Largest request body, compressed or not; a larger one is refused with 413, before it is "
+        "read where its length is told.",
+        why="Agents send their whole history each time; how many large bodies are held and parsed "
+        "at once is bounded too.",
         unit="bytes",
         low=1024,
     )
     cors_origins: tuple[str, ...] = option(
         (),
-        "Web origin whose pages may call the server, or `*`; repeat it for several.",
+        "Web origin whose pages may call the server, like `http://localhost:3000`; `null` for "
+        "those without one, `*` for all; repeat it for several.",
         why="A web page must not reach a local server unasked.",
         unset="none",
         metavar="ORIGIN",
+        fault=origin_fault,
+    )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "Name by which clients may ask for the server (the header Host) beside localhost and its "
+        "addresses, `*` for any; repeat it for several.",
+        why="A web page can give its own name this machine's address, and then reads what it likes "
+        "from a server that asks for no key.",
+        unset="localhost only, where a server on loopback has no key; else any",
+        metavar="HOST",
+        fault=host_fault,
     )
     ssl_certfile: str | None = option(
         None, "TLS certificate (PEM).", why="Loopback needs none.", unset="no TLS", metavar="FILE"
@@ -286,10 +304,12 @@ class TierConfig:
         "Keep nothing on disk; else the prefix cache is there too, and outlives the server.",
         why="After a restart conversations go on where they were.",
     )
-    ssd_cache_dir: str = option(
-        "~/.cache/mlx-lm-server/kv-cache",
+    ssd_cache_dir: str | None = option(
+        None,
         "Folder of the disk cache. Several servers may share one.",
         why="Where caches belong.",
+        unset="`mlx-lm-server/kv-cache` in `$XDG_CACHE_HOME` or `~/.cache`, or where neither can "
+        "be written to, in a folder of the user's own below the temporary one",
         metavar="DIR",
     )
     ssd_policy: Literal["evict_only", "write_through"] = option(

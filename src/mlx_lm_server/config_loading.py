@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import ipaddress
 import json
 import math
 import tomllib
@@ -17,8 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from mlx_lm_server.config import Config, Option
+from mlx_lm_server.config import Config, Option, ServerConfig
 from mlx_lm_server.errors import ConfigError
+from mlx_lm_server.web_names import is_loopback
 
 ENV_PREFIX = "MLX_LM_SERVER_"
 TRUE_WORDS = frozenset({"1", "true", "yes", "on"})
@@ -156,6 +156,7 @@ def convert(setting: Setting, raw: Any, label: str) -> Any:
     if setting.choices and value not in setting.choices:
         raise ConfigError(f"{label}: {raw!r} is not {_one_of(setting)}")
     _check_range(setting.option, value, label)
+    _check_items(setting.option, value, label)
     return value
 
 
@@ -170,6 +171,15 @@ def _check_range(option: Option, value: Any, label: str) -> None:
         raise ConfigError(f"{label}: {value} is below {option.low:g}")
     if option.high is not None and value > option.high:
         raise ConfigError(f"{label}: {value} is above {option.high:g}")
+
+
+def _check_items(option: Option, value: Any, label: str) -> None:
+    if option.fault is None:
+        return
+    for item in value:
+        fault = option.fault(item)
+        if fault is not None:
+            raise ConfigError(f"{label}: {item!r} {fault}")
 
 
 def _to_str(raw: Any) -> str:
@@ -232,21 +242,16 @@ _WANTED = {
 }
 
 
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+def listens_to_the_network(server: ServerConfig) -> bool:
+    """Whether more than this machine can connect."""
+    return server.uds is None and not is_loopback(server.host)
 
 
 def check_combinations(config: Config) -> None:
     """Raises ConfigError for settings that cannot go together."""
     server, batching = config.server, config.batching
     has_key = server.api_key is not None or server.api_key_file is not None
-    is_open = server.uds is None and not is_loopback(server.host)
-    if is_open and not has_key and not server.allow_unauthenticated:
+    if listens_to_the_network(server) and not has_key and not server.allow_unauthenticated:
         raise ConfigError(
             f"--host {server.host} is open to the network: give --api-key or --api-key-file, "
             "or say --allow-unauthenticated"

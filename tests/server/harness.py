@@ -182,7 +182,7 @@ def http_request(path: str, body: bytes, *headers: str) -> bytes:
     """A POST as bytes, for tests that send it piece by piece."""
     lines = [
         f"POST {path} HTTP/1.1",
-        "host: test",
+        "host: localhost",
         "content-type: application/json",
         f"content-length: {len(body)}",
         *headers,

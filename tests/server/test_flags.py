@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import ssl
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +18,7 @@ import pytest
 from mlx_lm_server import __version__
 from mlx_lm_server.cli import main
 from mlx_lm_server.config_loading import flag_name, settings
+from mlx_lm_server.folders import cache_folder
 from mlx_lm_server.protocol import LENGTH, DiskTier, LoadModel, decode_to_engine
 from tests.observations import observes
 from tests.server.harness import RunningServer, make_model
@@ -67,7 +70,7 @@ def test_what_concerns_the_engine_reaches_it(start: Callable[..., Any], tmp_path
 def test_by_default_the_engine_chooses(
     start: Callable[..., Any], tmp_path: Path, model: Path
 ) -> None:
-    tier = DiskTier(str(Path("~/.cache/mlx-lm-server/kv-cache").expanduser()))
+    tier = DiskTier(str(cache_folder() / "kv-cache"))
     assert loaded_with(start, tmp_path, {}) == LoadModel(model_path=str(model), disk_tier=tier)
 
 
@@ -230,8 +233,46 @@ def test_a_unix_socket(start: Callable[..., Any], tmp_path: Path) -> None:
     path = str(tmp_path / "s.sock")
     server = start(flags={"--uds": path}, uds=path)
     assert server.chat("x", max_tokens=1).status_code == 200
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     assert server.stop() == 0
     assert not Path(path).exists()
+
+
+def test_a_unix_socket_that_was_left_behind_is_replaced(
+    start: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "s.sock")
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(path)
+    os.chmod(path, 0o666)
+    server = start(flags={"--uds": path}, uds=path)
+    assert server.chat("x", max_tokens=1).status_code == 200
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    second = start(wait=False, flags={"--uds": path})
+    assert second.process.wait(10) == 1
+    assert "another server does" in second.output()
+    assert server.chat("x", max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("file", "no socket"), ("none/s", "No such file"), ("x" * 200, "too long")]
+)
+def test_a_unix_socket_that_cannot_be(
+    start: Callable[..., Any], tmp_path: Path, path: str, reason: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    server = start(wait=False, flags={"--uds": str(tmp_path / path)})
+    assert server.process.wait(10) == 1
+    assert "cannot listen on" in server.output()
+    assert reason in server.output()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_stream_over_a_unix_socket(start: Callable[..., Any], tmp_path: Path) -> None:
+    path = str(tmp_path / "s.sock")
+    server = start(flags={"--uds": path}, uds=path)
+    events = server.events("/v1/completions", prompt="abc", max_tokens=3)
+    assert events[-1] == "[DONE]"
 
 
 @observes("ServerConfig.ssl_certfile", "ServerConfig.ssl_keyfile")

@@ -12,7 +12,6 @@ from mlx_lm_server.config import Config
 from mlx_lm_server.config_loading import (
     env_name,
     flag_name,
-    is_loopback,
     key_name,
     load_config,
     settings,
@@ -165,14 +164,28 @@ def test_an_open_host_goes_with_a_key_or_with_insistence() -> None:
     load({"--host": "0.0.0.0", "--uds": "/tmp/s"})
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
-def test_loopback(host: str) -> None:
-    assert is_loopback(host)
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            {"--cors-origins": ["localhost"]},
+            "--cors-origins: 'localhost' matches no page: it",
+        ),
+        ({"--cors-origins": ["http://a.b/"]}, "an origin looks like http://localhost:3000"),
+        ({"--allowed-hosts": ["http://a.b"]}, "--allowed-hosts: 'http://a.b' is no host"),
+    ],
+)
+def test_a_name_that_matches_nothing_stops_the_start(flags: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(flags)
+    assert words in str(caught.value)
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", ""])
-def test_not_loopback(host: str) -> None:
-    assert not is_loopback(host)
+def test_an_origin_in_a_variable_or_a_file_is_checked_too(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="MLX_LM_SERVER_CORS_ORIGINS: 'b' matches no page"):
+        load(env={"MLX_LM_SERVER_CORS_ORIGINS": "http://a, b"})
+    with pytest.raises(ConfigError, match="cors-origins: 'b' matches no page"):
+        load(toml='cors-origins = ["b"]', tmp_path=tmp_path)
 
 
 def test_every_setting_says_what_and_why_and_has_one_name_everywhere() -> None:

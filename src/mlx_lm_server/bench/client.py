@@ -67,9 +67,10 @@ def encode_request(target: Target, call: Call) -> bytes:
     stream = {"stream": True, "stream_options": {"include_usage": True}}
     body = msgspec.json.encode(model | call.body | {"max_tokens": call.max_tokens} | stream)
     authorization = f"Authorization: Bearer {target.api_key}\r\n" if target.api_key else ""
+    host = f"[{target.host}]" if ":" in target.host else target.host
     head = (
         f"POST {target.base_path}{call.path} HTTP/1.1\r\n"
-        f"Host: {target.host}:{target.port}\r\n"
+        f"Host: {host}:{target.port}\r\n"
         f"{authorization}"
         "Content-Type: application/json\r\n"
         "Accept: text/event-stream\r\n"

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+
+from mlx_lm_server import folders
+from mlx_lm_server.errors import ConfigError
 
 COMPILE_TIMEOUT_S = 60
 # Without some of them the compiler keeps branches that stand for errors nobody looks at; and two
@@ -35,7 +37,10 @@ def load(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL | None:
     machine = " ".join([platform.machine(), *sorted(cpu_flags()), *OPTIONS])
     code = b"".join(file.read_bytes() for file in sorted(folder.glob("*.[ch]")))
     identity = hashlib.sha256(code + machine.encode()).hexdigest()[:16]
-    target = cache_folder() / f"{name}-{identity}.so"
+    cache = cache_folder()
+    if cache is None:
+        return None
+    target = cache / f"{name}-{identity}.so"
     if not target.exists() and not _compile(sorted(folder.glob("*.c")), target):
         return None
     try:
@@ -44,9 +49,12 @@ def load(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL | None:
         return None
 
 
-def cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "mlx-lm-server" / "native"
+def cache_folder() -> Path | None:
+    """None where there is none whose code can be trusted."""
+    try:
+        return folders.cache_folder() / "native"
+    except ConfigError:
+        return None
 
 
 def cpu_flags() -> set[str]:

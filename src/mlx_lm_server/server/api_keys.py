@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 from mlx_lm_server.errors import ConfigError
+from mlx_lm_server.folders import expanded
 
 log = logging.getLogger(__name__)
 
@@ -18,7 +19,7 @@ class ApiKeys:
     def __init__(self, key: str | None, file: str | None) -> None:
         """Raises ConfigError where the file cannot be read or has no key."""
         self._key = key
-        self._file = Path(file).expanduser() if file is not None else None
+        self._file = expanded(file) if file is not None else None
         self._names: dict[bytes, str] = {}
         self._load()
 

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import difflib
+
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlx_lm_server.server.api_keys import ApiKeys
+from mlx_lm_server.server.body_limit import BodyLimit
 from mlx_lm_server.server.cache_routes import CacheRoutes
 from mlx_lm_server.server.connection import ConnectionLimits
-from mlx_lm_server.server.document import DocumentRoutes
+from mlx_lm_server.server.document import DocumentRoutes, plain_path
 from mlx_lm_server.server.health import HealthRoutes
 from mlx_lm_server.server.http_errors import HttpError
-from mlx_lm_server.server.middleware import Auth, BodyLimit, Border
+from mlx_lm_server.server.middleware import Auth, Border
 from mlx_lm_server.server.openai.routes import OpenAIRoutes
 from mlx_lm_server.server.openai.text_routes import TextRoutes
+from mlx_lm_server.server.page_guard import PageGuard
 from mlx_lm_server.server.services import Services
+
+# Likeness of two paths, 0 to 1, from which one may be meant for the other.
+NEAR = 0.6
 
 
 def create_app(services: Services, keys: ApiKeys, limits: ConnectionLimits) -> ASGIApp:
@@ -24,12 +31,27 @@ def create_app(services: Services, keys: ApiKeys, limits: ConnectionLimits) -> A
     routes = Routes(services)
     app: ASGIApp = BodyLimit(routes, server.max_request_bytes, limits.body_s)
     app = Auth(app, keys, routes.open_paths)
+    app = PageGuard(app, server, keys)
     app = Border(app, services.metrics.http_responses)
+    app = PlainPath(app)
     if server.cors_origins:
         app = CORSMiddleware(
             app, allow_origins=server.cors_origins, allow_methods=["*"], allow_headers=["*"]
         )
     return app
+
+
+class PlainPath:
+    """`/v1/models/` and `//v1/models`, which come of joining, are `/v1/models` further in."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            parts = scope["path"].split("/")
+            scope = {**scope, "path": "/" + "/".join(filter(None, parts))}
+        await self._app(scope, receive, send)
 
 
 class Routes:
@@ -41,8 +63,9 @@ class Routes:
         parts = [routes(services) for routes in kinds]
         endpoints = [endpoint for part in parts for endpoint in part.endpoints()]
         endpoints += DocumentRoutes(endpoints).endpoints()
-        routes = [endpoint.route() for endpoint in endpoints]
+        routes = [route for endpoint in endpoints for route in endpoint.routes()]
         self._router = Router(routes, redirect_slashes=False)
+        self._paths = sorted({plain_path(endpoint.path) for endpoint in endpoints})
         self.open_paths = [endpoint.path for endpoint in endpoints if endpoint.is_open]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -50,6 +73,15 @@ class Routes:
         try:
             await self._router(scope, receive, send)
         except HTTPException as error:
-            code = "method_not_allowed" if error.status_code == 405 else "unknown_url"
-            message = f"{scope['method']} {scope['path']} is not served here"
-            raise HttpError(error.status_code, message, code, error.headers) from error
+            raise self._refusal(scope["method"], scope["path"], error) from error
+
+    def _refusal(self, method: str, path: str, error: HTTPException) -> HttpError:
+        what = f"{method} {path} is not served here"
+        if error.status_code == 405:
+            allowed = ", ".join(sorted((error.headers or {})["Allow"].split(", ")))
+            message = f"{what}; the path takes {allowed}"
+            return HttpError(405, message, "method_not_allowed", {"allow": allowed})
+        near = difflib.get_close_matches(path, self._paths, n=2, cutoff=NEAR)
+        shown = " and ".join(f"`{one}`" for one in near)
+        hint = f"; the nearest that is: {shown}" if near else ""
+        return HttpError(404, f"{what}{hint}; all are listed at `/docs`", "unknown_url")

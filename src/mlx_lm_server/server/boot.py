@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_lm_server import folders
 from mlx_lm_server.config import Config, TierConfig
 from mlx_lm_server.errors import ConfigError
 from mlx_lm_server.protocol import DiskTier, LoadModel, Ready
@@ -39,6 +40,7 @@ async def boot(
     Raises ModelError or ConfigError for files that cannot be used.
     """
     config = services.config
+    folders.name_for_hub()
     folder = await in_daemon_thread(resolve_model, config.model.model)
     facts = read_facts(folder)
     supervisor = Supervisor(
@@ -95,7 +97,10 @@ def load_message(config: Config, folder: Path) -> LoadModel:
 def _disk_tier(config: TierConfig) -> DiskTier:
     """Raises ConfigError where the folder can never be one. What may pass (a full disk, a folder
     that nobody may write to now) only leaves the tier empty."""
-    folder = Path(config.ssd_cache_dir).expanduser().absolute()
+    if config.ssd_cache_dir is None:
+        folder = folders.cache_folder() / "kv-cache"
+    else:
+        folder = folders.expanded(config.ssd_cache_dir).absolute()
     nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
     if not nearest.is_dir():
         raise ConfigError(f"--ssd-cache-dir {folder}: {nearest} is no folder")

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from mlx_lm_server import __version__
-from mlx_lm_server.server.document_page import page
+from mlx_lm_server.server.document_page import front_page, page
 from mlx_lm_server.server.endpoint import Endpoint
 from mlx_lm_server.server.openai.answer_schema import ErrorAnswer
 
@@ -25,20 +25,30 @@ ABOUT = (
 ERRORS = {
     400: "The request is wrong; `param` names the field",
     401: "No API key, or a wrong one",
+    403: "Not for this host, or not for this web page",
     404: "No such model",
     408: "The body or the first token took too long",
     413: "The body or the prompt can never fit",
+    415: "The body is no JSON, or compressed in a way that is not read",
     429: "Too many requests; see Retry-After",
     503: "Not ready; see Retry-After",
 }
 STATUSES = {200: "The answer", 503: "The same, where it is bad"}
+# Where to go from `/`.
+FRONT = {
+    "docs": "/docs",
+    "openapi": "/openapi.json",
+    "models": "/v1/models",
+    "health": "/health",
+    "metrics": "/metrics",
+}
 PATH_PARAMETER = re.compile(r"\{(\w+)(?::path)?\}")
 Json = dict[str, Any]
 
 
 class DocumentRoutes:
-    """Both are made when they are first asked for. They tell nothing of this server, so no key is
-    asked for."""
+    """The document and its page are made when they are first asked for. Nothing here tells anything
+    of this server, so no key is asked for."""
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
         self._endpoints = [*endpoints, *self.endpoints()]
@@ -46,6 +56,16 @@ class DocumentRoutes:
     def endpoints(self) -> list[Endpoint]:
         group = "Documentation"
         return [
+            Endpoint(
+                "GET",
+                "/",
+                self.front,
+                "What this is, and where to go on",
+                group,
+                answer=FrontAnswer,
+                has_page=True,
+                is_open=True,
+            ),
             Endpoint(
                 "GET",
                 "/openapi.json",
@@ -70,11 +90,41 @@ class DocumentRoutes:
     def _document(self) -> Json:
         return build(self._endpoints)
 
+    async def front(self, http: Request) -> Response:
+        if "text/html" in http.headers.get("accept", ""):
+            response: Response = HTMLResponse(front_page(FRONT, __version__))
+        else:
+            found = {"name": "mlx-lm-server", "version": __version__, **FRONT}
+            response = Response(msgspec.json.encode(found), media_type="application/json")
+        response.headers["vary"] = "accept"
+        return response
+
     async def openapi(self, _: Request) -> Response:
         return Response(msgspec.json.encode(self._document), media_type="application/json")
 
     async def docs(self, _: Request) -> Response:
         return HTMLResponse(page(self._document))
+
+
+class FrontAnswer(BaseModel):
+    """What serves here, and the paths of what one looks for first."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    name: str
+    """mlx-lm-server."""
+    version: str
+    """Its version."""
+    docs: str
+    """All that can be asked for, to read."""
+    openapi: str
+    """The same as an OpenAPI document."""
+    models: str
+    """Names of the served model."""
+    health: str
+    """How the server is, and why."""
+    metrics: str
+    """Numbers for Prometheus."""
 
 
 class OpenApiAnswer(BaseModel):
@@ -96,8 +146,9 @@ def build(endpoints: Sequence[Endpoint]) -> Json:
     )
     paths: dict[str, Json] = {}
     for endpoint in endpoints:
-        path = PATH_PARAMETER.sub(r"{\1}", endpoint.path)
-        paths.setdefault(path, {})[endpoint.method.lower()] = _operation(endpoint)
+        paths.setdefault(plain_path(endpoint.path), {})[endpoint.method.lower()] = _operation(
+            endpoint
+        )
     return {
         "openapi": "3.1.0",
         "info": {"title": "mlx-lm-server", "version": __version__, "description": ABOUT},
@@ -107,6 +158,11 @@ def build(endpoints: Sequence[Endpoint]) -> Json:
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }
+
+
+def plain_path(path: str) -> str:
+    """A path as OpenAPI writes it: parameters without their kinds."""
+    return PATH_PARAMETER.sub(r"{\1}", path)
 
 
 def _operation(endpoint: Endpoint) -> Json:
@@ -134,6 +190,8 @@ def _responses(endpoint: Endpoint) -> Json:
     content: Json = {endpoint.media_type: {"schema": {"type": "string"}}}
     if endpoint.answer is not None:
         content = {endpoint.media_type: {"schema": _reference(endpoint.answer)}}
+    if endpoint.has_page:
+        content["text/html"] = {"schema": {"type": "string"}}
     if endpoint.event is not None:
         content["text/event-stream"] = {"schema": _event(_reference(endpoint.event))}
     found: Json = {

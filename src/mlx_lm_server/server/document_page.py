@@ -33,13 +33,28 @@ LIMITS = {
 }
 
 
-def page(document: Json) -> str:
-    info = document["info"]
-    title = escape(f"{info['title']} {info['version']}")
-    parts = [
+def front_page(links: Mapping[str, str], version: str) -> str:
+    """`links` by what they are called."""
+    items = (f"<li><a href={path}>{path}</a>: {escape(name)}" for name, path in links.items())
+    about = (
+        "A server for language models, with OpenAI's API. Clients take the address of this page, "
+        "with <code>/v1</code> or without."
+    )
+    return "\n".join([*_head(f"mlx-lm-server {version}"), f"<p>{about}</p><ul>", *items, "</ul>"])
+
+
+def _head(title: str) -> list[str]:
+    return [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         "<meta name=viewport content='width=device-width'>",
-        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>",
+        f"<title>{escape(title)}</title><style>{STYLE}</style><h1>{escape(title)}</h1>",
+    ]
+
+
+def page(document: Json) -> str:
+    info = document["info"]
+    parts = [
+        *_head(f"{info['title']} {info['version']}"),
         f"<p>{_text(info['description'])} <a href=openapi.json>openapi.json</a></p>",
         *_operations(document["paths"]),
         "<h2>Objects</h2>",

@@ -10,15 +10,17 @@ from pydantic import BaseModel
 from starlette.routing import Route
 
 Handler = Callable[[Any], Awaitable[Any]]
-ANY_REQUEST = (400, 401, 408, 413)
-ANY_GENERATION = (400, 401, 404, 408, 413, 429, 503)
+ANY_REQUEST = (400, 401, 403, 408, 413, 415, 429)
+ANY_GENERATION = (*ANY_REQUEST, 404, 503)
+# What clients are told to put before paths, and often leave out.
+PREFIX = "/v1"
 
 
 @dataclass(frozen=True)
 class Endpoint:
     """`answer` comes with each of `statuses`, an error object with each of `errors`; None is text
-    of `media_type`. `event`: what the events of a streamed answer hold. `is_open`: no key is asked
-    for."""
+    of `media_type`. `event`: what the events of a streamed answer hold. `has_page`: browsers get
+    HTML. `is_open`: no key is asked for."""
 
     method: str
     path: str
@@ -31,7 +33,12 @@ class Endpoint:
     media_type: str = "application/json"
     statuses: tuple[int, ...] = (200,)
     errors: tuple[int, ...] = ()
+    has_page: bool = False
     is_open: bool = False
 
-    def route(self) -> Route:
-        return Route(self.path, self.handler, methods=[self.method])
+    def routes(self) -> list[Route]:
+        """What is under /v1 is served without it too."""
+        paths = [self.path]
+        if self.path.startswith(PREFIX + "/"):
+            paths.append(self.path.removeprefix(PREFIX))
+        return [Route(path, self.handler, methods=[self.method]) for path in paths]

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from json import decoder, scanner
 from typing import Any, NoReturn
 
 from mlx_lm_server.errors import InvalidRequestError
 
 MAX_DEPTH = 64
 NUMBERS = frozenset({int, float})
+# A body longer than this may hold so many values. Its parser lets other threads have their turn.
+LARGE_BYTES = 2**20
+MAX_VALUES = 1_000_000
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
     """Raises InvalidRequestError."""
     try:
-        value = _decoder.decode(body.decode("utf-8"))
+        parser = _PatientDecoder() if len(body) > LARGE_BYTES else _decoder
+        value = parser.decode(body.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"the body is no UTF-8 (byte {error.start})") from error
     except json.JSONDecodeError as error:
@@ -88,6 +94,44 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-_decoder = json.JSONDecoder(
-    object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
-)
+Scan = Callable[[str, int], tuple[Any, int]]
+
+
+class _Decoder(json.JSONDecoder):
+    """The standard library's, with our refusals."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
+        )
+
+
+class _PatientDecoder(_Decoder):
+    """For one large text: in Python but for its strings, since the one in C holds all threads up
+    while it makes lists without end; and it counts the values, which take more memory than their
+    text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_values = 0
+        self.parse_object = self._parse_object
+        self.parse_array = self._parse_array
+        self.scan_once = scanner.py_make_scanner(self)  # type: ignore[attr-defined]
+
+    def _parse_object(self, place: Any, strict: bool, scan: Scan, *hooks: Any) -> Any:
+        return decoder.JSONObject(place, strict, self._counted(scan), *hooks)  # type: ignore[attr-defined]
+
+    def _parse_array(self, place: Any, scan: Scan) -> Any:
+        return decoder.JSONArray(place, self._counted(scan))  # type: ignore[attr-defined]
+
+    def _counted(self, scan: Scan) -> Scan:
+        def scan_next(text: str, at: int) -> tuple[Any, int]:
+            self._num_values += 1
+            if self._num_values > MAX_VALUES:
+                raise InvalidRequestError(f"the body holds more than {MAX_VALUES} values")
+            return scan(text, at)
+
+        return scan_next
+
+
+_decoder = _Decoder()

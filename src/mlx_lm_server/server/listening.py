@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,14 +23,16 @@ KEEP_ALIVE_S = 75
 # For connections that are open when everything else has ended.
 LAST_BYTES_S = 2
 MAX_OPEN_FILES = 65536
+# Leaves a new file what its owner may read and write.
+ONLY_MINE = 0o177
 
 
 @dataclass(frozen=True)
 class Listener:
-    """`sockets` is None where uvicorn binds a Unix socket."""
+    """A bound socket and the address to show for it."""
 
     url: str
-    sockets: list[socket.socket] | None
+    socket: socket.socket
 
 
 @contextmanager
@@ -39,29 +43,56 @@ def listen(server: ServerConfig) -> Iterator[Listener]:
     """
     _allow_many_files()
     if server.uds is not None:
-        _check_unused(server.uds)
-        yield Listener(f"unix:{server.uds}", None)
-        Path(server.uds).unlink(missing_ok=True)
+        with _unix_socket(server.uds) as bound:
+            yield Listener(f"unix:{server.uds}", bound)
         return
     family = socket.AF_INET6 if ":" in server.host else socket.AF_INET
     with socket.socket(family) as bound:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            bound.bind((server.host, server.port))
-        except OSError as error:
-            reason = error.strerror or error
-            raise ServerError(f"cannot listen on {server.host}:{server.port}: {reason}") from error
+        _bind(bound, (server.host, server.port), f"{server.host}:{server.port}")
         scheme = "https" if server.ssl_certfile else "http"
         host = f"[{server.host}]" if family == socket.AF_INET6 else server.host
-        yield Listener(f"{scheme}://{host}:{bound.getsockname()[1]}", [bound])
+        yield Listener(f"{scheme}://{host}:{bound.getsockname()[1]}", bound)
 
 
-def _check_unused(path: str) -> None:
-    """A socket that a dead server left behind is replaced, one that answers is not."""
+@contextmanager
+def _unix_socket(path: str) -> Iterator[socket.socket]:
+    """For this user alone from its first moment on, and gone with the server."""
+    _remove_unused(path)
+    with socket.socket(socket.AF_UNIX) as bound:
+        mask = os.umask(ONLY_MINE)
+        try:
+            _bind(bound, path, path)
+        finally:
+            os.umask(mask)
+        try:
+            yield bound
+        finally:
+            Path(path).unlink(missing_ok=True)
+
+
+def _bind(bound: socket.socket, address: tuple[str, int] | str, shown: str) -> None:
+    try:
+        bound.bind(address)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ServerError(f"cannot listen on {shown}: {reason}") from error
+
+
+def _remove_unused(path: str) -> None:
+    """A socket that a dead server left behind is replaced; one that answers is not, nor a file."""
+    if not os.path.lexists(path):
+        return
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        raise ServerError(f"cannot listen on {path}: it is there already, and no socket")
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(path)
+        except PermissionError as error:
+            raise ServerError(f"cannot listen on {path}: it is another user's") from error
         except OSError:
+            with suppress(OSError):  # binding will fail then, and say why
+                Path(path).unlink()
             return
     raise ServerError(f"cannot listen on {path}: another server does")
 
@@ -87,7 +118,6 @@ def http_server(app: ASGIApp, server: ServerConfig, limits: ConnectionLimits) ->
     """Raises ConfigError for certificates that cannot be used."""
     config = uvicorn.Config(
         app,
-        uds=server.uds,
         http=bounded_protocol(limits),
         ws="none",
         lifespan="off",

@@ -2,43 +2,31 @@
 but one function call.
 
     Border      request id; exceptions → error responses; the only `except Exception` of the server
+    PageGuard   is it a page that may not (page_guard.py)
     Auth        who is it
-    BodyLimit   how much, how long
+    BodyLimit   how much, how long (body_limit.py)
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import secrets
 import time
 from collections import Counter
 from collections.abc import Collection
-from typing import Any
 
 import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_lm_server.errors import (
-    AuthenticationError,
-    InvalidRequestError,
-    RequestTimeoutError,
-    RequestTooLargeError,
-)
+from mlx_lm_server.errors import AuthenticationError
 from mlx_lm_server.server.api_keys import ApiKeys
 from mlx_lm_server.server.generation import ClientGoneError
+from mlx_lm_server.server.headers import Headers, header
 from mlx_lm_server.server.http_errors import describe, headers_of
 
 log = logging.getLogger(__name__)
 
 MAX_REQUEST_ID_CHARS = 128
-Headers = list[tuple[bytes, bytes]]
-
-
-def header(scope: Scope, name: bytes) -> bytes | None:
-    """The first value of a header; `name` in lower case."""
-    found: bytes | None = next((value for key, value in scope["headers"] if key == name), None)
-    return found
 
 
 async def send_json(send: Send, status: int, body: bytes, extra: dict[str, str]) -> None:
@@ -128,76 +116,3 @@ class Auth:
         if name is None:
             raise AuthenticationError("the API key is not valid")
         return name
-
-
-class BodyLimit:
-    """Bounds a body's size, announced or not, and the time that it may take to arrive."""
-
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
-        self._app = app
-        self._max_bytes = max_bytes
-        self._timeout_s = timeout_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        announced = header(scope, b"content-length")
-        if announced is not None and int(announced) > self._max_bytes:
-            raise self._too_large(f"{int(announced)} bytes")
-        await self._app(scope, _BoundedReceive(self, receive), send)
-
-    def _too_large(self, size: str) -> RequestTooLargeError:
-        return RequestTooLargeError(
-            f"the request body has {size}, the limit is {self._max_bytes} bytes"
-        )
-
-    async def read_body_part(self, receive: Receive, num_read: int, deadline_s: float) -> Message:
-        try:
-            async with asyncio.timeout_at(deadline_s):
-                message = await receive()
-        except TimeoutError as error:
-            raise RequestTimeoutError(
-                f"the request body did not arrive within {self._timeout_s:g} s"
-            ) from error
-        if num_read + len(message.get("body", b"")) > self._max_bytes:
-            raise self._too_large(f"more than {self._max_bytes} bytes")
-        return message
-
-    def deadline_s(self) -> float:
-        return asyncio.get_running_loop().time() + self._timeout_s
-
-
-class _BoundedReceive:
-    """`receive` of one request: bounded until the body is complete, then the plain one."""
-
-    def __init__(self, limit: BodyLimit, receive: Receive) -> None:
-        self._limit = limit
-        self._receive = receive
-        self._deadline_s = limit.deadline_s()
-        self._num_read = 0
-        self._is_complete = False
-
-    async def __call__(self) -> Message:
-        if self._is_complete:
-            return await self._receive()
-        message = await self._limit.read_body_part(self._receive, self._num_read, self._deadline_s)
-        self._num_read += len(message.get("body", b""))
-        self._is_complete = not message.get("more_body", False)
-        return message
-
-
-async def read_body(receive: Receive) -> bytes:
-    """The whole body. Raises ClientGoneError where the client leaves before its end."""
-    parts: list[bytes] = []
-    while True:
-        message: Any = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError("the client left while sending")
-        parts.append(message.get("body", b""))
-        if not message.get("more_body", False):
-            break
-    body = b"".join(parts)
-    if not body:
-        raise InvalidRequestError("the body is empty; a JSON object is expected")
-    return body

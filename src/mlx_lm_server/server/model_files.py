@@ -11,6 +11,7 @@ from typing import Any
 from mlx_lm_server.config import NANO
 from mlx_lm_server.core import model_config
 from mlx_lm_server.errors import ModelError, ModelNotFoundError
+from mlx_lm_server.folders import expanded
 
 # tokenizer_config.json's; often a stand-in, so that config.json goes first.
 LENGTH_FIELD = "model_max_length"
@@ -36,7 +37,7 @@ def resolve_model(model: str) -> Path:
     """
     if model == NANO:
         return _existing(NANO_FOLDER, "the bundled model is not in this installation")
-    path = Path(model).expanduser()
+    path = expanded(model)
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         return _existing(path, f"--model {model}: no such folder with a config.json in it")
     return _download(model)
@@ -81,7 +82,7 @@ def resolve_adapter(adapter_path: str | None) -> str | None:
     """Raises ModelNotFoundError where the folder holds no adapter."""
     if adapter_path is None:
         return None
-    path = Path(adapter_path).expanduser()
+    path = expanded(adapter_path)
     if not (path / "adapter_config.json").is_file():
         raise ModelNotFoundError(
             f"--adapter-path {adapter_path}: no such folder with an adapter_config.json in it"

@@ -101,7 +101,7 @@ class Server:
             self._watch_signals(keys)
             app = create_app(services, keys, limits)
             http = http_server(app, self._config.server, limits)
-            serving = asyncio.create_task(http.serve(listener.sockets))
+            serving = asyncio.create_task(http.serve([listener.socket]))
             try:
                 return await self._live(services, serving, listener.url)
             finally:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_lm_server.errors import ConfigError, ModelError
+from mlx_lm_server.folders import expanded
 from mlx_lm_server.server.model_files import read_json
 
 OURS = Path(__file__).parent / "chat_templates"
@@ -98,6 +99,6 @@ def _read_override(override: str) -> str:
     if "{" in override or "\n" in override:
         return override
     try:
-        return Path(override).expanduser().read_text(encoding="utf-8")
+        return expanded(override).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--chat-template {override}: no template and no such file") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 
-from mlx_lm_server.errors import InvalidRequestError, ModelError
+from mlx_lm_server.errors import ContextLengthError, InvalidRequestError, ModelError
 from mlx_lm_server.parsing.detokenizer import (
     ByteLevelDetokenizer,
     ByteTable,
@@ -25,9 +26,16 @@ from mlx_lm_server.server.template_files import DEFAULT, find_templates
 # A text this long takes a few milliseconds to encode; longer ones leave the event loop.
 MAX_INLINE_CHARS = 8192
 MAX_INLINE_TOKENS = 2048
+# Texts longer than this are encoded one after the other: each takes a hundred times its length.
+LARGE_CHARS = 2**20
+# More tokens than a prompt can have. Texts that are long enough for so many are tried at the
+# beginning first.
+MAX_TEXT_TOKENS = 2**20
+BEGINNING_CHARS = 4 * MAX_TEXT_TOKENS
 # What rendering a message costs beyond its text, as if it were so much longer.
 CHARS_PER_MESSAGE = 64
 CHARS_PER_TOOL = 512
+_large = ThreadPoolExecutor(max_workers=1, thread_name_prefix="large-text")
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -83,10 +91,27 @@ class Tokenizer:
         return found
 
     async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Raises InvalidRequestError for text that is no valid Unicode."""
+        """Raises InvalidRequestError for text that is no valid Unicode, ContextLengthError for one
+        that is too long for any model."""
         if len(text) <= MAX_INLINE_CHARS:
             return self._encode(text, add_special_tokens)
-        return await asyncio.to_thread(self._encode, text, add_special_tokens)
+        if len(text) <= LARGE_CHARS:
+            return await asyncio.to_thread(self._encode, text, add_special_tokens)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(_large, self._encode_large, text, add_special_tokens)
+
+    def _encode_large(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Raises ContextLengthError once a beginning of the text is beyond what is encoded."""
+        num_chars = BEGINNING_CHARS
+        while num_chars < len(text):
+            num_tokens = len(self._encode(text[:num_chars], add_special_tokens))
+            if num_tokens > MAX_TEXT_TOKENS:
+                raise ContextLengthError(
+                    f"the text has {num_tokens} tokens in its first {num_chars} of "
+                    f"{len(text)} characters; no text of more than {MAX_TEXT_TOKENS} is encoded"
+                )
+            num_chars *= 4
+        return self._encode(text, add_special_tokens)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         # A batch of one: only the batch call lets go of the GIL.

@@ -177,6 +177,10 @@ def test_a_target_is_read_from_its_url() -> None:
     assert encode_request(target, CALL).startswith(b"POST /api/v1/completions HTTP/1.1\r\n")
 
 
+def test_an_ipv6_host_is_named_in_brackets() -> None:
+    assert b"\r\nHost: [::1]:8000\r\n" in encode_request(Target("http://[::1]:8000"), CALL)
+
+
 @pytest.mark.parametrize("body", [b"plain", b"[1]", b'{"error": "plain"}', b'{"error": {"x": 1}}'])
 def test_an_error_of_any_shape_has_a_text(body: bytes) -> None:
     assert http_error(400, body).startswith("HTTP 400: ")

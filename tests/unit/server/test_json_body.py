@@ -4,11 +4,12 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_lm_server.errors import InvalidRequestError
-from mlx_lm_server.server.json_body import MAX_DEPTH, parse_object
+from mlx_lm_server.server import json_body
+from mlx_lm_server.server.json_body import LARGE_BYTES, MAX_DEPTH, parse_object
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.text()
 VALUES = st.recursive(
@@ -52,3 +53,62 @@ def test_a_key_may_come_again_in_another_object() -> None:
     assert parse_object(b'{"a":{"k":1},"b":{"k":2}}') == {"a": {"k": 1}, "b": {"k": 2}}
     with pytest.raises(InvalidRequestError, match="duplicate key 'k'"):
         parse_object(b'{"a":[{"k":1,"k":2}]}')
+
+
+ROOM = b" " * LARGE_BYTES
+
+
+def outcome(body: bytes) -> Any:
+    """The object, or why there is none."""
+    try:
+        return parse_object(body)
+    except InvalidRequestError as error:
+        return str(error)
+
+
+@settings(max_examples=25)
+@given(st.dictionaries(st.text(), VALUES))
+def test_a_large_body_is_read_like_a_small_one(value: dict[str, Any]) -> None:
+    assert parse_object(json.dumps(value).encode() + ROOM) == value
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"a":NaN}',
+        b'{"a":1e999}',
+        b'{"a":1,"a":2}',
+        b'{"a":[{"k":1,"k":2}]}',
+        b'{"a":"\\ud800"}',
+        b'{"a":"\xff"}',
+        b'{"a":' + b"[" * 100_000,
+        b'{"a":' + b"[" * 70 + b"]" * 70 + b"}",
+        b"[]",
+        b'{"a":[1,]}',
+        b'{"a" 1}',
+        b'{"a":1}x',
+    ],
+    ids=lambda body: repr(body[:20]),
+)
+def test_a_large_body_is_refused_like_a_small_one(body: bytes) -> None:
+    small = outcome(body)
+    assert isinstance(small, str)
+    assert outcome(body + ROOM) == small
+
+
+@pytest.mark.parametrize("unit", [b"1,", b'"",', b"[],", b'{"":0},', b"null,", b"[[[0]]],"])
+def test_a_large_body_holds_only_so_many_values(
+    unit: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may take thirty times the memory of their text."""
+    monkeypatch.setattr(json_body, "MAX_VALUES", 1001)
+    most = 1000 // {b'{"":0},': 2, b"[[[0]]],": 4}.get(unit, 1)
+    fits = b'{"a":[' + (unit * most)[:-1] + b"]}"
+    assert len(parse_object(fits + ROOM)["a"]) == most
+    with pytest.raises(InvalidRequestError, match="more than 1001 values"):
+        parse_object(b'{"a":[' + unit * most + b"0]}" + ROOM)
+
+
+def test_text_is_no_value_whatever_is_in_it() -> None:
+    text = '{"a": [1, 2, {}]}' * 200_000
+    assert parse_object(json.dumps({"a": text}).encode()) == {"a": text}
