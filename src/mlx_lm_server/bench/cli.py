@@ -22,38 +22,77 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def bench(
-    url: Annotated[str, typer.Option(help="The server to measure (A).")] = DEFAULT_URL,
+    url: Annotated[
+        str, typer.Option(metavar="URL", help="The server to measure (A).")
+    ] = DEFAULT_URL,
     compare: Annotated[
-        str | None, typer.Option(help="A second server (B); rounds are interleaved A B A B.")
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A second server (B); rounds are interleaved A B A B. The same one again shows "
+            "how far two measurements of one thing differ.",
+        ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Model to ask for; else none is named, or the first of /v1/models."),
+        typer.Option(
+            metavar="NAME", help="Model to ask for; else none is named, or the first of /v1/models."
+        ),
     ] = None,
     compare_model: Annotated[
-        str | None, typer.Option(help="The same for the second server.")
+        str | None, typer.Option(metavar="NAME", help="The same for the second server.")
     ] = None,
     workload: Annotated[
         list[str] | None,
-        typer.Option(help=f"One of {', '.join(WORKLOADS)}; repeatable. Default: all."),
+        typer.Option(
+            metavar="NAME",
+            help=f"One of {', '.join(WORKLOADS)}; repeat it for several. Without it: all.",
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, max=1000)] = 3,
-    requests: Annotated[int, typer.Option(min=1, help="Requests per client and round.")] = 2,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    output_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    long_prompt_tokens: Annotated[int, typer.Option(min=1, help="Of `long-prompt`.")] = 3000,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", min=1, max=1000, help="Rounds of each workload.")
+    ] = 3,
+    requests: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Requests per client and round.")
+    ] = 2,
+    prompt_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Length of a prompt.")
+    ] = 128,
+    output_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Length of an answer.")
+    ] = 64,
+    long_prompt_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Length of the prompt of `long-prompt`.")
+    ] = 3000,
     decoder_tokens: Annotated[
         int,
-        typer.Option(min=32, help="Answer length of the decoders that newcomers arrive beside."),
+        typer.Option(
+            metavar="N",
+            min=32,
+            help="Answer length of the decoders that newcomers arrive beside.",
+        ),
     ] = 1024,
     seed: Annotated[
-        int | None, typer.Option(help="Makes the prompts repeatable; a server may know them then.")
+        int | None,
+        typer.Option(
+            metavar="N", help="Makes the prompts repeatable; a server may know them then."
+        ),
     ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", envvar="OPENAI_API_KEY", help="Sent as `Authorization: Bearer KEY`."
+        ),
+    ] = None,
     timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds of silence after which a request has failed.")
+        float,
+        typer.Option(
+            metavar="X", min=0.1, help="Seconds of silence after which a request has failed."
+        ),
     ] = 120.0,
-    max_round_s: Annotated[float, typer.Option(min=1, help="Longest time of a round.")] = 600.0,
+    max_round_s: Annotated[
+        float, typer.Option(metavar="X", min=1, help="Longest time of a round.")
+    ] = 600.0,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write the numbers to this file."),
