@@ -122,9 +122,9 @@ class FakeEngine:
             sys.exit(1)
         if self.options.record:
             Path(self.options.record).write_bytes(protocol.encode_frame(load))
-        self._send(self._ready())
+        self._send(self._ready(load))
 
-    def _ready(self) -> Ready:
+    def _ready(self, load: LoadModel) -> Ready:
         return Ready(
             model_type="fake",
             device="fake",
@@ -140,6 +140,7 @@ class FakeEngine:
             load_s=self.options.load_s,
             kv_bits=8,
             kv_format="8-bit, groups of 64",
+            disk_tier=f"{load.disk_tier.folder}/fake" if load.disk_tier else "",
         )
 
     def _wait_for_load(self) -> LoadModel:

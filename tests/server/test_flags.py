@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import ssl
 import subprocess
 import sys
@@ -288,6 +289,27 @@ def test_the_banner_says_what_is_served_and_how_to_use_it(server: RunningServer)
     url = f"http://127.0.0.1:{server.port}"
     for words in ("tiny, other", "4,096 tokens", "8-bit, groups of 64", url, "curl"):
         assert words in banner
+    assert f"{url}/docs" in banner
+    assert server.status("/docs") == 200
+    assert "Ctrl-C" in banner
+
+
+@pytest.mark.parametrize(("limit", "words"), [("0.5", "up to 0.5 GB"), ("0", "no limit")])
+def test_the_banner_says_how_much_of_the_disk_is_taken_and_where(
+    start: Callable[..., Any], tmp_path: Path, limit: str, words: str
+) -> None:
+    folder = str(tmp_path / "kv")
+    server = start(
+        flags={"--ssd-max-size-gb": limit, "--ssd-cache-dir": folder}, env={"COLUMNS": "200"}
+    )
+    server.wait_until(lambda: "openai.OpenAI" in server.output())
+    assert f"evict_only, {words} (--ssd-max-size-gb), {folder} " in server.output()
+
+
+def test_the_banner_of_a_server_without_a_disk_tier_says_so(start: Callable[..., Any]) -> None:
+    server = start(flags={"--no-ssd": "true"})
+    server.wait_until(lambda: "openai.OpenAI" in server.output())
+    assert re.search(r"disk cache +off ", server.output())
 
 
 def usage_error(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
