@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mlx_lm_server.bench.client import Target
 from mlx_lm_server.bench.plans import Shape
+from mlx_lm_server.bench.progress import RoundBar, RoundLines, progress_of
 from mlx_lm_server.bench.report import as_json, print_table
-from mlx_lm_server.bench.session import Outcome, Session, Settings, TargetUnusableError
+from mlx_lm_server.bench.session import Session, Settings, TargetUnusableError
 from mlx_lm_server.bench.workloads import WORKLOADS
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -130,12 +130,12 @@ def _known_workloads(names: list[str] | None) -> tuple[str, ...]:
 def _measure(targets: list[Target], settings: Settings, json_file: Path | None) -> int:
     """The exit code: 0, or 1 where a request failed or the run was cut off."""
     console = Console()
-    bar = RoundBar(len(settings.workloads) * settings.rounds * len(targets), console)
-    session = Session(targets, settings, bar)
+    num_rounds = len(settings.workloads) * settings.rounds * len(targets)
+    progress = progress_of(num_rounds, Console(stderr=True))
+    session = Session(targets, settings, progress)
     is_whole = False
     try:
-        with bar.progress:
-            _run_loop(session)
+        _show(session, progress)
         is_whole = True
     except TargetUnusableError as error:
         console.print(str(error), style="red", markup=False, highlight=False)
@@ -149,6 +149,14 @@ def _measure(targets: list[Target], settings: Settings, json_file: Path | None) 
     return 0 if is_whole and not has_errors else 1
 
 
+def _show(session: Session, progress: RoundBar | RoundLines) -> None:
+    progress.start()
+    try:
+        _run_loop(session)
+    finally:
+        progress.stop()
+
+
 def _run_loop(session: Session) -> None:
     """uvloop halves what the client costs, where it is installed."""
     try:
@@ -157,26 +165,3 @@ def _run_loop(session: Session) -> None:
         asyncio.run(session.run())
     else:
         uvloop.run(session.run())
-
-
-class RoundBar:
-    """Shows which round runs; redrawn seldom, for drawing takes CPU from what is measured."""
-
-    def __init__(self, num_rounds: int, console: Console) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            refresh_per_second=2,
-            transient=True,
-        )
-        self._task = self.progress.add_task("counting tokens", total=num_rounds)
-
-    def round_started(self, workload: str, round_index: int, target: Target) -> None:
-        text = f"{workload} round {round_index + 1} {target.url}"
-        self.progress.update(self._task, description=text)
-
-    def round_ended(self, outcome: Outcome) -> None:
-        self.progress.advance(self._task)
