@@ -228,15 +228,25 @@ class Scheduler:
             if not self._layout.could_place(num_tokens):
                 break
             hit = self._cache.find(request)
-            if not self._room.find_place(num_tokens, hit):
+            lacks_room = not self._room.find_place(num_tokens, hit)
+            if lacks_room:
                 hit = None
                 if not self._room.find_place(num_tokens, None):
                     break
             joined.append(self._queue.pop())
-            self._join(request, num_tokens, self._part_of(hit, request, loads), now_s)
+            part = self._part_of(hit, request, loads)
+            self._join(request, num_tokens, part, now_s, lacks_room=lacks_room)
         return joined
 
-    def _join(self, request: Request, num_tokens: int, hit: Hit | None, now_s: float) -> None:
+    def _join(
+        self,
+        request: Request,
+        num_tokens: int,
+        hit: Hit | None,
+        now_s: float,
+        *,
+        lacks_room: bool,
+    ) -> None:
         assert request.num_pending_tokens == 0, "what it sampled before it was preempted is read"
         if request.status is RequestStatus.WAITING:
             num_prompt = len(request.prompt_ids)
@@ -244,7 +254,8 @@ class Scheduler:
             self._num_prompt_tokens += num_prompt
             request.admitted_s = now_s
             num_left = num_prompt - (hit.stop if hit else 0)
-            self._cache.note_admission(request, hit, self._prefill_s(num_prompt, num_left))
+            recompute_s = self._prefill_s(num_prompt, num_left)
+            self._cache.note_admission(request, hit, recompute_s, lacks_room=lacks_room)
         request.row = self._free_rows.pop()
         request.prefill_until = request.num_known_tokens
         request.status = RequestStatus.RUNNING
