@@ -427,12 +427,13 @@ class Scheduler:
     def _append_token(
         self, request: Request, token: int, now_s: float, scores: RowLogprobs | None
     ) -> RequestOutput:
-        queue_s = 0.0
+        queue_s = prefill_s = 0.0
         report = None
         if not request.output_ids:
             request.first_token_s = now_s
             report = request.cache_report
-            queue_s = (request.admitted_s or now_s) - request.arrival_s
+            admitted_s = now_s if request.admitted_s is None else request.admitted_s
+            queue_s, prefill_s = admitted_s - request.arrival_s, now_s - admitted_s
         reason = _finish_reason(request, token)
         request.output_ids.append(token)
         self._num_output_tokens += 1
@@ -447,6 +448,8 @@ class Scheduler:
             cache=report,
             logprobs=None if scores is None or scores.token is None else [scores.token],
             prompt_logprobs=None if scores is None else scores.prompt,
+            prefill_s=prefill_s,
+            num_preemptions=request.num_preemptions,
         )
 
     # ---- what is going on
@@ -518,6 +521,7 @@ class Scheduler:
             prefix_cache_hits_total=self._cache.num_hit_tokens,
             cache_evictions_total=self._cache.store.num_evictions,
             prefill_tokens_total=self._num_prefill_tokens,
+            num_deferred=len(self._cache.restores),
         )
 
 
