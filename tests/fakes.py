@@ -48,11 +48,17 @@ FAIL = 671  # this request ends with an error
 GARBAGE = 672  # the engine sends what is no frame
 
 
+# How long each prefill is said to take.
+PREFILL_S = 0.25
+
+
 @dataclass
 class Row:
     request: AddRequest
     num_said: int = 0
     num_computed: int = 0
+    arrival_s: float = field(default_factory=time.monotonic)
+    admitted_s: float | None = None
 
     @property
     def seed(self) -> int:
@@ -97,6 +103,7 @@ class FakeEngine:
     buffer: bytearray = field(default_factory=bytearray)
     num_steps: int = 0
     num_tokens: int = 0
+    step_tokens: list[int] = field(default_factory=list)
 
     def run(self) -> None:
         self._load()
@@ -105,7 +112,8 @@ class FakeEngine:
             outputs = self._step()
             if outputs or time.monotonic() - beat_s > 0.2:
                 beat_s = time.monotonic()
-                self._send(Outputs(outputs, self._stats()))
+                self._send(Outputs(outputs, self._stats(), self.step_tokens))
+                self.step_tokens = []
                 for output in outputs:
                     self._suffer(output)
             if self.rows and self.options.step_s:
@@ -122,9 +130,9 @@ class FakeEngine:
             sys.exit(1)
         if self.options.record:
             Path(self.options.record).write_bytes(protocol.encode_frame(load))
-        self._send(self._ready())
+        self._send(self._ready(load))
 
-    def _ready(self) -> Ready:
+    def _ready(self, load: LoadModel) -> Ready:
         return Ready(
             model_type="fake",
             device="fake",
@@ -140,6 +148,7 @@ class FakeEngine:
             load_s=self.options.load_s,
             kv_bits=8,
             kv_format="8-bit, groups of 64",
+            disk_tier=f"{load.disk_tier.folder}/fake" if load.disk_tier else "",
         )
 
     def _wait_for_load(self) -> LoadModel:
@@ -190,7 +199,11 @@ class FakeEngine:
     def _step(self) -> list[RequestOutput]:
         outputs = []
         active = [r for r in self.rows.values() if not self._is_silent(r)][: self.options.rows]
+        if active:
+            computed = (1 if row.num_said else len(row.request.prompt_ids) for row in active)
+            self.step_tokens.append(sum(computed))
         for row in active:
+            row.admitted_s = row.admitted_s or time.monotonic()
             outputs.append(self._say(row))
             if outputs[-1].finish_reason is not None:
                 del self.rows[row.request.req_id]
@@ -222,7 +235,8 @@ class FakeEngine:
             prompt_scores = [_scores(one, num_prompt) for one in prompt[1:]]
         return RequestOutput(
             *(request.req_id, [token], reason),
-            queue_s=0.001,
+            queue_s=0 if row.num_said > 1 else (row.admitted_s or 0) - row.arrival_s,
+            prefill_s=0 if row.num_said > 1 else PREFILL_S,
             logprobs=scores,
             prompt_logprobs=prompt_scores,
         )

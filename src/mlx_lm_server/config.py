@@ -224,6 +224,14 @@ class ServerConfig:
         unset="none",
         metavar="PATH",
     )
+    drain_s: float = option(
+        30.0,
+        "When the server is told to stop, how long requests in work may go on; a second signal "
+        "ends them at once. 0 = at once.",
+        why="Most answers end within it. `docker stop` waits 10 s unless told otherwise.",
+        unit="s",
+        low=0,
+    )
     log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = option(
         "info",
         "Least severe messages to log. Prompts are logged at `trace` only.",

@@ -215,7 +215,9 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, array_like=
     """New tokens of one request, and its end where `finish_reason` is set.
 
     `logprobs` has one entry for each token, `prompt_logprobs` one for each prompt token but the
-    first; both only where they were asked for. `queue_s` and `cache` come with the first token.
+    first; both only where they were asked for. `queue_s`, `prefill_s` and `cache` come with the
+    first token: how long the request waited for a row, and from then on for the token.
+    `num_preemptions` is how often it has given its row back so far.
     Where `num_computed_tokens` is set, nothing but `num_reused_tokens` is: they say how many tokens
     of the prompt are computed, and how many of these were found in the cache.
     """
@@ -230,6 +232,8 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, array_like=
     prompt_logprobs: list[TokenLogprobs] | None = None
     num_computed_tokens: int = 0
     num_reused_tokens: int = 0
+    prefill_s: float = 0.0
+    num_preemptions: int = 0
 
 
 class TierStats(msgspec.Struct, frozen=True, array_like=True):
@@ -263,7 +267,8 @@ class TierStats(msgspec.Struct, frozen=True, array_like=True):
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """Gauges at the end of a step; totals count from the engine's start. Blocks are those of the
     prefix cache's pool; its queries and hits are counted in prompt tokens. `prompt_tokens_total`
-    counts what was asked, `prefill_tokens_total` what was computed."""
+    counts what was asked, `prefill_tokens_total` what was computed. `num_deferred` of those that
+    wait do so for the disk tier, not for a row."""
 
     num_running: int
     num_waiting: int
@@ -286,14 +291,17 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     cache_evictions_total: int = 0
     prefill_tokens_total: int = 0
     tier: TierStats | None = None
+    num_deferred: int = 0
 
 
 class Outputs(Message, frozen=True):
     """What one step gave. Sent after each step with output, and about once a second when idle:
-    its arrival is the engine's heartbeat."""
+    its arrival is the engine's heartbeat. `step_tokens` has the number of tokens, prompts' and
+    answers', of each step since the last message."""
 
     outputs: list[RequestOutput]
     stats: EngineStats
+    step_tokens: list[int] = []
 
 
 ToEngine = LoadModel | AddRequest | Abort | Shutdown

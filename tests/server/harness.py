@@ -67,14 +67,18 @@ class RunningServer:
 
     def start(self, *, wait: bool = True) -> RunningServer:
         self.port = _free_port()
-        flags = {"--model": str(self.model), "--port": str(self.port), **self.flags}
+        flags = {
+            "--model": str(self.model),
+            "--port": str(self.port),
+            "--drain-s": self.drain_s,
+            **self.flags,
+        }
         engine = {"vocab_size": VOCAB_SIZE, **self.engine}
         spec = {
             "flags": flags,
             "engine": engine,
             "limits": self.limits,
             "connection": self.connection,
-            "drain_s": self.drain_s,
         }
         self.log = self.model.parent / f"server-{self.port}.log"
         with self.log.open("w") as log:

@@ -28,7 +28,6 @@ def main() -> int:
         engine_command=fakes.command(**spec["engine"]),
         limits=Limits(**spec["limits"]),
         connection_limits=ConnectionLimits(**spec["connection"]),
-        drain_s=spec["drain_s"],
     )
     return run(config, surroundings)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import ssl
 import stat
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from mlx_lm_server import __version__
-from mlx_lm_server.cli import main
+from mlx_lm_server.cli import main, shown_flag
 from mlx_lm_server.config_loading import flag_name, settings
 from mlx_lm_server.folders import cache_folder
 from mlx_lm_server.protocol import LENGTH, DiskTier, LoadModel, decode_to_engine
@@ -329,6 +330,27 @@ def test_the_banner_says_what_is_served_and_how_to_use_it(server: RunningServer)
     url = f"http://127.0.0.1:{server.port}"
     for words in ("tiny, other", "4,096 tokens", "8-bit, groups of 64", url, "curl"):
         assert words in banner
+    assert f"{url}/docs" in banner
+    assert server.status("/docs") == 200
+    assert "Ctrl-C" in banner
+
+
+@pytest.mark.parametrize(("limit", "words"), [("0.5", "up to 0.5 GB"), ("0", "no limit")])
+def test_the_banner_says_how_much_of_the_disk_is_taken_and_where(
+    start: Callable[..., Any], tmp_path: Path, limit: str, words: str
+) -> None:
+    folder = str(tmp_path / "kv")
+    server = start(
+        flags={"--ssd-max-size-gb": limit, "--ssd-cache-dir": folder}, env={"COLUMNS": "200"}
+    )
+    server.wait_until(lambda: "openai.OpenAI" in server.output())
+    assert f"evict_only, {words} (--ssd-max-size-gb), {folder} " in server.output()
+
+
+def test_the_banner_of_a_server_without_a_disk_tier_says_so(start: Callable[..., Any]) -> None:
+    server = start(flags={"--no-ssd": "true"})
+    server.wait_until(lambda: "openai.OpenAI" in server.output())
+    assert re.search(r"disk cache +off ", server.output())
 
 
 def usage_error(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -342,15 +364,91 @@ def usage_error(args: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
+def printed(*args: str, columns: int = 200) -> str:
+    """What a call prints that ends well."""
+    env = {**os.environ, "COLUMNS": str(columns)}
+    done = subprocess.run([*CLI, *args], capture_output=True, text=True, env=env, timeout=20)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_every_setting_is_in_the_help() -> None:
-    env = {**os.environ, "COLUMNS": "200"}
-    done = subprocess.run([*CLI, "--help"], capture_output=True, text=True, env=env, timeout=20)
-    assert done.returncode == 0
+    text = printed("--help")
     for setting in settings():
-        assert flag_name(setting.name) in done.stdout
+        assert flag_name(setting.name) in text
     for panel in ("model", "server", "kv cache", "batching", "generation", "admission", "cpu"):
-        assert f"─ {panel} ─" in done.stdout
-    assert "bench" in done.stdout
+        assert f"─ {panel} ─" in text
+    assert "bench" in text
+
+
+@pytest.mark.parametrize("columns", [80, 60, 30])
+def test_the_help_never_cuts_a_name_and_switches_have_no_value(columns: int) -> None:
+    lines = printed("--help", columns=columns).splitlines()
+    words = {word.strip(",") for line in lines for word in line.split()}
+    flags = {f for s in settings() for n in s.names for f in shown_flag(s, n).split("/")}
+    assert flags <= words
+    assert not any("…" in line or "<bool>" in line for line in lines)
+    for switch in (setting for setting in settings() if setting.kind == "bool"):
+        shown = shown_flag(switch, switch.name).replace("/", " / ")
+        assert any(f"{line}  ".startswith(f"  {shown}  ") for line in lines)
+    if columns >= 60:
+        assert max(map(len, lines)) <= columns
+
+
+@pytest.mark.parametrize("command", [(), ("serve",), ("bench",)], ids=str)
+def test_a_short_h_is_help(command: tuple[str, ...]) -> None:
+    assert printed(*command, "-h") == printed(*command, "--help")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("--no-ssd true", "--no-ssd is a switch and takes no value: instead of --no-ssd true "),
+        ("--no-ssd=1", "instead of --no-ssd 1 write --no-ssd alone"),
+        ("--port 1 --trust-remote-code off nano", "leave it out"),
+        ("--ssd-async-writes false", "write --no-ssd-async-writes"),
+    ],
+)
+def test_a_switch_with_a_value_says_how_to_write_it(
+    args: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in usage_error(args.split(), capsys)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("bnech", "bnech is no command (serve, bench); did you mean bench?"),
+        ("--port 1 srve", "did you mean serve?"),
+        ("nnao", "did you mean nano?"),
+        ("gpt2", "If it is a model: mlx-lm-server serve gpt2"),
+        ("--port 1 bench", "bench is a command and comes first"),
+        ("serve serve", "serve is a command and comes first"),
+        ("nano other/model", "unexpected extra argument"),
+        ("nano --model other/model", "two models are named, nano and --model other/model"),
+    ],
+)
+def test_a_word_that_is_no_model_is_not_served(
+    args: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert words in usage_error(args.split(), capsys)
+
+
+@pytest.mark.parametrize(
+    "args",
+    ["{}", "serve {}", "--log-level error {}", "{} --model {}", "serve --served-model-name on {}"],
+)
+def test_a_model_can_be_an_argument(args: str, tmp_path: Path) -> None:
+    """It is taken for the model: the start says that nothing is in its folder."""
+    folder = f"{tmp_path}/nothing"
+    done = subprocess.run(
+        [*CLI, *args.format(folder, folder).split(), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert done.returncode == 1
+    assert f"--model {folder}: no such folder" in done.stderr
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import psutil
 import pytest
 
+from mlx_lm_server.server.serve import stopping
 from tests import fakes
+from tests.observations import observes
 from tests.server.harness import RunningServer
 
 
@@ -47,6 +49,17 @@ def test_an_idle_server_ends_at_once_and_clean(
     server = start()
     server.signal(number)
     assert server.process.wait(3) == 0
+    [line] = [line for line in server.output().splitlines() if "stopping" in line]
+    assert line.endswith("stopping"), "there is nothing to wait for"
+
+
+def test_the_first_signal_says_how_long_it_takes_and_what_a_second_one_does() -> None:
+    assert stopping(0, 30) == "stopping"
+    for num_requests, who in ((1, "1 request is in work"), (3, "3 requests are in work")):
+        line = stopping(num_requests, 2.5)
+        for words in (who, "up to 2.5 s (--drain-s)", "again to end at once"):
+            assert words in line
+    assert stopping(1, 0) == "stopping: 1 request is in work and cut off (--drain-s 0)"
 
 
 def test_running_requests_are_finished_and_new_ones_refused(
@@ -70,13 +83,18 @@ def test_running_requests_are_finished_and_new_ones_refused(
     assert not engine.is_running()
 
 
+@observes("ServerConfig.drain_s")
+@pytest.mark.parametrize("limit_s", [0, 0.5])
 def test_after_the_drain_limit_streams_end_with_an_error(
-    start: Callable[..., RunningServer],
+    start: Callable[..., RunningServer], limit_s: float
 ) -> None:
-    server = start(drain_s=0.3, engine={"step_s": 0.01})
+    server = start(flags={"--drain-s": str(limit_s)}, engine={"step_s": 0.01})
     asking = asked(server, max_tokens=4000)
+    began_s = time.monotonic()
     server.signal()
     assert server.process.wait(5) == 1
+    assert limit_s < time.monotonic() - began_s < limit_s + 2
+    assert stopping(1, limit_s) in server.output()
     asking.join()
     assert asking.lines[-1] == "data: [DONE]"
     assert "shutting down" in json.loads(asking.lines[-2][6:])["error"]["message"]
@@ -105,7 +123,7 @@ def test_a_second_signal_does_not_wait_for_an_engine_that_hangs(
     asking.start()
     time.sleep(0.3)
     server.signal()
-    time.sleep(0.5)
+    server.wait_until(lambda: "waiting for the engine to end, which writes" in server.output())
     assert server.is_running
     server.signal()
     assert server.process.wait(5) == 1

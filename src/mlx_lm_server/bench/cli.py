@@ -10,50 +10,89 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from mlx_lm_server.bench.client import Target
 from mlx_lm_server.bench.plans import Shape
+from mlx_lm_server.bench.progress import RoundBar, RoundLines, progress_of
 from mlx_lm_server.bench.report import as_json, print_table
-from mlx_lm_server.bench.session import Outcome, Session, Settings, TargetUnusableError
+from mlx_lm_server.bench.session import Session, Settings, TargetUnusableError
 from mlx_lm_server.bench.workloads import WORKLOADS
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def bench(
-    url: Annotated[str, typer.Option(help="The server to measure (A).")] = DEFAULT_URL,
+    url: Annotated[
+        str, typer.Option(metavar="URL", help="The server to measure (A).")
+    ] = DEFAULT_URL,
     compare: Annotated[
-        str | None, typer.Option(help="A second server (B); rounds are interleaved A B A B.")
+        str | None,
+        typer.Option(
+            metavar="URL",
+            help="A second server (B); rounds are interleaved A B A B. The same one again shows "
+            "how far two measurements of one thing differ.",
+        ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Model to ask for; else none is named, or the first of /v1/models."),
+        typer.Option(
+            metavar="NAME", help="Model to ask for; else none is named, or the first of /v1/models."
+        ),
     ] = None,
     compare_model: Annotated[
-        str | None, typer.Option(help="The same for the second server.")
+        str | None, typer.Option(metavar="NAME", help="The same for the second server.")
     ] = None,
     workload: Annotated[
         list[str] | None,
-        typer.Option(help=f"One of {', '.join(WORKLOADS)}; repeatable. Default: all."),
+        typer.Option(
+            metavar="NAME",
+            help=f"One of {', '.join(WORKLOADS)}; repeat it for several. Without it: all.",
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=1, max=1000)] = 3,
-    requests: Annotated[int, typer.Option(min=1, help="Requests per client and round.")] = 2,
-    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    output_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    long_prompt_tokens: Annotated[int, typer.Option(min=1, help="Of `long-prompt`.")] = 3000,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", min=1, max=1000, help="Rounds of each workload.")
+    ] = 3,
+    requests: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Requests per client and round.")
+    ] = 2,
+    prompt_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Length of a prompt.")
+    ] = 128,
+    output_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Length of an answer.")
+    ] = 64,
+    long_prompt_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Length of the prompt of `long-prompt`.")
+    ] = 3000,
     decoder_tokens: Annotated[
         int,
-        typer.Option(min=32, help="Answer length of the decoders that newcomers arrive beside."),
+        typer.Option(
+            metavar="N",
+            min=32,
+            help="Answer length of the decoders that newcomers arrive beside.",
+        ),
     ] = 1024,
     seed: Annotated[
-        int | None, typer.Option(help="Makes the prompts repeatable; a server may know them then.")
+        int | None,
+        typer.Option(
+            metavar="N", help="Makes the prompts repeatable; a server may know them then."
+        ),
     ] = None,
-    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY")] = None,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", envvar="OPENAI_API_KEY", help="Sent as `Authorization: Bearer KEY`."
+        ),
+    ] = None,
     timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds of silence after which a request has failed.")
+        float,
+        typer.Option(
+            metavar="X", min=0.1, help="Seconds of silence after which a request has failed."
+        ),
     ] = 120.0,
-    max_round_s: Annotated[float, typer.Option(min=1, help="Longest time of a round.")] = 600.0,
+    max_round_s: Annotated[
+        float, typer.Option(metavar="X", min=1, help="Longest time of a round.")
+    ] = 600.0,
     json_file: Annotated[
         Path | None,
         typer.Option("--json", metavar="FILE", help="Write the numbers to this file."),
@@ -91,12 +130,12 @@ def _known_workloads(names: list[str] | None) -> tuple[str, ...]:
 def _measure(targets: list[Target], settings: Settings, json_file: Path | None) -> int:
     """The exit code: 0, or 1 where a request failed or the run was cut off."""
     console = Console()
-    bar = RoundBar(len(settings.workloads) * settings.rounds * len(targets), console)
-    session = Session(targets, settings, bar)
+    num_rounds = len(settings.workloads) * settings.rounds * len(targets)
+    progress = progress_of(num_rounds, Console(stderr=True))
+    session = Session(targets, settings, progress)
     is_whole = False
     try:
-        with bar.progress:
-            _run_loop(session)
+        _show(session, progress)
         is_whole = True
     except TargetUnusableError as error:
         console.print(str(error), style="red", markup=False, highlight=False)
@@ -110,6 +149,14 @@ def _measure(targets: list[Target], settings: Settings, json_file: Path | None) 
     return 0 if is_whole and not has_errors else 1
 
 
+def _show(session: Session, progress: RoundBar | RoundLines) -> None:
+    progress.start()
+    try:
+        _run_loop(session)
+    finally:
+        progress.stop()
+
+
 def _run_loop(session: Session) -> None:
     """uvloop halves what the client costs, where it is installed."""
     try:
@@ -118,26 +165,3 @@ def _run_loop(session: Session) -> None:
         asyncio.run(session.run())
     else:
         uvloop.run(session.run())
-
-
-class RoundBar:
-    """Shows which round runs; redrawn seldom, for drawing takes CPU from what is measured."""
-
-    def __init__(self, num_rounds: int, console: Console) -> None:
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            refresh_per_second=2,
-            transient=True,
-        )
-        self._task = self.progress.add_task("counting tokens", total=num_rounds)
-
-    def round_started(self, workload: str, round_index: int, target: Target) -> None:
-        text = f"{workload} round {round_index + 1} {target.url}"
-        self.progress.update(self._task, description=text)
-
-    def round_ended(self, outcome: Outcome) -> None:
-        self.progress.advance(self._task)

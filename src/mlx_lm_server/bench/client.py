@@ -21,6 +21,7 @@ from mlx_lm_server.bench import sse
 from mlx_lm_server.bench.trace import Trace
 
 ERROR_TEXT_LIMIT = 300
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # A timer that comes this late says that this process was held up, not that the server is silent.
 HELD_UP_S = 0.5
 
@@ -49,6 +50,15 @@ class Target:
     @property
     def base_path(self) -> str:
         return urlsplit(self.url).path.rstrip("/").removesuffix("/v1")
+
+    def is_same_server(self, other: Target) -> bool:
+        """Whether both say one address, whatever model they ask for."""
+        return self._address == other._address
+
+    @property
+    def _address(self) -> tuple[bool, str, int, str]:
+        host = "localhost" if self.host in LOOPBACK else self.host
+        return self.is_tls, host, self.port, self.base_path
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,9 +78,16 @@ class Maker:
 
 
 def make_maker(
-    seed: int, workload: str, round_index: int, shape: Shape, calibration: Calibration
+    seed: int,
+    workload: str,
+    round_index: int,
+    shape: Shape,
+    calibration: Calibration,
+    deal: int = 0,
 ) -> Maker:
-    return Maker(Random(f"{seed}/{workload}/{round_index}"), shape, calibration)
+    """Makers of another `deal` draw other words for the same round."""
+    source = f"{seed}/{workload}/{round_index}" + (f"/{deal}" if deal else "")
+    return Maker(Random(source), shape, calibration)
 
 
 @dataclass(frozen=True, slots=True)

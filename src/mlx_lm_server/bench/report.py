@@ -18,6 +18,10 @@ from mlx_lm_server.bench.session import Outcome, Session
 
 NOTHING = "–"
 LETTERS = "AB"
+ITSELF = (
+    "A and B are one server, asked different prompts of the same lengths: how far a ratio is from "
+    "1 says how far two measurements of one thing differ."
+)
 
 
 def as_json(session: Session) -> dict[str, Any]:
@@ -39,6 +43,7 @@ def _outcome_json(outcome: Outcome) -> dict[str, Any]:
     return {
         "workload": outcome.workload,
         "target": outcome.target.name or outcome.target.url,
+        "letter": LETTERS[outcome.place],
         **dataclasses.asdict(outcome.summary),
         "client_cpu_per_token_s": outcome.client_cpu_per_token_s,
         "rounds": [dataclasses.asdict(summarize([one])) for one in outcome.rounds],
@@ -49,7 +54,7 @@ def ratios(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
     """First target over second, by workload and number. Throughput: more is better; all else:
     less is better."""
     pairs = zip(outcomes[::2], outcomes[1::2], strict=False)
-    return {a.workload: _ratio(a, b) for a, b in pairs if a.target != b.target}
+    return {a.workload: _ratio(a, b) for a, b in pairs if a.place != b.place}
 
 
 def _ratio(ours: Outcome, theirs: Outcome) -> dict[str, float]:
@@ -133,6 +138,8 @@ def _print_ratios(session: Session, console: Console) -> None:
     for workload, numbers in ratios(session.outcomes).items():
         line = "  ".join(f"{name} {value:.2f}" for name, value in numbers.items())
         console.print(f"{workload}: A / B  {line}", highlight=False, soft_wrap=True)
+    if session.compares_with_itself:
+        console.print(ITSELF, style="dim", soft_wrap=True)
 
 
 def _print_notes(session: Session, console: Console) -> None:
@@ -148,7 +155,7 @@ def _print_notes(session: Session, console: Console) -> None:
 def _label(outcome: Outcome, session: Session) -> str:
     if len(session.targets) == 1:
         return outcome.workload
-    return f"{outcome.workload} {LETTERS[session.targets.index(outcome.target)]}"
+    return f"{outcome.workload} {LETTERS[outcome.place]}"
 
 
 def _legend(session: Session) -> str:

@@ -1,6 +1,7 @@
 """Rounds of workloads against one or two targets, interleaved: A B A B.
 
-What disturbs the machine for a while disturbs both targets, so their ratio stays true.
+What disturbs the machine for a while disturbs both targets, so their ratio stays true. Both are
+asked the same, but for one server that is compared with itself: it would have B's answers cached.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ class Settings:
 
 @dataclass(slots=True)
 class Outcome:
-    """All rounds of one workload against one target."""
+    """All rounds of one workload against one target; `place` is the target's among those of the
+    session."""
 
     workload: str
     target: Target
+    place: int = 0
     rounds: list[list[Trace]] = field(default_factory=list)
     client_cpu_s: float = 0.0
 
@@ -60,7 +63,7 @@ class Outcome:
 class Watcher(Protocol):
     """Is told what goes on."""
 
-    def round_started(self, workload: str, round_index: int, target: Target) -> None: ...
+    def round_started(self, outcome: Outcome, round_index: int) -> None: ...
 
     def round_ended(self, outcome: Outcome) -> None: ...
 
@@ -75,17 +78,24 @@ class Session:
         self._watcher = watcher
         self._calibrations: dict[Target, Calibration] = {}
 
+    @property
+    def compares_with_itself(self) -> bool:
+        """Whether its targets are one server."""
+        return len(self.targets) > 1 and self.targets[0].is_same_server(self.targets[1])
+
     async def run(self) -> None:
         """Raises TargetUnusableError before the first round."""
         self.targets = tuple([await settle_model(target, self.settings) for target in self.targets])
         for target in self.targets:
             self._calibrations[target] = await calibrate(target, self.settings)
         for workload in self.settings.workloads:
-            outcomes = [Outcome(workload, target) for target in self.targets]
+            outcomes = [
+                Outcome(workload, target, place) for place, target in enumerate(self.targets)
+            ]
             self.outcomes += outcomes
             for round_index in range(self.settings.rounds):
                 for outcome in outcomes:
-                    self._watcher.round_started(workload, round_index, outcome.target)
+                    self._watcher.round_started(outcome, round_index)
                     await self._run_round(outcome, round_index)
                     self._watcher.round_ended(outcome)
 
@@ -97,6 +107,7 @@ class Session:
             round_index,
             settings.shape,
             self._calibrations[target],
+            outcome.place if self.compares_with_itself else 0,
         )
         client = Client(target, silence_s=settings.silence_s)
         cpu_s = time.process_time()

@@ -269,6 +269,11 @@ class StepPlan:
         return sum(len(chunk.token_ids) for chunk in self.prefills)
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens that the forward computes."""
+        return self.num_prefill_tokens + len(self.decodes)
+
+    @property
     def num_copied_tokens(self) -> int:
         """Whose K and V rows are given before the forward: from the cache, or in a larger slot."""
         loaded = (op.stop - op.start for op in self.loads if not isinstance(op, LoadState))

@@ -46,6 +46,10 @@ __all__ = ["CacheSettings", "Hit", "PrefixCache"]
 MIN_STATE_INTERVAL = 256
 # How many tokens from where two texts part a report shows.
 SHOWN_IDS = 24
+# Why no more of a prompt was found.
+LACKS_ROOM = "what is cached and the row that would take it do not fit the memory together"
+DIFFERS = "the prompt differs there from what is cached"
+ENDS = "the text that is cached ends there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +83,16 @@ class Hit:
         """The least that can be taken of it."""
         end = self.blocks[0].num_tokens if self.blocks else self.stop
         return self.within(end - self.start) or self
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """How much of a prompt was found, how much of that in rows, and the row that it ends in where
+    that has not filled the block there."""
+
+    num_tokens: int = 0
+    num_from_rows: int = 0
+    row: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,13 +228,15 @@ class PrefixCache:
         request.num_computed_tokens = hit.stop
         self._name_blocks(request)
 
-    def note_admission(self, request: Request, hit: Hit | None, recompute_s: float) -> None:
-        """Count what the request found and report it; when it gets its first row."""
-        num_cached = hit.stop if hit else 0
+    def note_admission(
+        self, request: Request, hit: Hit | None, recompute_s: float, *, lacks_room: bool = False
+    ) -> None:
+        """Count what the request found and report it; when it gets its first row. `lacks_room`:
+        it found something that does not fit the memory beside its row."""
         self.num_queried_tokens += len(request.prompt_ids)
-        self.num_hit_tokens += num_cached
-        num_from_rows = self._num_from_rows(hit) if hit else 0
-        request.cache_report = self._report(request, num_cached, num_from_rows, recompute_s)
+        self.num_hit_tokens += hit.stop if hit else 0
+        taken = _Found(hit.stop, self._num_from_rows(hit), hit.row) if hit else _Found()
+        request.cache_report = self._report(request, taken, recompute_s, lacks_room=lacks_room)
 
     def note_catching_up(
         self, request: Request, hit: Hit, recompute_s: float, *, is_last: bool
@@ -234,7 +250,8 @@ class PrefixCache:
         num_cached = report.num_cached_tokens + hit.stop - hit.start
         num_from_rows = report.num_from_rows + self._num_from_rows(hit)
         if num_cached == hit.stop and is_last:
-            request.cache_report = self._report(request, num_cached, num_from_rows, recompute_s)
+            taken = _Found(num_cached, num_from_rows, hit.row)
+            request.cache_report = self._report(request, taken, recompute_s, lacks_room=False)
         else:  # more is to come, or in between are tokens of its own, which are no cached text
             request.cache_report = structs.replace(
                 report, num_cached_tokens=num_cached, num_from_rows=num_from_rows
@@ -247,46 +264,68 @@ class PrefixCache:
         return min(num_tokens, hit.stop - hit.start)
 
     def _report(
-        self, request: Request, num_cached: int, num_from_rows: int, recompute_s: float
+        self, request: Request, taken: _Found, recompute_s: float, *, lacks_room: bool
     ) -> CacheReport:
         prompt = request.prompt_ids
-        nearest, other_ids = num_cached, []
-        if self._has_blocks:
-            num_blocks = len(self._index.walk(request, 0, len(prompt)))
-            child, in_child = self._index.nearest_child(request, num_blocks, len(prompt))
-            nearest = max(num_cached, num_blocks * self._size + in_child)
-            is_nearest = 0 < nearest == num_blocks * self._size + in_child
-            if child is not None and is_nearest and nearest < len(prompt):
-                other_ids = self._index.ids_from(child, in_child, SHOWN_IDS)
+        nearest, other_ids = self._nearest(request, taken)
+        why = self._why_not_all(request, taken.num_tokens, nearest, differs=bool(other_ids))
         return CacheReport(
             num_prompt_tokens=len(prompt),
-            num_cached_tokens=num_cached,
-            num_from_rows=num_from_rows,
+            num_cached_tokens=taken.num_tokens,
+            num_from_rows=taken.num_from_rows,
             num_nearest_tokens=nearest,
             prompt_ids=list(prompt[nearest : nearest + SHOWN_IDS]) if other_ids else [],
-            nearest_ids=other_ids,
-            why=self._why_not_all(request, num_cached, nearest, differs=bool(other_ids)),
+            nearest_ids=list(other_ids),
+            why=LACKS_ROOM if lacks_room and why else why,
             recompute_s=recompute_s,
         )
+
+    def _nearest(self, request: Request, taken: _Found) -> tuple[int, Sequence[int]]:
+        """Up to where the prompt is equal to the nearest cached text, and how that goes on if it
+        does so otherwise than the prompt."""
+        prompt = request.prompt_ids
+        if not self._has_blocks:
+            return taken.num_tokens, []
+        num_blocks = len(self._index.walk(request, 0, len(prompt)))
+        child, in_child = self._index.nearest_child(request, num_blocks, len(prompt))
+        nearest = num_blocks * self._size + in_child
+        other_ids: Sequence[int] = []
+        if taken.num_tokens > nearest:  # in a block that a row has not filled yet
+            nearest = taken.num_tokens
+            if taken.row is not None:
+                other_ids = self._request_in[taken.row].known_ids(nearest, nearest + SHOWN_IDS)
+        elif child is not None and nearest:
+            other_ids = self._index.ids_from(child, in_child, SHOWN_IDS)
+        differs = bool(other_ids) and nearest < len(prompt) and other_ids[0] != prompt[nearest]
+        return nearest, other_ids if differs else []
 
     def _why_not_all(
         self, request: Request, num_cached: int, nearest: int, *, differs: bool
     ) -> str:
-        if num_cached >= len(request.prompt_ids) - 1:
+        """What kept the rest from being found, where it is not for want of memory."""
+        num_prompt, block = len(request.prompt_ids), f"a block ({self._size} tokens)"
+        if num_cached >= num_prompt - 1:
             return ""
         if not self.is_on:
             return "the prefix cache is off"
         if request.sampling.prompt_logprobs is not None:
             return "logprobs of the prompt were asked for, so all of it is computed"
-        if nearest > num_cached and self._has_state:
-            return "the model keeps state that can be taken up only at checkpoints"
-        if nearest - num_cached >= self._size:
-            return "what is cached and the row that would take it do not fit the memory together"
+        if num_prompt <= self._size:
+            return f"the prompt is not longer than {block}, and nothing less is taken up"
+        if not self._has_blocks:
+            return "no checkpoint of the model's state is kept further on"
         if nearest == 0:
             return "nothing that begins like this is cached"
-        if not differs:
-            return "the text that is cached ends there"
-        return "the prompt differs there from what is cached"
+        why = DIFFERS if differs else ENDS
+        if nearest == num_cached:
+            return why
+        if nearest < self._size:
+            return f"{why}, and nothing less than {block} is taken up"
+        if self._has_state:
+            return "the model keeps state that can be taken up only at checkpoints"
+        if nearest - num_cached < self._size:
+            return f"{why}, and what is left up to there is less than {block}"
+        return "the rest of what is cached was left to later steps, beside others that decode"
 
     # ---- sharing in flight
 

@@ -228,15 +228,25 @@ class Scheduler:
             if not self._layout.could_place(num_tokens):
                 break
             hit = self._cache.find(request)
-            if not self._room.find_place(num_tokens, hit):
+            lacks_room = not self._room.find_place(num_tokens, hit)
+            if lacks_room:
                 hit = None
                 if not self._room.find_place(num_tokens, None):
                     break
             joined.append(self._queue.pop())
-            self._join(request, num_tokens, self._part_of(hit, request, loads), now_s)
+            part = self._part_of(hit, request, loads)
+            self._join(request, num_tokens, part, now_s, lacks_room=lacks_room)
         return joined
 
-    def _join(self, request: Request, num_tokens: int, hit: Hit | None, now_s: float) -> None:
+    def _join(
+        self,
+        request: Request,
+        num_tokens: int,
+        hit: Hit | None,
+        now_s: float,
+        *,
+        lacks_room: bool,
+    ) -> None:
         assert request.num_pending_tokens == 0, "what it sampled before it was preempted is read"
         if request.status is RequestStatus.WAITING:
             num_prompt = len(request.prompt_ids)
@@ -244,7 +254,8 @@ class Scheduler:
             self._num_prompt_tokens += num_prompt
             request.admitted_s = now_s
             num_left = num_prompt - (hit.stop if hit else 0)
-            self._cache.note_admission(request, hit, self._prefill_s(num_prompt, num_left))
+            recompute_s = self._prefill_s(num_prompt, num_left)
+            self._cache.note_admission(request, hit, recompute_s, lacks_room=lacks_room)
         request.row = self._free_rows.pop()
         request.prefill_until = request.num_known_tokens
         request.status = RequestStatus.RUNNING
@@ -416,12 +427,13 @@ class Scheduler:
     def _append_token(
         self, request: Request, token: int, now_s: float, scores: RowLogprobs | None
     ) -> RequestOutput:
-        queue_s = 0.0
+        queue_s = prefill_s = 0.0
         report = None
         if not request.output_ids:
             request.first_token_s = now_s
             report = request.cache_report
-            queue_s = (request.admitted_s or now_s) - request.arrival_s
+            admitted_s = now_s if request.admitted_s is None else request.admitted_s
+            queue_s, prefill_s = admitted_s - request.arrival_s, now_s - admitted_s
         reason = _finish_reason(request, token)
         request.output_ids.append(token)
         self._num_output_tokens += 1
@@ -436,6 +448,8 @@ class Scheduler:
             cache=report,
             logprobs=None if scores is None or scores.token is None else [scores.token],
             prompt_logprobs=None if scores is None else scores.prompt,
+            prefill_s=prefill_s,
+            num_preemptions=request.num_preemptions,
         )
 
     # ---- what is going on
@@ -507,6 +521,7 @@ class Scheduler:
             prefix_cache_hits_total=self._cache.num_hit_tokens,
             cache_evictions_total=self._cache.store.num_evictions,
             prefill_tokens_total=self._num_prefill_tokens,
+            num_deferred=len(self._cache.restores),
         )
 
 

@@ -63,6 +63,7 @@ class EngineCore:
         self._running_since_s = 0.0  # since the tokens of the plan before came, if there was one
         self._progress = PrefillProgress()
         self._held: list[RequestOutput] = []  # to be told after the next submission
+        self._step_tokens: list[int] = []
         self.took_memory = False  # whether the last plan made slabs or segments
 
     @property
@@ -85,6 +86,11 @@ class EngineCore:
             return stats
         tier = self._disk.stats(self._scheduler.num_restored_tokens)
         return msgspec.structs.replace(stats, tier=tier)
+
+    def take_step_tokens(self) -> list[int]:
+        """How many tokens each step computed that was read since the last call."""
+        taken, self._step_tokens = self._step_tokens, []
+        return taken
 
     def close(self, flush_limit_s: float = FLUSH_LIMIT_S) -> None:
         """Give what only memory has to the disk tier, for at most so long, and close it."""
@@ -150,6 +156,8 @@ class EngineCore:
         if not awaited:
             self._runner.submit()
         step_s, self._running_since_s = now_s - self._running_since_s, now_s
+        if finished.num_tokens:
+            self._step_tokens.append(finished.num_tokens)
         logprobs = self._runner.read_logprobs()
         outputs = self._scheduler.update(finished, tokens, step_s, now_s, logprobs)
         outputs = self._progress.after(finished) + outputs

@@ -123,7 +123,7 @@ class EngineLoop:
 
     def _tell(self, outputs: list[RequestOutput]) -> None:
         self._told_s = time.monotonic()
-        self._link.send(Outputs(outputs, self._core.stats()))
+        self._link.send(Outputs(outputs, self._core.stats(), self._core.take_step_tokens()))
 
 
 def _watch_parent(parent: int) -> None:

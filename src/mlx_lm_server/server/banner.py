@@ -84,6 +84,8 @@ def _facts(config: Config, model: ServedModel, ready: Ready, url: str) -> Table:
         "batch": f"{config.batching.max_batch_size} rows, {config.batching.max_queue_size} queued",
         "disk cache": _disk_cache(config.tier, ready),
         "URL": url,
+        "docs": _docs(config, url),
+        "stop": "Ctrl-C",
     }
     for name, value in rows.items():
         table.add_row(f"[bold]{name}[/bold]", escape(value))
@@ -92,7 +94,16 @@ def _facts(config: Config, model: ServedModel, ready: Ready, url: str) -> Table:
 
 def _disk_cache(config: TierConfig, ready: Ready) -> str:
     """With the folder of all models; that of this one is in /health."""
-    return f"{config.ssd_policy}, {Path(ready.disk_tier).parent}" if ready.disk_tier else "off"
+    if not ready.disk_tier:
+        return "off"
+    limit_gb = config.ssd_max_size_gb
+    most = f"up to {limit_gb:g} GB" if limit_gb else "no limit"
+    return f"{config.ssd_policy}, {most} (--ssd-max-size-gb), {Path(ready.disk_tier).parent}"
+
+
+def _docs(config: Config, url: str) -> str:
+    """A browser cannot open a Unix socket."""
+    return f"{url}/docs" if config.server.uds is None else "/docs on the socket"
 
 
 def _examples(config: Config, name: str, url: str) -> str:

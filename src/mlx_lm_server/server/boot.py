@@ -13,6 +13,7 @@ from mlx_lm_server.config import Config, TierConfig
 from mlx_lm_server.errors import ConfigError
 from mlx_lm_server.protocol import DiskTier, LoadModel, Ready
 from mlx_lm_server.server.banner import StartDisplay
+from mlx_lm_server.server.metrics import cache_config
 from mlx_lm_server.server.model_files import (
     ModelFacts,
     read_facts,
@@ -62,6 +63,7 @@ async def boot(
         model = _served_model(config, folder, facts, tokenizer, ready)
         services.set_model(model)
         services.metrics.kv_bits = ready.kv_bits
+        services.metrics.cache_config = cache_config(config.kv, ready, model.bounds)
         gc.collect()
         gc.freeze()  # what stays for ever need not be looked at again
         display.banner(config, model, ready, url)

@@ -91,8 +91,10 @@ class OutputStream:
         "is_released",
         "last_token_s",
         "num_computed_tokens",
+        "num_preemptions",
         "num_prompt_tokens",
         "num_reused_tokens",
+        "prefill_s",
         "queue_s",
         "req_id",
     )
@@ -119,6 +121,8 @@ class OutputStream:
         self._scores: list[TokenLogprobs] = []
         self._prompt_scores: list[TokenLogprobs] | None = None
         self.queue_s = 0.0
+        self.prefill_s = 0.0
+        self.num_preemptions = 0
 
     @property
     def num_cached_tokens(self) -> int:
@@ -145,6 +149,9 @@ class OutputStream:
             self.cache = output.cache
         if output.queue_s:
             self.queue_s = output.queue_s
+        if output.prefill_s:
+            self.prefill_s = output.prefill_s
+        self.num_preemptions = output.num_preemptions
         if output.logprobs is not None:
             self._scores += output.logprobs
         if output.prompt_logprobs is not None:
@@ -268,6 +275,7 @@ class EngineClient:
         """One step's tokens to their streams."""
         now = self._clock()
         self.stats = frame.stats
+        self._metrics.observe_steps(frame.step_tokens)
         for output in frame.outputs:
             stream = self._live.get(output.req_id)
             if stream is None:
@@ -287,6 +295,7 @@ class EngineClient:
             if output.cache is not None:
                 self._metrics.observe_cache(output.cache)
             if stream.first_token_s is None:
+                self._metrics.observe_start(output)
                 stream.first_token_s = now
         if output.finish_reason == "error":
             stream.fail(EngineError(output.error or "the engine could not do this request"))

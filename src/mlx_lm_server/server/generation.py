@@ -48,6 +48,7 @@ class Generation:
         self._readers = [
             AnswerReader(index, request, tokenizer) for index, request in enumerate(requests)
         ]
+        self._prompts = _by_prompt(requests)
         self._num_open = len(requests)
         self._open = [True] * len(requests)
         self.request_id = request_id
@@ -106,8 +107,12 @@ class Generation:
         self._num_open -= 1
         self.finish_reasons.append(reason)
         stream.is_ended = True
-        self._metrics.observe_end(stream, self._readers[stream.index].num_tokens, reason)
+        request, num_tokens = self._requests[stream.index], self._readers[stream.index].num_tokens
+        self._metrics.observe_end(stream, request, num_tokens, reason)
         if self.is_done:
+            for places in self._prompts:
+                longest = max(self._readers[place].num_tokens for place in places)
+                self._metrics.observe_choices(len(places), longest)
             self._on_done(self)
 
     def cancel(self, error: ServerError) -> None:
@@ -172,6 +177,17 @@ class Generation:
             prefill_tokens_per_s=_pace(num_prefilled, first_s - arrival_s - queue_s),
             decode_tokens_per_s=_pace(num_decoded, last_s - first_s),
         )
+
+
+def _by_prompt(requests: Sequence[GenerateRequest]) -> list[list[int]]:
+    """The places of the sequences of each prompt; its copies follow the first."""
+    prompts: list[list[int]] = []
+    for place, request in enumerate(requests):
+        if request.is_copy:
+            prompts[-1].append(place)
+        else:
+            prompts.append([place])
+    return prompts
 
 
 def _pace(num_tokens: int, seconds: float) -> float:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -20,10 +20,13 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-from mlx_lm_server.protocol import CacheReport, EngineStats, FinishReason
+from mlx_lm_server.config import KVConfig
+from mlx_lm_server.protocol import CacheReport, EngineStats, FinishReason, Ready, RequestOutput
 
 if TYPE_CHECKING:
     from mlx_lm_server.server.engine_client import OutputStream
+    from mlx_lm_server.server.generate_request import GenerateRequest
+    from mlx_lm_server.server.served_model import Bounds
 
 PREFIX = "mlx_lm_server:"
 TTFT_BOUNDS = (
@@ -38,6 +41,8 @@ E2E_BOUNDS = (
     0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0,
     240.0, 480.0, 960.0, 1920.0,
 )  # fmt: skip
+STEP_BOUNDS = tuple(float(tokens) for tokens in (1, *(2**power for power in range(3, 15))))
+COUNT_BOUNDS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0, 50.0)
 TOKEN_BOUNDS = tuple(float(digit * 10**power) for power in range(5) for digit in (1, 2, 5))
 
 # Fields of TierStats.
@@ -103,6 +108,17 @@ class Metrics(Collector):
         self.e2e_latency_s = Histogram(E2E_BOUNDS)
         self.prompt_tokens_per_request = Histogram(TOKEN_BOUNDS)
         self.generation_tokens_per_request = Histogram(TOKEN_BOUNDS)
+        self.queue_time_s = Histogram(E2E_BOUNDS)
+        self.prefill_time_s = Histogram(E2E_BOUNDS)
+        self.decode_time_s = Histogram(E2E_BOUNDS)
+        self.inference_time_s = Histogram(E2E_BOUNDS)
+        self.time_per_output_token_s = Histogram(ITL_BOUNDS)
+        self.computed_tokens_per_request = Histogram(TOKEN_BOUNDS)
+        self.preemptions_per_request = Histogram(COUNT_BOUNDS)
+        self.max_tokens_asked = Histogram(TOKEN_BOUNDS)
+        self.choices_asked = Histogram(COUNT_BOUNDS)
+        self.longest_choice_tokens = Histogram(TOKEN_BOUNDS)
+        self.step_tokens = Histogram(STEP_BOUNDS)
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.prefix_cache_queries = 0
@@ -110,6 +126,7 @@ class Metrics(Collector):
         self.engine_restarts = 0
         self.num_preemptions = 0
         self.kv_bits = 16
+        self.cache_config: Mapping[str, str] = {}
         self.finished: Counter[str] = Counter()
         self.http_responses: Counter[int] = Counter()
         self.is_shut_down_clean = False
@@ -125,16 +142,47 @@ class Metrics(Collector):
         else:
             self.inter_token_latency_s.observe(now - stream.last_token_s)
 
+    def observe_start(self, output: RequestOutput) -> None:
+        """With a sequence's first token, which says where the time until it went."""
+        self.queue_time_s.observe(output.queue_s)
+        self.prefill_time_s.observe(output.prefill_s)
+
     def observe_cache(self, report: CacheReport) -> None:
         self.prefix_cache_queries += report.num_prompt_tokens
         self.prefix_cache_hits += report.num_cached_tokens
+        self.computed_tokens_per_request.observe(
+            report.num_prompt_tokens - report.num_cached_tokens
+        )
 
-    def observe_end(self, stream: OutputStream, num_tokens: int, reason: FinishReason) -> None:
+    def observe_steps(self, step_tokens: Sequence[int]) -> None:
+        for num_tokens in step_tokens:
+            self.step_tokens.observe(num_tokens)
+
+    def observe_end(
+        self, stream: OutputStream, request: GenerateRequest, num_tokens: int, reason: FinishReason
+    ) -> None:
         self.finished[reason] += 1
         self.prompt_tokens_per_request.observe(stream.num_prompt_tokens)
         self.generation_tokens_per_request.observe(num_tokens)
+        self.max_tokens_asked.observe(0 if request.is_prompt_only else request.sampling.max_tokens)
         if reason in ("stop", "length"):
             self.e2e_latency_s.observe(stream.last_token_s - stream.arrival_s)
+            self.preemptions_per_request.observe(stream.num_preemptions)
+            self._observe_decoding(stream, num_tokens)
+
+    def _observe_decoding(self, stream: OutputStream, num_tokens: int) -> None:
+        if stream.first_token_s is None:
+            return
+        decode_s = stream.last_token_s - stream.first_token_s
+        self.decode_time_s.observe(decode_s)
+        self.inference_time_s.observe(stream.prefill_s + decode_s)
+        if num_tokens > 1:
+            self.time_per_output_token_s.observe(decode_s / (num_tokens - 1))
+
+    def observe_choices(self, num_choices: int, longest_tokens: int) -> None:
+        """When the last choice of a prompt has ended."""
+        self.choices_asked.observe(num_choices)
+        self.longest_choice_tokens.observe(longest_tokens)
 
     def exposition(self) -> bytes:
         """The text format of Prometheus."""
@@ -158,6 +206,27 @@ class Metrics(Collector):
              self.e2e_latency_s),
             ("request_prompt_tokens", "Prompt length.", self.prompt_tokens_per_request),
             ("request_generation_tokens", "Answer length.", self.generation_tokens_per_request),
+            ("request_queue_time_seconds", "From arrival in the engine to a row.",
+             self.queue_time_s),
+            ("request_prefill_time_seconds", "From a row to the first token.",
+             self.prefill_time_s),
+            ("request_decode_time_seconds", "From the first token to the last.",
+             self.decode_time_s),
+            ("request_inference_time_seconds", "From a row to the last token.",
+             self.inference_time_s),
+            ("request_time_per_output_token_seconds",
+             "A sequence's mean time between tokens.", self.time_per_output_token_s),
+            ("request_prefill_kv_computed_tokens",
+             "Prompt tokens that were computed, not cached.", self.computed_tokens_per_request),
+            ("request_num_preemptions", "How often a sequence gave its row back.",
+             self.preemptions_per_request),
+            ("request_params_n", "Choices asked for, of a prompt.", self.choices_asked),
+            ("request_params_max_tokens", "Tokens that an answer might have.",
+             self.max_tokens_asked),
+            ("request_max_num_generation_tokens", "Length of a prompt's longest choice.",
+             self.longest_choice_tokens),
+            ("iteration_tokens_total", "Tokens that a step of the engine computes.",
+             self.step_tokens),
         ):  # fmt: skip
             family = HistogramMetricFamily(PREFIX + name, help, labels=["model_name"])
             family.add_metric([self.model_name], histogram.buckets(), histogram.sum)
@@ -171,25 +240,50 @@ class Metrics(Collector):
             ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.",
              self.prefix_cache_queries),
             ("prefix_cache_hits", "Prompt tokens found there.", self.prefix_cache_hits),
+            ("prompt_tokens_cached", "Prompt tokens that were not computed.",
+             self.prefix_cache_hits),
             ("engine_restarts", "Engines started anew after a death.", self.engine_restarts),
         ):  # fmt: skip
             family = CounterMetricFamily(PREFIX + name, help, labels=["model_name"])
             family.add_metric([self.model_name], value)
             yield family
-        finished = CounterMetricFamily(
-            PREFIX + "request_success",
-            "Sequences ended, by reason.",
-            labels=["model_name", "finished_reason"],
+        yield self._labelled(
+            CounterMetricFamily,
+            "prompt_tokens_by_source",
+            "Prompt tokens, by where they came from.",
+            "source",
+            {
+                "local_compute": self.prompt_tokens - self.prefix_cache_hits,
+                "local_cache_hit": self.prefix_cache_hits,
+            },
         )
-        for reason, count in self.finished.items():
-            finished.add_metric([self.model_name, reason], count)
-        yield finished
+        yield self._labelled(
+            CounterMetricFamily,
+            "request_success",
+            "Sequences ended, by reason.",
+            "finished_reason",
+            self.finished,
+        )
         responses = CounterMetricFamily(
             PREFIX + "http_responses", "HTTP responses, by status.", labels=["status"]
         )
         for status, count in self.http_responses.items():
             responses.add_metric([str(status)], count)
         yield responses
+
+    def _labelled(
+        self,
+        kind: type[CounterMetricFamily] | type[GaugeMetricFamily],
+        name: str,
+        help: str,
+        label: str,
+        values: Mapping[str, float],
+    ) -> Metric:
+        """A metric with a value for each value of one label."""
+        family = kind(PREFIX + name, help, labels=["model_name", label])
+        for key, value in values.items():
+            family.add_metric([self.model_name, key], value)
+        return family
 
     def _preemptions(self) -> int:
         stats = self.engine_stats()
@@ -227,6 +321,20 @@ class Metrics(Collector):
             family = GaugeMetricFamily(PREFIX + name, help, labels=["model_name"])
             family.add_metric([self.model_name], value)
             yield family
+        deferred = min(stats.num_deferred, waiting) if stats else 0
+        yield self._labelled(
+            GaugeMetricFamily,
+            "num_requests_waiting_by_reason",
+            "Requests waiting for room (capacity), or for what the disk tier reads (deferred).",
+            "reason",
+            {"capacity": waiting - deferred, "deferred": deferred},
+        )
+        if self.cache_config:
+            info = GaugeMetricFamily(
+                f"{PREFIX}cache_config_info", "What the KV cache is.", labels=[*self.cache_config]
+            )
+            info.add_metric([*self.cache_config.values()], 1)
+            yield info
         for name, help, value in (
             ("active_sequences", "Rows in the batch.", running),
             ("queued_requests", "Requests waiting for a row.", waiting),
@@ -240,3 +348,14 @@ class Metrics(Collector):
             ("shutdown_clean", "1 once the server has drained.", int(self.is_shut_down_clean)),
         ):
             yield GaugeMetricFamily(name, help, value=value)
+
+
+def cache_config(kv: KVConfig, ready: Ready, bounds: Bounds) -> dict[str, str]:
+    """Labels that say what the KV cache is, named as vLLM names them."""
+    return {
+        "block_size": str(kv.block_size),
+        "cache_dtype": ready.kv_format or "auto",
+        "enable_prefix_caching": str(not kv.no_prefix_cache),
+        "num_gpu_blocks": str(bounds.kv_tokens // kv.block_size),
+        "num_gpu_blocks_override": str(kv.num_blocks),
+    }

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+from asyncio import FIRST_COMPLETED
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +39,9 @@ from mlx_lm_server.server.waiting import first_of
 log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_S = 0.001
+# An engine that takes longer to end is told of.
+SLOW_END_S = 1.0
+AGAIN = "press Ctrl-C or send the signal again to end at once"
 EXIT_CLEAN, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
 
@@ -48,7 +52,6 @@ class Surroundings:
     engine_command: Sequence[str] = (sys.executable, "-m", "mlx_lm_server.engine.engine_main")
     limits: Limits = field(default_factory=Limits)
     connection_limits: ConnectionLimits = field(default_factory=ConnectionLimits)
-    drain_s: float = 30.0
 
 
 def run(config: Config, surroundings: Surroundings | None = None) -> int:
@@ -81,6 +84,16 @@ def build_services(config: Config) -> Services:
     metrics.engine_stats = lambda: client.stats
     metrics.num_live = lambda: client.num_live
     return Services(config, metrics, client, admission)
+
+
+def stopping(num_requests: int, drain_s: float) -> str:
+    """What the first signal is answered with: how long it takes, and what a second one does."""
+    if num_requests == 0:
+        return "stopping"
+    who = "1 request is" if num_requests == 1 else f"{num_requests} requests are"
+    if drain_s == 0:
+        return f"stopping: {who} in work and cut off (--drain-s 0)"
+    return f"stopping: {who} in work, waiting up to {drain_s:g} s (--drain-s); {AGAIN}"
 
 
 class Server:
@@ -128,14 +141,15 @@ class Server:
             stopped.cancel()
 
     async def _drain(self, services: Services) -> int:
-        """After the first signal: no new work, the running work has `drain_s`. A second signal
+        """After the first signal: no new work, the running work has `--drain-s`. A second signal
         ends it at once."""
         self._stop.clear()
         services.admission.is_draining = True
-        log.info("stopping: %d requests are in work", services.admission.num_open)
-        deadline_s = time.monotonic() + self._surroundings.drain_s
+        drain_s = self._config.server.drain_s
+        log.info("%s", stopping(len(services.open_generations), drain_s))
+        deadline_s = time.monotonic() + drain_s
         while services.open_generations and not self._stop.is_set():
-            if time.monotonic() > deadline_s:
+            if time.monotonic() >= deadline_s:
                 break
             await asyncio.sleep(0.02)
         is_clean = not services.open_generations
@@ -159,13 +173,17 @@ class Server:
 
     async def _end_engine(self, supervisor: Supervisor) -> None:
         """In order; a second signal kills it."""
-        stopping = asyncio.create_task(supervisor.stop())
+        ending = asyncio.create_task(supervisor.stop())
         hurry = asyncio.create_task(self._stop.wait())
-        await first_of(stopping, hurry)
+        await asyncio.wait((ending, hurry), timeout=SLOW_END_S, return_when=FIRST_COMPLETED)
+        if not (ending.done() or hurry.done()):
+            why = "" if self._config.tier.no_ssd else ", which writes its cache to disk first"
+            log.info("waiting for the engine to end%s; %s", why, AGAIN)
+        await first_of(ending, hurry)
         if hurry.done():
             supervisor.kill()
         hurry.cancel()
-        await stopping
+        await ending
 
     def _watch_signals(self, keys: ApiKeys) -> None:
         loop = asyncio.get_running_loop()

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import uvicorn
-from fake_openai import FakeServer, until
+from fake_openai import OTHER, FakeServer, until
 from starlette.applications import Starlette
 from starlette.routing import Route
 
@@ -18,7 +18,8 @@ async def server() -> AsyncIterator[FakeServer]:
         fake = FakeServer(f"http://127.0.0.1:{listener.getsockname()[1]}")
         routes = [
             Route(path, fake.answer, methods=["POST"])
-            for path in ("/v1/completions", "/v1/chat/completions")
+            for base in ("", OTHER)
+            for path in (f"{base}/v1/completions", f"{base}/v1/chat/completions")
         ]
         routes.append(Route("/v1/models", fake.models))
         config = uvicorn.Config(

@@ -15,6 +15,7 @@ from mlx_lm_server.bench.client import Target
 TOKENS_PER_WORD = 2
 OVERHEAD_TOKENS = 3
 CACHED_TOKENS = 5
+OTHER = "/other"  # what is below it passes for a second server
 
 
 class FakeServer:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from fake_openai import FakeServer, until
+from fake_openai import OTHER, FakeServer, until
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -48,8 +48,8 @@ class Log:
     def __init__(self) -> None:
         self.rounds: list[tuple[str, int, str | None]] = []
 
-    def round_started(self, workload: str, round_index: int, target: Target) -> None:
-        self.rounds.append((workload, round_index, target.model))
+    def round_started(self, outcome: Outcome, round_index: int) -> None:
+        self.rounds.append((outcome.workload, round_index, outcome.target.model))
 
     def round_ended(self, outcome: Outcome) -> None:
         assert len(outcome.rounds) > 0
@@ -83,6 +83,7 @@ async def test_every_workload_runs_without_error_and_is_reported(server: FakeSer
         assert result["client_cpu_per_token_s"] > 0
     json.dumps(results)
     table = rendered(session)
+    assert "one server" not in table
     assert all(name in table for name in WORKLOADS)
 
 
@@ -94,7 +95,7 @@ async def test_calibration_finds_how_the_target_counts(server: FakeServer) -> No
 
 async def test_rounds_of_two_targets_are_interleaved_and_ask_the_same(server: FakeServer) -> None:
     log = Log()
-    targets = [server.target("a"), server.target("b")]
+    targets = [server.target("a"), Target(server.url + OTHER, "b")]
     session = Session(targets, settings("single", "clients8", rounds=2), log)
     await session.run()
     expected = [
@@ -110,6 +111,28 @@ async def test_rounds_of_two_targets_are_interleaved_and_ask_the_same(server: Fa
     assert sorted(prompts["a"]) == sorted(prompts["b"])
     assert set(as_json(session)["ratios"]) == {"single", "clients8"}
     assert "A / B" in rendered(session)
+
+
+@pytest.mark.parametrize("model", ["a", "b"])
+async def test_a_server_beside_itself_is_asked_new_prompts_of_the_same_lengths(
+    server: FakeServer, model: str
+) -> None:
+    """With the same ones it would have B's cached: the ratios would be those of its cache."""
+    again = Target(f"{server.url}/v1/".replace("127.0.0.1", "localhost"), model)
+    session = Session([server.target("a"), again], settings("single", "mixed"), Log())
+    await session.run()
+    prompts = [body["prompt"] for body in server.bodies[4:]]  # after the probes
+    assert len(set(prompts)) == len(prompts)
+    for one in (prompts[:4], prompts[4:]):
+        lengths = [len(prompt.split()) for prompt in one]
+        assert sorted(lengths[: len(one) // 2]) == sorted(lengths[len(one) // 2 :])
+    written = as_json(session)
+    assert set(written["ratios"]) == {"single", "mixed"}
+    assert [result["letter"] for result in written["results"]] == ["A", "B"] * 2
+    table = " ".join(rendered(session).split())
+    assert "single A" in table
+    assert "single B" in table
+    assert "A and B are one server" in table
 
 
 async def test_newcomers_are_measured_beside_decoders_which_are_stopped(
@@ -197,6 +220,28 @@ async def test_the_command_prints_a_table_and_writes_json(
     written = json.loads(file.read_text())
     assert written["settings"]["seed"] == 3
     assert len(written["results"][0]["rounds"]) == 2
+
+
+async def test_where_stderr_is_no_terminal_a_line_says_which_round_begins(
+    server: FakeServer,
+) -> None:
+    """And it is there while the round runs, though nobody empties a buffer."""
+    code = "import typer; from mlx_lm_server.bench.cli import bench; typer.run(bench)"
+    options = ("--url", server.url, "--workload", "single", "--rounds", "500", "--seed", "1")
+    pipe = asyncio.subprocess.PIPE
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", code, *options, stdout=pipe, stderr=pipe
+    )
+    assert child.stderr is not None
+    lines = [(await asyncio.wait_for(child.stderr.readline(), 30)).decode() for _ in range(3)]
+    child.send_signal(signal.SIGINT)
+    output, _ = await asyncio.wait_for(child.communicate(), 10)
+    assert lines == [
+        "counting tokens\n",
+        f"[1/500] single, round 1, A {server.url}\n",
+        f"[2/500] single, round 2, A {server.url}\n",
+    ]
+    assert b"round" not in output, "the table is alone in its file"
 
 
 async def test_the_command_fails_where_requests_fail(server: FakeServer) -> None:

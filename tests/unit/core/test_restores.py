@@ -87,3 +87,15 @@ def test_what_comes_after_a_part_that_is_short_is_not_read():
     assert _run_again(tier) == 12 * BLOCK
     assert tier.num_reads == 1 + PARTS_IN_FLIGHT
     assert tier.num_cancelled == PARTS_IN_FLIGHT - 1
+
+
+def test_a_request_that_the_tier_reads_for_is_told_apart_from_those_without_a_row():
+    sim = _simulation(_filled_tier())
+    sim.add(make_request("after", NUM_BLOCKS * BLOCK + 1, 4))
+    stats = sim.scheduler.stats()
+    assert (stats.num_waiting, stats.num_deferred) == (1, 1)
+    sim.add(make_request("new", 40, 4, seed=9))
+    stats = sim.scheduler.stats()
+    assert (stats.num_waiting, stats.num_deferred) == (2, 1)
+    sim.run()
+    assert sim.scheduler.stats().num_deferred == 0

@@ -345,6 +345,10 @@ def test_where_a_row_cannot_grow_the_latest_request_is_preempted_and_ends_later(
     assert sim.tokens_of("first") == [token_at(0, i) for i in range(30)]
     assert sim.tokens_of("second") == [token_at(1, i) for i in range(30)]
     assert sim.finish_reason("first") == sim.finish_reason("second") == "length"
+    assert {output.num_preemptions for output in sim.outputs["first"]} == {0}
+    counts = [output.num_preemptions for output in sim.outputs["second"]]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (0, 1)
 
 
 def test_a_preempted_request_computes_prompt_and_output_again_when_all_is_read():
@@ -425,6 +429,21 @@ def test_times_of_admission_and_first_token_are_kept():
     sim.run()
     assert request.admitted_s == 2.0
     assert request.first_token_s == pytest.approx(2.01)
+
+
+def test_the_first_token_says_how_long_the_request_waited_and_was_computed():
+    """The second one gets its row when the first has ended."""
+    sim = Simulation(SchedulerLimits(max_batch_size=1))
+    requests = [_endless(name, 40, 5) for name in ("first", "second")]
+    for request in requests:
+        sim.add(request)
+    sim.run()
+    first, second = (sim.outputs[name] for name in ("first", "second"))
+    assert (first[0].queue_s, first[0].prefill_s) == (0.0, pytest.approx(0.01))
+    assert second[0].queue_s == requests[1].admitted_s
+    assert second[0].queue_s >= 0.04
+    assert second[0].prefill_s == requests[1].first_token_s - requests[1].admitted_s > 0
+    assert all(output.queue_s == output.prefill_s == 0.0 for output in first[1:] + second[1:])
 
 
 def test_nothing_is_learnt_from_a_step_without_a_time():

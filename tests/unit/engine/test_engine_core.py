@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mlx_lm_server.core.plan import DecodeRow, StepPlan
+from mlx_lm_server.core.plan import DecodeRow, PrefillChunk, StepPlan
 from mlx_lm_server.engine.engine_core import EngineCore
 from mlx_lm_server.protocol import Abort, RequestOutput
 
@@ -115,6 +115,22 @@ def test_awaited_tokens_are_told_before_that_and_only_they() -> None:
     assert told(core.step()) == ["b"]
     assert runner.calls == ["read", "submit", "read", "submit"]
     assert told(core.step()) == ["a", "b"], "the last ones, with nothing to submit"
+
+
+def test_the_tokens_of_each_step_that_computed_some_are_told_once() -> None:
+    core, scheduler, _ = engine(set())
+    chunk = PrefillChunk(1, 0, 1, 0, (5, 6, 7), samples=True)
+    mixed = StepPlan(3, (), (), (), (DecodeRow(0, 0, 0, 5),), (chunk,))
+    scheduler.left += [mixed, StepPlan(4, (0,), (), (), (), ())]
+    assert core.take_step_tokens() == []
+    core.step()
+    core.step()
+    core.step()
+    assert core.take_step_tokens() == [1, 1]
+    core.step()
+    core.step()
+    assert core.take_step_tokens() == [4], "the last only gives rows back"
+    assert core.take_step_tokens() == []
 
 
 def test_nothing_is_told_of_a_request_that_was_aborted_meanwhile() -> None:

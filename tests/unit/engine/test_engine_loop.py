@@ -29,6 +29,9 @@ class LongPrefill:
     def stats(self) -> None:
         return None
 
+    def take_step_tokens(self) -> list[int]:
+        return [1]
+
     def close(self) -> None:
         pass
 
@@ -60,3 +63,4 @@ def test_a_prefill_without_outputs_is_not_silent(monkeypatch: pytest.MonkeyPatch
     link = Link(lasts_s=1.0)
     EngineLoop(link, LongPrefill(), NoUpkeep()).run([])  # type: ignore[arg-type]
     assert 2 <= len(link.sent) <= 11
+    assert all(message.step_tokens == [1] for message in link.sent)

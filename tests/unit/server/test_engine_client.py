@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from mlx_lm_server.errors import (
     EngineDiedError,
@@ -22,6 +23,7 @@ from mlx_lm_server.errors import (
 from mlx_lm_server.protocol import (
     Abort,
     AddRequest,
+    CacheReport,
     EngineStats,
     Message,
     Outputs,
@@ -35,7 +37,7 @@ from mlx_lm_server.server.generation import ClientGoneError, Generation
 from mlx_lm_server.server.metrics import Metrics
 from mlx_lm_server.server.tokenizer import Tokenizer
 
-STATS = EngineStats(*[0] * len(EngineStats.__struct_fields__))
+STATS = EngineStats(*[0] * 13)
 
 
 class Letters:
@@ -184,6 +186,61 @@ async def test_time_limits() -> None:
     await generation.next()
     with pytest.raises(RequestTimeoutError):
         await generation.next()
+
+
+def numbers(scene: Scene) -> dict[str, float]:
+    """What /metrics tells, by name and by the value of the label that tells samples apart."""
+    found = {}
+    for family in scene.metrics.collect():
+        for sample in family.samples:
+            kinds = [value for label, value in sample.labels.items() if label != "model_name"]
+            name = sample.name.removeprefix("mlx_lm_server:")
+            found["/".join((name, *kinds))] = sample.value
+    return found
+
+
+async def test_preemptions_are_counted_however_a_sequence_ends() -> None:
+    scene = Scene()
+    generations = [scene.generate(), scene.generate(stop=("b",))]
+    by_engine, by_stop_string = scene.ids()
+    scene.say(RequestOutput(by_engine, [0]))
+    scene.say(RequestOutput(by_engine, [0], "length", num_preemptions=2))
+    scene.say(RequestOutput(by_stop_string, [0, 1], num_preemptions=1))
+    for generation in generations:
+        await generation.next()
+        assert generation.is_done
+    told = numbers(scene)
+    assert (told["request_num_preemptions_count"], told["request_num_preemptions_sum"]) == (2, 3)
+    assert told["request_num_preemptions_bucket/1"] == 1
+
+
+async def test_prompt_tokens_are_told_by_where_they_came_from() -> None:
+    scene = Scene()
+    scene.generate()
+    scene.generate()
+    first, second = scene.ids()
+    report = CacheReport(2, 0, 0, 0, [], [], "", 0.0)
+    scene.say(RequestOutput(first, [0], cache=report))
+    scene.say(RequestOutput(second, [0], cache=replace(report, num_cached_tokens=1)))
+    told = numbers(scene)
+    assert told["prompt_tokens_total"] == 4
+    assert told["prompt_tokens_cached_total"] == 1
+    assert told["prompt_tokens_by_source_total/local_compute"] == 3
+    assert told["prompt_tokens_by_source_total/local_cache_hit"] == 1
+    assert told["request_prefill_kv_computed_tokens_sum"] == 3
+    assert told["request_prefill_kv_computed_tokens_count"] == 2
+
+
+async def test_who_waits_is_told_by_what_for() -> None:
+    scene = Scene()
+    scene.generate(num_sequences=5)
+    scene.metrics.num_live = lambda: scene.client.num_live
+    stats = replace(STATS, num_running=2, num_waiting=3, num_deferred=1)
+    scene.metrics.engine_stats = lambda: stats
+    told = numbers(scene)
+    assert told["num_requests_waiting"] == 3
+    assert told["num_requests_waiting_by_reason/capacity"] == 2
+    assert told["num_requests_waiting_by_reason/deferred"] == 1
 
 
 EVENTS = st.sampled_from(["token", "end", "error", "abort", "read", "leave", "die", "expire"])
