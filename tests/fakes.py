@@ -88,6 +88,8 @@ class Seen(msgspec.Struct):
     logprobs: int | None
     prompt_logprobs: int | None
     thinking: protocol.ThinkingBudget | None
+    allowed_token_ids: tuple[int, ...]
+    bad_words: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, request: AddRequest) -> Seen:

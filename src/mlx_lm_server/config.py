@@ -476,17 +476,19 @@ class GenerationConfig:
         low=0.01,
         high=10,
     )
-    max_prompt_tokens: int = option(
-        32768,
+    max_prompt_tokens: int | None = option(
+        None,
         "Longest prompt; over it: 400 context_length_exceeded.",
-        why="One prompt must not starve the others; the model's context caps it too.",
+        why="Clients plan by the context that they are told. Long prompts are computed in chunks.",
+        unset="the model's context",
         unit="tokens",
         low=1,
     )
-    max_generation_tokens: int = option(
-        32768,
+    max_generation_tokens: int | None = option(
+        None,
         "Most tokens that one request may ask for.",
-        why="A runaway answer ends.",
+        why="The context ends a runaway answer.",
+        unset="what the prompt leaves of the context",
         unit="tokens",
         low=1,
     )

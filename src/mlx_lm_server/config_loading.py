@@ -270,5 +270,5 @@ def check_combinations(config: Config) -> None:
         )
     generation = config.generation
     default, limit = generation.default_max_tokens, generation.max_generation_tokens
-    if default is not None and default > limit:
+    if default is not None and limit is not None and default > limit:
         raise ConfigError(f"--default-max-tokens {default} is over --max-generation-tokens {limit}")

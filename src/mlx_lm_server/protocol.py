@@ -46,6 +46,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like
     is sent, and the server leaves it out of the text. It is not drawn before `min_tokens`.
     `typical_p` 1 and `xtc_probability` 0 are off. `logprobs` is how many alternatives to name
     beside each drawn token, `prompt_logprobs` the same for each token of the prompt; None is off.
+    Nothing but `allowed_token_ids` is drawn, where there are any, and none of `bad_words`, which
+    are sequences of tokens. A forced token goes before all of that.
     """
 
     max_tokens: int
@@ -66,6 +68,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     thinking: ThinkingBudget | None = None
+    allowed_token_ids: tuple[int, ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
 
 # ---- server → engine

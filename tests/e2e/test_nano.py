@@ -68,6 +68,40 @@ async def test_thirty_two_clients_each_get_what_they_would_get_alone(nano: Nano)
     assert len(set(together)) > 16
 
 
+@pytest.mark.parametrize("stop", ["\n", "\n\n"])
+def test_a_stop_string_is_sought_in_the_content(nano: Nano, stop: str) -> None:
+    """Not in what it thinks, the marks around that, or the markup of a call."""
+    body = {"temperature": 0, "stop": stop}
+    thought = {
+        **body,
+        "messages": ask("What is 3 + 4?"),
+        "chat_template_kwargs": {"enable_thinking": True},
+    }
+    [choice] = nano.client.post("/v1/chat/completions", json=thought).json()["choices"]
+    assert choice["message"]["content"] == "3 + 4 = 7"
+    assert choice["message"]["reasoning_content"]
+    weather = {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+    called = {**body, "messages": ask("What is the weather in Paris?"), "tools": [weather]}
+    [choice] = nano.client.post("/v1/chat/completions", json=called).json()["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+
+
+def test_bad_words_are_not_written(nano: Nano) -> None:
+    body = {"prompt": "Once upon", "temperature": 0, "max_tokens": 16}
+    text = nano.client.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    words = text.split()[:2]
+    bound = {**body, "bad_words": [words[0], " ".join(words)], "logprobs": 1}
+    [choice] = nano.client.post("/v1/completions", json=bound).json()["choices"]
+    assert words[0] not in choice["text"].split()
+    assert len(choice["logprobs"]["top_logprobs"][0]) == 2  # the likeliest, and what was drawn
+
+
 def test_a_stop_string_and_a_limit(sdk: openai.OpenAI) -> None:
     answer = sdk.chat.completions.create(
         model="nano", messages=ask("Count from 1 to 9."), temperature=0, stop=["4"]

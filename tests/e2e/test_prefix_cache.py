@@ -63,6 +63,19 @@ def test_explaining_an_answer_that_is_not_remembered_is_a_400(nano: Nano) -> Non
     assert answer.json()["error"]["param"] == "id"
 
 
+@observes("ChatRequest.prompt_cache_key", "CompletionRequest.prompt_cache_key")
+def test_requests_of_one_prompt_cache_key_are_counted(nano: Nano) -> None:
+    def told(**more: Any) -> tuple[str | None, int]:
+        [one] = ask(nano, "What is the capital of Chad?", **more)["usage"]["cache"]
+        return one["prompt_cache_key"], one["requests_with_key"]
+
+    assert [told(prompt_cache_key="agent") for _ in range(3)] == [("agent", n) for n in range(3)]
+    assert told() == (None, 0)
+    body = {"prompt": "x", "max_tokens": 1, "explain_cache": True, "prompt_cache_key": "agent"}
+    [one] = nano.client.post("/v1/completions", json=body).json()["usage"]["cache"]
+    assert one["requests_with_key"] == 3
+
+
 @observes("ChatRequest.cache_salt", "CompletionRequest.cache_salt")
 def test_salts_keep_prefixes_apart(nano: Nano) -> None:
     def cached(salt: str | None) -> int:

@@ -182,6 +182,33 @@ def test_logit_bias_forbids_and_forces() -> None:
     assert draw(logits, [row(3, seed=9, logit_bias={2: 100.0})]) == [2]
 
 
+def test_nothing_but_allowed_tokens_is_drawn() -> None:
+    allowed = (2, 4, 5)
+    found = shares(allowed_token_ids=allowed)
+    assert_close(found, [p if i in allowed else 0 for i, p in enumerate(PROBABILITIES)])
+    rows = [row(7, temperature=0.0, allowed_token_ids=allowed, logit_bias={0: 100.0})]
+    assert draw(LOGITS[None], rows) == [2]
+
+
+def test_bad_words_are_not_drawn() -> None:
+    found = shares(bad_words=((0,), (2,), (1, 4)))
+    assert_close(found, [0 if i in (0, 2) else p for i, p in enumerate(PROBABILITIES)])
+    words = ((0, 1), (0, 0), (3, 0, 2))
+    for output, expected in (((), 0), ((0,), 2), ((3, 0), 3), ((1, 0), 2)):
+        assert draw(LOGITS[None], [row(7, output=output, temperature=0.0, bad_words=words)]) == [
+            expected
+        ]
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0.0}, {"temperature": 1.3}], ids=str)
+def test_where_bad_words_leave_nothing_an_allowed_token_comes(how: dict[str, float]) -> None:
+    rows = [
+        row(7, seed=seed, output=(0,), allowed_token_ids=(4, 5), bad_words=((0, 4), (5,)), **how)
+        for seed in range(40)
+    ]
+    assert set(draw(mx.broadcast_to(LOGITS[None], (40, 7)), rows)) <= {4, 5}
+
+
 def test_greedy_and_drawing_rows_share_a_batch() -> None:
     logits = mx.broadcast_to(LOGITS[None], (3, 7))
     rows = [row(7, temperature=0.0), row(7, seed=1, logit_bias={6: 50.0}), row(7, temperature=0.0)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, processors
 
 from mlx_lm_server.server.openai import fields
 from tests.observations import observed, observes
@@ -112,6 +112,7 @@ ENGINE: dict[str, tuple[Any, Any, str]] = {
     "typical_p": (0.5, 0.5, "typical_p"),
     "xtc_probability": (0.5, 0.5, "xtc_probability"),
     "xtc_threshold": (0.25, 0.25, "xtc_threshold"),
+    "allowed_token_ids": ([64, 65, 64], [64, 65], "allowed_token_ids"),
 }
 
 
@@ -191,11 +192,88 @@ def _observe_prompt_logprobs(scene: Scene, kind: str) -> bool:
     )
 
 
+def _observe_special_tokens(scene: Scene, kind: str) -> bool:
+    text = "a<eos>b"
+    asked = {"ignore_eos": True, "max_tokens": 3, **_saying(kind, text)}
+    return (
+        scene.text(kind, **asked) == scene.text(kind, skip_special_tokens=True, **asked) == "ab"
+        and scene.text(kind, skip_special_tokens=False, **asked) == text
+        and scene.text(kind, skip_special_tokens=False, **_saying(kind, text)) == "a"
+    )
+
+
+def _saying(kind: str, text: str) -> dict[str, Any]:
+    """What makes the fake engine say a text."""
+    return {"prompt": text} if kind == "completion" else {"messages": _user(text)}
+
+
+def _user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def _observe_truncation(scene: Scene, kind: str) -> bool:
+    long = _saying(kind, "x" * 5000)
+    most = scene.answer(kind, truncate_prompt_tokens=-1, **long)["usage"]
+    return (
+        scene.text(kind, truncate_prompt_tokens=2, max_tokens=2) == "bc"
+        and scene.answer(kind, truncate_prompt_tokens=9)["usage"]["prompt_tokens"] == 3
+        and (most["prompt_tokens"], most["total_tokens"]) == (4096 - 9, 4096)
+    )
+
+
+def _observe_token_ids(scene: Scene, kind: str) -> bool:
+    """All that were read, the one that ended it too."""
+    asked = {"return_token_ids": True, "stop": "b", "n": 2}
+    whole = scene.answer(kind, **asked)
+    events = [e for e in scene.events(kind, **asked)[:-1] if e["choices"]]
+    places = [whole] if kind == "chat" else whole["choices"]
+    first = [e if kind == "chat" else e["choices"][0] for e in events]
+    streamed = [e["choices"][0] for e in events if e["choices"][0]["index"] == 1]
+    told = [one["prompt_token_ids"] for one in first if "prompt_token_ids" in one]
+    return (
+        [choice["token_ids"] for choice in whole["choices"]] == [[64, 65]] * 2
+        and [i for one in streamed for i in one.get("token_ids", ())] == [64, 65]
+        and [place["prompt_token_ids"] for place in places] == told
+        and told == [[64, 65, 66]] * (1 if kind == "chat" else 2)
+        and "token_ids" not in scene.choice(kind)
+    )
+
+
+def _observe_bad_words(scene: Scene, kind: str) -> bool:
+    space = scene.post("/tokenize", prompt=" ")["tokens"]
+    seen = scene.seen(kind, bad_words=["ab", " c", "\n"])["bad_words"]
+    line = scene.post("/tokenize", prompt="\n")["tokens"]
+    return bool(seen == [[64, 65], [*space, 64, 65], [66], [*space, 66], line])
+
+
+def _observe_retention(scene: Scene, kind: str) -> bool:
+    def warnings(**hint: str) -> str:
+        body = {**_saying(kind, "a"), "max_tokens": 1, **hint}
+        return str(scene.server.client.post(PATHS[kind], json=body).headers.get("x-warning"))
+
+    told = warnings(prompt_cache_retention="24h")
+    return "prompt_cache_retention has no effect" in told and warnings() == "None"
+
+
+def _observe_safety_identifier(scene: Scene, kind: str) -> bool:
+    scene.answer(kind, safety_identifier=f"one-{kind}")
+    return f"safety_identifier=one-{kind}" in scene.server.output()
+
+
 Observe = Callable[[Scene, str], bool]
 BOTH: dict[str, Observe] = {
     "model": lambda s, k: s.answer(k, model="other")["model"] == "other",
     "stop": lambda s, k: s.text(k, stop="b") == "a",
     "stop_token_ids": lambda s, k: s.text(k, stop_token_ids=[ord("b") - ord("!")]) == "a",
+    "include_stop_str_in_output": lambda s, k: (
+        s.text(k, stop="b", include_stop_str_in_output=True) == "ab"
+    ),
+    "skip_special_tokens": _observe_special_tokens,
+    "truncate_prompt_tokens": _observe_truncation,
+    "return_token_ids": _observe_token_ids,
+    "bad_words": _observe_bad_words,
+    "prompt_cache_retention": _observe_retention,
+    "safety_identifier": _observe_safety_identifier,
     "ignore_eos": lambda s, k: EOS_ID not in s.seen(k, ignore_eos=True)["stop_token_ids"],
     "stream": _observe_stream,
     "stream_options": _observe_stream_options,
@@ -236,7 +314,26 @@ def _observe_budget(name: str) -> Observe:
     return observe
 
 
+def _thinking(scene: Scene, **body: Any) -> dict[str, Any]:
+    choice = scene.choice("chat", chat_template_kwargs={"enable_thinking": True}, **body)
+    return {**choice["message"], "stop_reason": choice["stop_reason"]}
+
+
+def _observe_stop_in_reasoning(scene: Scene, _kind: str) -> bool:
+    ended, free = _thinking(scene, stop="b", stop_in_reasoning=True), _thinking(scene, stop="b")
+    return (
+        (ended["reasoning_content"], ended["stop_reason"]) == ("a", "b")
+        and free["reasoning_content"].startswith("abc")
+        and free["stop_reason"] is None
+    )
+
+
 CHAT: dict[str, Observe] = {
+    "stop_in_reasoning": _observe_stop_in_reasoning,
+    "include_reasoning": lambda s, _k: (
+        "reasoning_content" in _thinking(s)
+        and "reasoning_content" not in _thinking(s, include_reasoning=False)
+    ),
     "messages": lambda s, k: s.text(k, messages=[{"role": "user", "content": "zzz"}])[:3] == "zzz",
     "max_completion_tokens": lambda s, k: s.seen(k, max_completion_tokens=3)["max_tokens"] == 3,
     "chat_template_kwargs": lambda s, k: s.choice(k, chat_template_kwargs={"enable_thinking": True})
@@ -354,6 +451,17 @@ TEXT: dict[str, dict[str, Callable[[Scene], bool]]] = {
             ]
             == 3
         ),
+        "parse_special": lambda s: (
+            s.post("/tokenize", content="<eos>")["tokens"] == [EOS_ID]
+            and s.post("/tokenize", content="<eos>", parse_special=False)["count"] == 5
+        ),
+        "with_pieces": lambda s: (
+            [
+                one["piece"]
+                for one in s.post("/tokenize", content="a\u00e9", with_pieces=True)["tokens"]
+            ]
+            == ["a", [0xC3], [0xA9]]
+        ),
         "return_token_strs": lambda s: (
             s.post("/tokenize", prompt="a b", return_token_strs=True)["token_strs"]
             == ["a", "Ġ", "b"]
@@ -407,6 +515,30 @@ def test_a_field_of_the_tokenizers_endpoints_has_its_effect(
     assert TEXT[path][name](scene)
 
 
+@observes("TokenizeRequest.add_special")
+def test_special_tokens_are_added_as_the_name_of_the_text_lets_expect(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """llama.cpp's `content` has none by default, vLLM's `prompt` has."""
+    folder = make_model(tmp_path_factory.mktemp("begins") / "tiny")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<user> $A", special_tokens=[("<user>", EOS_ID + 1)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    server = RunningServer(folder).start()
+
+    def count(**body: Any) -> int:
+        return int(server.client.post("/tokenize", json=body).json()["count"])
+
+    assert (count(prompt="a"), count(content="a")) == (2, 1)
+    assert (count(prompt="a", add_special=False), count(content="a", add_special=True)) == (1, 2)
+    both = {"content": "a", "add_special": True, "add_special_tokens": True}
+    error = server.client.post("/tokenize", json=both).json()["error"]
+    assert error["param"] == "add_special"
+    server.stop()
+
+
 @observes("ApplyTemplateRequest.add_generation_prompt", "TokenizeRequest.add_generation_prompt")
 def test_the_generation_prompt_can_be_left_out(server: RunningServer) -> None:
     body = {"messages": MESSAGES, "add_generation_prompt": False}
@@ -444,3 +576,66 @@ def test_what_is_not_done_of_a_stream_is_refused_by_name(
     del body["prompt" if kind == "chat" else "messages"]
     error = scene.server.client.post(PATHS[kind], json=body).json()["error"]
     assert (error["param"], error["code"]) == (f"stream_options.{name}", "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "param"),
+    [
+        ("completion", {"allowed_token_ids": []}, "allowed_token_ids"),
+        ("chat", {"allowed_token_ids": [1, 270]}, "allowed_token_ids"),
+        ("chat", {"allowed_token_ids": [64], "bad_words": ["a"]}, "allowed_token_ids"),
+        ("completion", {"allowed_token_ids": [EOS_ID], "min_tokens": 2}, "allowed_token_ids"),
+        ("chat", {"bad_words": [""]}, "bad_words[0]"),
+        ("chat", {"bad_words": ["x" * 257]}, "bad_words[0]"),
+        ("chat", {"bad_words": ["x"] * 257}, "bad_words"),
+        ("completion", {"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ("completion", {"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ("completion", {"truncate_prompt_tokens": 2, "suffix": "x"}, "truncate_prompt_tokens"),
+        ("completion", {"stop_in_reasoning": True}, "stop_in_reasoning"),
+        ("chat", {"prompt_cache_key": "x" * 1025}, "prompt_cache_key"),
+        ("chat", {"prompt_cache_retention": "1h"}, "prompt_cache_retention"),
+        ("chat", {"max_completion_tokens": 5000}, "max_completion_tokens"),
+        ("chat", {"max_tokens": 5000}, "max_tokens"),
+        ("chat", {"messages": [{"role": "user", "content": "x" * 5000}]}, "messages"),
+        ("completion", {"prompt": "x" * 5000}, "prompt"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_done_is_a_400_that_names_the_field(
+    scene: Scene, kind: str, body: dict[str, Any], param: str
+) -> None:
+    response = scene.server.client.post(PATHS[kind], json={**_saying(kind, "abc"), **body})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_what_ended_an_answer_is_told_whole_and_streamed(scene: Scene) -> None:
+    for kind in PATHS:
+        for body, reason in (
+            ({"stop": ["z", "b"]}, "b"),
+            ({"stop_token_ids": [65]}, 65),
+            ({**_saying(kind, "a<eos>")}, None),
+            ({"max_tokens": 1}, None),
+        ):
+            assert scene.choice(kind, **body)["stop_reason"] == reason
+            *chunks, last = (e["choices"][0] for e in scene.events(kind, **body)[:-1])
+            assert last["stop_reason"] == reason
+            assert not any("stop_reason" in chunk for chunk in chunks)
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_logprobs_end_where_the_text_ends(scene: Scene, kind: str) -> None:
+    """Streamed too, where a token may wait for its text."""
+    asked = {"stop": "cz", "logprobs": True if kind == "chat" else 0, **_saying(kind, "abcbczz")}
+    whole = scene.choice(kind, **asked)["logprobs"]
+    events = [e["choices"][0] for e in scene.events(kind, **asked)[:-1]]
+    streamed = [one["logprobs"] for one in events if one["logprobs"]]
+    if kind == "chat":
+        tokens = [one["token"] for one in whole["content"]]
+        assert [one for part in streamed for one in part["content"]] == whole["content"]
+    else:
+        tokens = whole["tokens"]
+        assert whole["text_offset"] == [0, 1, 2, 3]
+        for name in whole:
+            assert [one for part in streamed for one in part[name]] == whole[name]
+        assert whole["top_logprobs"] == [{token: -0.5} for token in tokens]
+    assert tokens == list("abcb")

@@ -112,7 +112,7 @@ def test_values_of_every_type_from_variables() -> None:
             "--prefill-step-size 200 is over --max-num-batched-tokens 100",
         ),
         ({"--max-num-batched-tokens": "16"}, "each decoding row takes a token"),
-        ({"--default-max-tokens": "99999"}, "is over --max-generation-tokens 32768"),
+        ({"--default-max-tokens": "9", "--max-generation-tokens": "5"}, "over --max-generation"),
         ({"--max-batch-size": "1", "--completion-batch-size": "2"}, "are the same setting"),
     ],
 )

@@ -26,7 +26,6 @@ import mlx.core as mx
 
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.plan import JoinedRow, RowLogprobs, StepPlan
-from mlx_lm_server.core.thinking import ThinkingClock
 from mlx_lm_server.protocol import Batching
 from mlx_lm_server.runner import kv_quantisation, native_draw, probe
 from mlx_lm_server.runner.block_store import BlockStore
@@ -52,7 +51,7 @@ class _Running:
     scores: RowScores | None = None
     prompts: list[PromptScores] = field(default_factory=list)
     told: dict[int, PromptScores] = field(default_factory=dict)  # by place among `rows`
-    thinking: dict[int, ThinkingClock] = field(default_factory=dict)  # by place among `rows`
+    followers: dict[int, RowSampling] = field(default_factory=dict)  # by place among `rows`
 
 
 class ModelRunner:
@@ -212,8 +211,8 @@ class ModelRunner:
         wanted = [row.params.logprobs for row in sampling]
         if any(num is not None for num in wanted):
             self._drawn.scores = RowScores(logits, wanted)
-        clocks = ((place, row.thinking) for place, row in enumerate(sampling))
-        self._drawn.thinking = {place: clock for place, clock in clocks if clock is not None}
+        places = enumerate(sampling)
+        self._drawn.followers = {place: row for place, row in places if row.follows_tokens}
         draw = self._sampler.start(logits, sampling)
         self._last_tokens[mx.array(rows, mx.int32)] = draw.tokens
         self._drawn.draw, self._drawn.result = draw, draw.tokens
@@ -243,8 +242,8 @@ class ModelRunner:
         if not drawn.rows:
             return []
         tokens = cast(list[int], drawn.result.tolist())
-        for place, clock in drawn.thinking.items():
-            clock.push(tokens[place])
+        for place, row in drawn.followers.items():
+            row.follow(tokens[place])
         return tokens
 
     @property

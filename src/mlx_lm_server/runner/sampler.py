@@ -4,8 +4,8 @@ The draw is a race (`race.py`; on CPUs `native_draw.py`) with noise hashed from 
 index of the token in its sequence and the token id. So a row's token depends on its own logits and
 parameters only, never on what shares the batch.
 
-Candidates are dropped in this order: logit bias and penalties, temperature, min_p, top_k,
-typical_p, XTC, top_p.
+Candidates are dropped in this order: penalties, logit bias, allowed tokens and bad words,
+temperature, min_p, top_k, typical_p, XTC, top_p.
 
 Rows that ask for nothing cost nothing: greedy rows take part in one argmax only, and penalties and
 bias touch only the rows that have them.
@@ -19,6 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_lm_server.core.bad_words import BadWords
 from mlx_lm_server.core.thinking import ThinkingClock
 from mlx_lm_server.protocol import SamplingParams
 from mlx_lm_server.runner import fast_math
@@ -29,12 +30,15 @@ from mlx_lm_server.runner.truncation import exclude_top_choices, keep_typical
 
 MASK_64 = (1 << 64) - 1
 XTC_SALT = 0x58544358544358
+# Logit of a bad word's last token: no chance beside any other, but one where nothing else is left.
+FORBIDDEN = -1e30
 
 
 @dataclass(slots=True)
 class RowSampling:
     """What the sampler keeps of one row. `next_index` is the index in the sequence of the token
-    drawn next; `output_counts` and `seen` are `[vocab]` float32, only for rows with penalties."""
+    drawn next; `output_counts` and `seen` are `[vocab]` float32, only for rows with penalties;
+    `bias` `[vocab]` says which tokens are never drawn, too."""
 
     params: SamplingParams
     next_index: int
@@ -45,6 +49,23 @@ class RowSampling:
     ends_from: int = 0
     prompt_scores: PromptScores | None = None
     thinking: ThinkingClock | None = None
+    bad_words: BadWords | None = None
+
+    @property
+    def follows_tokens(self) -> bool:
+        """Whether what it may draw depends on what was read of it last."""
+        return self.thinking is not None or self.bad_words is not None
+
+    def follow(self, token: int) -> None:
+        """The token that was drawn last, as it was read."""
+        if self.thinking is not None:
+            self.thinking.push(token)
+        if self.bad_words is not None:
+            self.bad_words.push(token)
+
+    @property
+    def forbidden_tokens(self) -> list[int]:
+        return [] if self.bad_words is None else self.bad_words.forbidden
 
     @property
     def may_not_end(self) -> bool:
@@ -61,7 +82,8 @@ class RowSampling:
     @property
     def changes_logits(self) -> bool:
         is_bent = self.has_penalties or self.bias is not None
-        return is_bent or self.may_not_end or self.forced_token is not None
+        is_bound = self.may_not_end or self.forced_token is not None
+        return is_bent or is_bound or bool(self.forbidden_tokens)
 
     @property
     def is_greedy(self) -> bool:
@@ -88,9 +110,9 @@ def start_row(
     if params.presence_penalty or params.frequency_penalty or has_repetition:
         row.output_counts = _counts(output_ids, vocab_size)
         row.seen = mx.minimum(_counts((*prompt_ids, *output_ids), vocab_size), 1.0)
-    if params.logit_bias:
-        ids = mx.array(list(params.logit_bias), mx.int32)
-        row.bias = mx.zeros(vocab_size).at[ids].add(mx.array(list(params.logit_bias.values())))
+    row.bias = _bias(params, vocab_size)
+    if several := [word for word in params.bad_words if len(word) > 1]:
+        row.bad_words = BadWords(several, output_ids)
     if params.min_tokens and params.stop_token_ids:
         row.stop_ids = mx.array(list(params.stop_token_ids), mx.int32)
         row.ends_from = len(prompt_ids) + params.min_tokens
@@ -99,6 +121,22 @@ def start_row(
     if params.prompt_logprobs is not None and not output_ids:
         row.prompt_scores = PromptScores(prompt_ids, params.prompt_logprobs)
     return row
+
+
+def _bias(params: SamplingParams, vocab_size: int) -> mx.array | None:
+    """`[vocab]`: all that is added to the logits at every step; None where that is nothing."""
+    biases = {word[0]: FORBIDDEN for word in params.bad_words if len(word) == 1}
+    biases = {**params.logit_bias, **biases}
+    if not biases and not params.allowed_token_ids:
+        return None
+    found = mx.zeros(vocab_size)
+    if biases:
+        found[mx.array(list(biases), mx.int32)] = mx.array(list(biases.values()))
+    if params.allowed_token_ids:
+        only = mx.full((vocab_size,), -mx.inf)
+        only[mx.array(params.allowed_token_ids, mx.int32)] = 0.0
+        found = found + only
+    return found
 
 
 def _counts(ids: Sequence[int], vocab_size: int) -> mx.array:
@@ -275,7 +313,7 @@ def _truncate(weights: mx.array, params: Sequence[SamplingParams], keys: Sequenc
 
 
 def _adjust(logits: mx.array, rows: Sequence[RowSampling]) -> mx.array:
-    """Penalties and bias, for the rows that have them."""
+    """Penalties, bias and what is forbidden, for the rows that have them."""
     for i, row in enumerate(rows):
         if row.changes_logits:
             logits[i] = _adjust_row(logits[i], row)
@@ -299,6 +337,9 @@ def _adjust_row(logits: mx.array, row: RowSampling) -> mx.array:
         logits = logits - params.presence_penalty * mx.minimum(row.output_counts, 1.0)
     if row.bias is not None:
         logits = logits + row.bias
+    if forbidden := row.forbidden_tokens:
+        ids = mx.array(forbidden, mx.int32)
+        logits[ids] = mx.minimum(logits[ids], FORBIDDEN)
     if row.may_not_end:
         logits[row.stop_ids] = -mx.inf
     return logits

@@ -30,7 +30,7 @@ class CacheRoutes:
 
     async def explain(self, http: Request) -> Response:
         client_key = http.scope["state"]["client_key"]
-        id, reports = self._services.cache_reports.of(http.query_params.get("id"), client_key)
-        prompts = self._services.explain(reports)
+        id, facts = self._services.cache_reports.of(http.query_params.get("id"), client_key)
+        prompts = self._services.explain(facts)
         found = {"id": id, "object": "cache.explanation", "prompts": prompts}
         return Response(msgspec.json.encode(found), media_type="application/json")

@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Sequence
 
 from mlx_lm_server.errors import ServerError
-from mlx_lm_server.protocol import CacheReport, FinishReason
+from mlx_lm_server.protocol import FinishReason
 from mlx_lm_server.server.answer_reader import AnswerReader
+from mlx_lm_server.server.cache_explanation import CacheFacts
 from mlx_lm_server.server.engine_client import EngineClient, Mailbox, OutputStream
 from mlx_lm_server.server.generate_request import (
     Delta,
@@ -52,6 +53,7 @@ class Generation:
         self._num_open = len(requests)
         self._open = [True] * len(requests)
         self.request_id = request_id
+        self.num_with_key = 0  # earlier requests of the same prompt_cache_key
         self.finish_reasons: list[FinishReason] = []
 
     @property
@@ -143,10 +145,11 @@ class Generation:
         return self._requests[0].client_key
 
     @property
-    def cache_reports(self) -> list[CacheReport]:
-        """One for each prompt that was admitted."""
+    def cache_facts(self) -> CacheFacts:
+        """With a report of each prompt that was admitted."""
         pairs = zip(self._streams, self._requests, strict=True)
-        return [s.cache for s, r in pairs if s.cache is not None and not r.is_copy]
+        reports = [s.cache for s, r in pairs if s.cache is not None and not r.is_copy]
+        return CacheFacts(reports, self._requests[0].prompt_cache_key, self.num_with_key)
 
     def usage(self) -> Usage:
         readers = self._readers

@@ -16,6 +16,9 @@ from mlx_lm_server.server.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
+# Where neither the model's files nor the engine say it.
+DEFAULT_CONTEXT_TOKENS = 32768
+
 
 @dataclass(frozen=True)
 class ModelNames:
@@ -48,60 +51,82 @@ class Bounds:
     """Token limits of one request, in the order in which they are checked."""
 
     max_prompt_tokens: int
-    max_generation_tokens: int
+    max_generation_tokens: int | None
     context_tokens: int
     kv_tokens: int
     default_max_tokens: int | None
 
-    def max_tokens(self, num_prompt_tokens: int, wanted: int | None) -> int:
-        """How many tokens the request may generate.
+    @property
+    def served_tokens(self) -> int:
+        """The most tokens that prompt and answer of one request may have together."""
+        limits = [self.context_tokens, self.kv_tokens]
+        if self.max_generation_tokens is not None:
+            limits.append(self.max_prompt_tokens + self.max_generation_tokens)
+        return min(limits)
+
+    def longest_prompt(self, wanted: int | None) -> int:
+        """How many tokens a prompt may have beside so many to generate; at least one."""
+        left = min(self.context_tokens, self.kv_tokens) - max(wanted or 1, 1)
+        return max(min(left, self.max_prompt_tokens), 1)
+
+    def max_tokens(
+        self,
+        num_prompt_tokens: int,
+        wanted: int | None,
+        prompt: str = "prompt",
+        name: str = "max_tokens",
+    ) -> int:
+        """How many tokens the request may generate. `prompt` and `name` are the fields that the
+        prompt and `wanted` come from.
 
         Raises ContextLengthError for what is over a limit, RequestTooLargeError for what the KV
         memory can never hold.
         """
-        self._check_prompt(num_prompt_tokens)
+        self._check_prompt(num_prompt_tokens, prompt)
         if wanted is None:
             return self._default(num_prompt_tokens)
-        if wanted > self.max_generation_tokens:
+        if self.max_generation_tokens is not None and wanted > self.max_generation_tokens:
             raise ContextLengthError(
-                f"max_tokens is {wanted}, the limit is {self.max_generation_tokens} "
+                f"{name} is {wanted}, the limit is {self.max_generation_tokens} "
                 "(--max-generation-tokens)",
-                param="max_tokens",
+                param=name,
             )
         total = num_prompt_tokens + wanted
         if total > self.context_tokens:
             raise ContextLengthError(
                 f"the model's context is {self.context_tokens} tokens; the prompt has "
-                f"{num_prompt_tokens} and max_tokens asks for {wanted}: {total} in all",
-                param="max_tokens",
+                f"{num_prompt_tokens} and {name} asks for {wanted}: {total} in all",
+                param=name,
             )
         if total > self.kv_tokens:
-            raise self._too_large(f"{num_prompt_tokens} prompt + {wanted} max_tokens = {total}")
+            sum_ = f"{num_prompt_tokens} prompt + {wanted} {name} = {total}"
+            raise self._too_large(sum_, name)
         return wanted
 
-    def _check_prompt(self, num_tokens: int) -> None:
+    def _check_prompt(self, num_tokens: int, name: str) -> None:
         if num_tokens >= self.context_tokens:
             raise ContextLengthError(
                 f"the prompt has {num_tokens} tokens; the model's context is "
                 f"{self.context_tokens} and must hold an answer too",
-                param="prompt",
+                param=name,
             )
         if num_tokens > self.max_prompt_tokens:
             raise ContextLengthError(
                 f"the prompt has {num_tokens} tokens, the limit is {self.max_prompt_tokens} "
                 "(--max-prompt-tokens)",
-                param="prompt",
+                param=name,
             )
         if num_tokens >= self.kv_tokens:
-            raise self._too_large(f"the prompt's {num_tokens} + 1")
+            raise self._too_large(f"the prompt's {num_tokens} + 1", name)
 
     def _default(self, num_prompt_tokens: int) -> int:
         left = min(self.context_tokens, self.kv_tokens) - num_prompt_tokens
-        return min(left, self.max_generation_tokens, self.default_max_tokens or left)
+        return min(left, self.max_generation_tokens or left, self.default_max_tokens or left)
 
-    def _too_large(self, sum_: str) -> RequestTooLargeError:
+    def _too_large(self, sum_: str, param: str) -> RequestTooLargeError:
         return RequestTooLargeError(
-            f"{sum_} tokens can never fit the KV memory, which holds {self.kv_tokens}"
+            f"{sum_} tokens can never fit the KV memory, which holds {self.kv_tokens}",
+            param=param,
         )
 
 
@@ -122,12 +147,13 @@ class ServedModel:
 
 def bounds_of(config: Config, facts: ModelFacts, ready: Ready) -> Bounds:
     contexts = [c for c in (facts.context_tokens, ready.context_tokens) if c]
-    context = min(contexts, default=config.generation.max_prompt_tokens)
+    max_prompt_tokens = config.generation.max_prompt_tokens
+    context = min(contexts, default=max_prompt_tokens or DEFAULT_CONTEXT_TOKENS)
     kv_tokens = ready.kv_limit_tokens or context
     if config.kv.max_kv_size is not None:
         kv_tokens = min(kv_tokens, config.kv.max_kv_size)
     return Bounds(
-        max_prompt_tokens=min(config.generation.max_prompt_tokens, context),
+        max_prompt_tokens=min(max_prompt_tokens or context, context),
         max_generation_tokens=config.generation.max_generation_tokens,
         context_tokens=context,
         kv_tokens=kv_tokens,

@@ -8,9 +8,14 @@ from collections.abc import Sequence
 
 from mlx_lm_server.config import Config
 from mlx_lm_server.errors import EngineUnavailableError
-from mlx_lm_server.protocol import CacheReport
 from mlx_lm_server.server.admission import Admission
-from mlx_lm_server.server.cache_explanation import CacheExplanation, CacheReports, explain
+from mlx_lm_server.server.cache_explanation import (
+    CacheExplanation,
+    CacheFacts,
+    CacheKeys,
+    CacheReports,
+    explain,
+)
 from mlx_lm_server.server.engine_client import EngineClient
 from mlx_lm_server.server.generate_request import GenerateRequest
 from mlx_lm_server.server.generation import Generation
@@ -36,6 +41,7 @@ class Services:
         self.created_s = int(time.time())
         self.open_generations: set[Generation] = set()
         self.cache_reports = CacheReports()
+        self._cache_keys = CacheKeys()
         self._model: ServedModel | None = None
 
     @property
@@ -49,8 +55,9 @@ class Services:
         return self._model is not None
 
     @property
-    def context_tokens(self) -> int | None:
-        return self._model.bounds.context_tokens if self._model else None
+    def served_tokens(self) -> int | None:
+        """Of prompt and answer together; None while the model loads."""
+        return self._model.bounds.served_tokens if self._model else None
 
     def model(self) -> ServedModel:
         """Raises EngineUnavailableError while it loads."""
@@ -76,18 +83,20 @@ class Services:
             on_done=self._forget,
         )
         self.open_generations.add(generation)
+        if (key := sequences[0].prompt_cache_key) is not None:
+            generation.num_with_key = self._cache_keys.count(generation.client_key, key)
         return generation
 
-    def explain(self, reports: Sequence[CacheReport]) -> list[CacheExplanation]:
+    def explain(self, facts: CacheFacts) -> list[CacheExplanation]:
         """What the prefix cache did. With several keys, cached text may be anybody's."""
         decode = self.model().tokenizer.decode_few
         shows_text = self.config.server.api_key_file is None
-        return [explain(report, decode, shows_text=shows_text) for report in reports]
+        return explain(facts, decode, shows_text=shows_text)
 
     def _forget(self, generation: Generation) -> None:
         self.open_generations.discard(generation)
         self.cache_reports.remember(
-            generation.request_id, generation.client_key, generation.cache_reports
+            generation.request_id, generation.client_key, generation.cache_facts
         )
         if log.isEnabledFor(logging.INFO):
             log.info(generation.summary())

@@ -17,7 +17,6 @@ from starlette.types import Receive, Scope, Send
 from mlx_lm_server.errors import ServerError
 from mlx_lm_server.server.generate_request import (
     Answer,
-    AnswerReason,
     Delta,
     PromptProgress,
     Usage,
@@ -39,12 +38,12 @@ START = {
 
 
 class ChunkWriter(Protocol):
-    """A protocol's bytes for what happens to sequence `index`."""
+    """A protocol's bytes for what happens to a sequence, of which a delta tells."""
 
-    def begin(self, index: int) -> bytes: ...
+    def begin(self, delta: Delta) -> bytes: ...
     def text(self, index: int, text: str) -> bytes: ...
     def rich(self, delta: Delta) -> bytes: ...
-    def finish(self, index: int, reason: AnswerReason) -> bytes: ...
+    def finish(self, delta: Delta) -> bytes: ...
     def progress(self, index: int, progress: PromptProgress) -> bytes: ...
     def usage(self, usage: Usage) -> bytes: ...
 
@@ -171,11 +170,11 @@ class EventStream:
                 continue
             if delta.index not in self._has_begun:
                 self._has_begun.add(delta.index)
-                chunks.append(writer.begin(delta.index))
+                chunks.append(writer.begin(delta))
             if not delta.is_plain:
                 chunks.append(writer.rich(delta))
             elif delta.text:
                 chunks.append(writer.text(delta.index, delta.text))
             if delta.finish_reason is not None:
-                chunks.append(writer.finish(delta.index, delta.finish_reason))
+                chunks.append(writer.finish(delta))
         return b"".join(chunks)

@@ -54,6 +54,7 @@ class Tokenizer:
         self._is_byte_level = isinstance(backend.decoder, ByteLevelDecoder)
         self._byte_tables: dict[frozenset[int], ByteTable] = {}
         self._byte_ids = _byte_fallback_ids(backend)
+        self._plain_backend: HFTokenizer | None = None  # reads special tokens as text
 
     @property
     def has_chat_template(self) -> bool:
@@ -67,6 +68,10 @@ class Tokenizer:
                 "the model has no chat template; use /v1/completions, or start with --chat-template"
             )
         return self._template
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        return self._special_ids
 
     def special_ids_of(self, texts: Sequence[str]) -> frozenset[int]:
         """Ids of those of the texts that are special tokens."""
@@ -90,32 +95,51 @@ class Tokenizer:
         found: int | None = self._backend.token_to_id(token)
         return found
 
-    async def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Raises InvalidRequestError for text that is no valid Unicode, ContextLengthError for one
-        that is too long for any model."""
-        if len(text) <= MAX_INLINE_CHARS:
-            return self._encode(text, add_special_tokens)
-        if len(text) <= LARGE_CHARS:
-            return await asyncio.to_thread(self._encode, text, add_special_tokens)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(_large, self._encode_large, text, add_special_tokens)
+    async def encode(
+        self, text: str, *, add_special_tokens: bool, parse_special: bool = True
+    ) -> list[int]:
+        """Returns the ids of a text; without `parse_special` nothing in it is a special token.
 
-    def _encode_large(self, text: str, add_special_tokens: bool) -> list[int]:
+        Raises InvalidRequestError for text that is no valid Unicode, ContextLengthError for one
+        that is too long for any model.
+        """
+        backend = self._backend if parse_special else await self._without_specials()
+        if len(text) <= MAX_INLINE_CHARS:
+            return self._encode(text, add_special_tokens, backend)
+        if len(text) <= LARGE_CHARS:
+            return await asyncio.to_thread(self._encode, text, add_special_tokens, backend)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            _large, self._encode_large, text, add_special_tokens, backend
+        )
+
+    def _encode_large(
+        self, text: str, add_special_tokens: bool, backend: HFTokenizer
+    ) -> list[int]:
         """Raises ContextLengthError once a beginning of the text is beyond what is encoded."""
         num_chars = BEGINNING_CHARS
         while num_chars < len(text):
-            num_tokens = len(self._encode(text[:num_chars], add_special_tokens))
+            num_tokens = len(self._encode(text[:num_chars], add_special_tokens, backend))
             if num_tokens > MAX_TEXT_TOKENS:
                 raise ContextLengthError(
                     f"the text has {num_tokens} tokens in its first {num_chars} of "
                     f"{len(text)} characters; no text of more than {MAX_TEXT_TOKENS} is encoded"
                 )
             num_chars *= 4
-        return self._encode(text, add_special_tokens)
+        return self._encode(text, add_special_tokens, backend)
 
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    async def _without_specials(self) -> HFTokenizer:
+        """Made when it is asked for first, on a thread."""
+        if self._plain_backend is None:
+            self._plain_backend = await asyncio.to_thread(_without_specials, self._backend)
+        return self._plain_backend
+
+    def _encode(
+        self, text: str, add_special_tokens: bool, backend: HFTokenizer | None = None
+    ) -> list[int]:
         # A batch of one: only the batch call lets go of the GIL.
-        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        backend = backend or self._backend
+        [encoding] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoding.ids
         return ids
 
@@ -183,6 +207,13 @@ class Tokenizer:
         # As with encoding, only the batch call lets go of the GIL.
         [text] = self._backend.decode_batch([ids], skip_special_tokens=False)
         return str(text)
+
+
+def _without_specials(backend: HFTokenizer) -> HFTokenizer:
+    """A copy, since the switch is the whole tokenizer's."""
+    copy = HFTokenizer.from_str(backend.to_str())
+    copy.encode_special_tokens = True
+    return copy
 
 
 def _byte_fallback_ids(backend: HFTokenizer) -> frozenset[int]:

@@ -67,3 +67,25 @@ def test_after_a_stop_nothing_comes() -> None:
     assert matcher.push("ab") == "a"
     assert matcher.push("cd") == ""
     assert matcher.flush() == ""
+
+
+@given(LETTERS, STOPS, st.lists(st.integers(0, 20)))
+def test_it_tells_what_it_found_and_how_much_is_missing(
+    text: str, stops: list[str], places: list[int]
+) -> None:
+    matcher, sent, given = StopStrings(stops), "", ""
+    for piece in cut(text, places):
+        given += piece
+        sent += matcher.push(piece)
+        assert len(sent) + matcher.num_held == len(given)
+        if matcher.is_stopped:
+            assert given[len(sent) :].startswith(matcher.found or "?")
+            break
+
+
+@given(LETTERS, STOPS, st.lists(st.integers(0, 20)))
+def test_a_stop_string_can_be_kept(text: str, stops: list[str], places: list[int]) -> None:
+    matcher, dropping = StopStrings(stops, keeps_stop=True), StopStrings(stops)
+    kept = "".join(map(matcher.push, cut(text, places)))
+    dropped = "".join(map(dropping.push, cut(text, places)))
+    assert kept == dropped + (dropping.found or "")

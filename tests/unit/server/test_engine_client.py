@@ -109,7 +109,7 @@ async def test_a_stop_string_aborts_the_row_and_what_comes_later_is_dropped() ->
     generation = scene.generate(stop=("b",))
     [req_id] = scene.ids()
     scene.say(RequestOutput(req_id, [0, 1, 2]))
-    assert await generation.next() == [Delta(0, "a", "stop")]
+    assert await generation.next() == [Delta(0, "a", "stop", "b")]
     assert scene.aborted() == [req_id]
     assert scene.client.num_live == 1, "its row is the engine's until the engine says so"
     scene.say(RequestOutput(req_id, [3], "abort"))

@@ -70,6 +70,36 @@ def test_the_context_is_the_smaller_of_what_files_and_engine_say() -> None:
     assert bounds_of(Config(), facts(None), ready()).context_tokens == 32768
 
 
+def test_without_flags_the_context_is_the_only_limit() -> None:
+    bounds = bounds_of(Config(), facts(200_000), ready(kv_limit_tokens=0))
+    assert bounds.max_tokens(150_000, 50_000) == 50_000
+    assert bounds.max_tokens(150_000, None) == 50_000
+    assert bounds.served_tokens == 200_000
+
+
+def test_what_is_served_is_the_least_of_all_limits() -> None:
+    flags = GenerationConfig(max_prompt_tokens=100, max_generation_tokens=50)
+    assert bounds_of(Config(generation=flags), facts(500), ready()).served_tokens == 150
+    flags = GenerationConfig(max_prompt_tokens=100)
+    assert bounds_of(Config(generation=flags), facts(500), ready()).served_tokens == 500
+    assert bounds_of(Config(), facts(5000), ready()).served_tokens == 1000
+
+
+@pytest.mark.parametrize(("wanted", "longest"), [(None, 100), (0, 100), (40, 80), (500, 1)])
+def test_the_longest_prompt_leaves_room_for_the_answer(wanted: int | None, longest: int) -> None:
+    assert BOUNDS.longest_prompt(wanted) == longest
+
+
+def test_errors_name_the_fields_that_the_client_gave() -> None:
+    with pytest.raises(ContextLengthError) as caught:
+        BOUNDS.max_tokens(101, 1, "messages", "max_completion_tokens")
+    assert caught.value.param == "messages"
+    with pytest.raises(ContextLengthError) as caught:
+        BOUNDS.max_tokens(90, 40, "messages", "max_completion_tokens")
+    assert caught.value.param == "max_completion_tokens"
+    assert "max_completion_tokens asks for 40" in str(caught.value)
+
+
 def test_max_kv_size_caps_what_the_memory_holds() -> None:
     assert bounds_of(Config(), facts(500), ready()).kv_tokens == 1000
     capped = Config(kv=KVConfig(max_kv_size=64))

@@ -72,6 +72,10 @@ class CacheExplanationPart(Part):
     """What kept the rest from being found; empty where nothing did."""
     recompute_s: float
     """Forecast of the seconds that computing the rest takes on an idle machine."""
+    prompt_cache_key: str | None
+    """That of the request."""
+    requests_with_key: int
+    """How many earlier requests of the client had the same."""
 
 
 class CacheExplanationAnswer(Part):
@@ -116,7 +120,7 @@ class TokenLogprob(TopLogprob):
 
 class ChatLogprobs(Part):
     content: list[TokenLogprob]
-    """One entry for each token, reasoning and calls too."""
+    """One entry for each token, reasoning and calls too; up to where the text ends."""
     refusal: None
     """Always null."""
 
@@ -127,7 +131,7 @@ class CompletionLogprobsPart(Part):
     token_logprobs: list[float | None]
     """Null for the first token of an echoed prompt."""
     top_logprobs: list[dict[str, float] | None]
-    """The likeliest tokens at each place."""
+    """The likeliest tokens at each place, and the one that was drawn."""
     text_offset: list[int]
     """Where in the text each token begins."""
 
@@ -187,6 +191,10 @@ class ChatChoice(Part):
     """Where they were asked for."""
     finish_reason: FinishReasonText
     """Why it ended."""
+    stop_reason: str | int | None
+    """The text of `stop` or the token of `stop_token_ids` that ended it."""
+    token_ids: list[int] | None = None
+    """All tokens that were generated, where they were asked for."""
 
 
 class _Headed(Part):
@@ -207,6 +215,8 @@ class ChatCompletion(_Headed):
     """`n` of them."""
     prompt_logprobs: PromptLogprobs | None = None
     """By token id, of each token of the prompt; null for the first."""
+    prompt_token_ids: list[int] | None = None
+    """The prompt as the model got it, where it was asked for."""
     usage: UsagePart
     """Numbers of tokens."""
 
@@ -251,6 +261,10 @@ class ChatChunkChoice(Part):
     """Of the tokens since the last chunk."""
     finish_reason: FinishReasonText | None
     """In the last chunk of a choice."""
+    stop_reason: str | int | None = None
+    """In the last chunk: the text of `stop` or the token of `stop_token_ids` that ended it."""
+    token_ids: list[int] | None = None
+    """Those since the last chunk, where they were asked for."""
 
 
 class PromptProgressPart(Part):
@@ -273,6 +287,8 @@ class ChatCompletionChunk(_Headed):
     """Kind of answer."""
     choices: list[ChatChunkChoice]
     """One, or none beside the usage."""
+    prompt_token_ids: list[int] | None = None
+    """In the first chunk, where it was asked for: the prompt as the model got it."""
     usage: UsagePart | None = None
     """In the last chunk, where it was asked for."""
     prompt_progress: PromptProgressPart | None = None
@@ -288,6 +304,13 @@ class TextChoice(Part):
     """Where they were asked for."""
     finish_reason: FinishReasonText | None
     """Why it ended; null in a chunk before the last."""
+    stop_reason: str | int | None = None
+    """The text of `stop` or the token of `stop_token_ids` that ended it; not in a chunk before the
+    last."""
+    token_ids: list[int] | None = None
+    """All tokens that were generated, or those since the last chunk, where they were asked for."""
+    prompt_token_ids: list[int] | None = None
+    """The prompt as the model got it, where it was asked for; once in a stream."""
     prompt_logprobs: PromptLogprobs | None = None
     """By token id, of each token of the prompt; null for the first."""
 
@@ -317,7 +340,7 @@ class ModelCard(Part):
     root: str
     """What was given as --model."""
     max_model_len: int | None
-    """Tokens of context; null while it loads."""
+    """Tokens that prompt and answer of a request may have together; null while it loads."""
 
 
 class ModelList(Part):
@@ -327,13 +350,20 @@ class ModelList(Part):
     """One for each name."""
 
 
+class TokenPiece(Part):
+    id: int
+    """Id."""
+    piece: str | list[int]
+    """Its text; half a character is the list of its bytes."""
+
+
 class TokenizeAnswer(Part):
     count: int
     """Number of tokens."""
     max_model_len: int
-    """Tokens of context."""
-    tokens: list[int]
-    """Ids."""
+    """Tokens that prompt and answer of a request may have together."""
+    tokens: list[int] | list[TokenPiece]
+    """Ids, or, where `with_pieces` asked for it, objects."""
     token_strs: list[str | None] | None = None
     """As the vocabulary writes them, where they were asked for."""
 

@@ -58,41 +58,37 @@ def _by_id(token: ScoredToken, scores: TokenLogprobs, tokenizer: TokenBytes) -> 
     }
 
 
-class CompletionLogprobs:
-    """Of one choice; offsets count on from one chunk to the next."""
+def completion_logprobs(
+    tokens: Iterable[ScoredToken], tokenizer: TokenBytes
+) -> dict[str, list[Any]]:
+    """The likeliest tokens at a place always have the one that was drawn among them."""
+    found: dict[str, list[Any]] = {
+        "tokens": [],
+        "token_logprobs": [],
+        "top_logprobs": [],
+        "text_offset": [],
+    }
+    for token in tokens:
+        text = _text(token.token_id, tokenizer)
+        found["tokens"].append(text)
+        found["text_offset"].append(token.offset)
+        scores = token.scores
+        if scores is None:
+            found["token_logprobs"].append(None)
+            found["top_logprobs"].append(None)
+            continue
+        top = zip(scores.top_ids, scores.top_logprobs, strict=True)
+        likeliest = {_text(i, tokenizer): max(lp, LOWEST) for i, lp in reversed(list(top))}
+        likeliest[text] = max(scores.logprob, LOWEST)
+        found["token_logprobs"].append(likeliest[text])
+        found["top_logprobs"].append(likeliest)
+    return found
 
-    def __init__(self, tokenizer: TokenBytes) -> None:
-        self._tokenizer = tokenizer
-        self._offset = 0
 
-    def of(self, tokens: Iterable[ScoredToken]) -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {
-            "tokens": [],
-            "token_logprobs": [],
-            "top_logprobs": [],
-            "text_offset": [],
-        }
-        for token in tokens:
-            text = self._text(token.token_id)
-            found["tokens"].append(text)
-            found["text_offset"].append(self._offset)
-            self._offset += len(text)
-            scores = token.scores
-            if scores is None:
-                found["token_logprobs"].append(None)
-                found["top_logprobs"].append(None)
-                continue
-            found["token_logprobs"].append(max(scores.logprob, LOWEST))
-            top = zip(scores.top_ids, scores.top_logprobs, strict=True)
-            found["top_logprobs"].append(
-                {self._text(i): max(logprob, LOWEST) for i, logprob in reversed(list(top))}
-            )
-        return found
-
-    def _text(self, token_id: int) -> str:
-        """Half a character is written in hexadecimal, as OpenAI does, so that no two are alike."""
-        raw = self._tokenizer.bytes_of(token_id)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+def _text(token_id: int, tokenizer: TokenBytes) -> str:
+    """Half a character is written in hexadecimal, as OpenAI does, so that no two are alike."""
+    raw = tokenizer.bytes_of(token_id)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)

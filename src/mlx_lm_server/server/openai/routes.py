@@ -125,7 +125,10 @@ class OpenAIRoutes:
             sequences = await adapt(http.scope["state"]["client_key"])
             generation = services.generate(id, sequences, arrival_s)
         http.scope["state"]["warnings"] = sequences[0].warnings
-        log.debug("%s: %d sequences, user=%s", id, num_sequences, request.user)
+        log.debug(
+            "%s: %d sequences, user=%s, safety_identifier=%s",
+            *(id, num_sequences, request.user, request.safety_identifier),
+        )
         is_chat = isinstance(request, schema.ChatRequest)
         head = Head(id, int(time.time()), name, request.metadata)
         tokenizer = services.model().tokenizer
@@ -150,7 +153,7 @@ class OpenAIRoutes:
         if request.timings:
             usage.timings = generation.timings()
         if request.explain_cache:
-            usage.cache = self._services.explain(generation.cache_reports)
+            usage.cache = self._services.explain(generation.cache_facts)
         return usage
 
     async def models(self, http: Request) -> Response:
@@ -169,7 +172,7 @@ class OpenAIRoutes:
             "created": services.created_s,
             "owned_by": "mlx-lm-server",
             "root": services.config.model.model,
-            "max_model_len": services.context_tokens,
+            "max_model_len": services.served_tokens,
         }
 
 

@@ -28,6 +28,9 @@ MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
 MAX_LOGPROBS = 20
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_CHARS = 256
+MAX_HINT_CHARS = 1024
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 # Kinds of parts that are text → the field that has it.
 TEXT_PARTS = {"text": "text", "refusal": "refusal"}
@@ -111,6 +114,8 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 Count = Annotated[int, Field(ge=1)]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
+Hint = Annotated[str, Field(max_length=MAX_HINT_CHARS)]
 GivenBiases = Annotated[
     dict[Annotated[str, Field(pattern="^[0-9]{1,11}$")], Bias],
     Field(json_schema_extra={"additionalProperties": False}),
@@ -253,6 +258,8 @@ class Sampling(Body):
     """Texts before which the answer ends."""
     stop_token_ids: list[int] | None = Field(None, max_length=1024)
     """Tokens before which the answer ends."""
+    include_stop_str_in_output: bool | None = None
+    """Leave the stop string, or the text of the stop token, in the answer."""
     n: int | None = Field(None, ge=1, le=MAX_CHOICES)
     """Number of choices."""
     min_tokens: int | None = Field(None, ge=0)
@@ -265,6 +272,17 @@ class Sampling(Body):
     """How often XTC drops the likeliest tokens; 0 is off."""
     xtc_threshold: float | None = Field(None, ge=0, le=0.5)
     """XTC drops all tokens above this probability but the least likely of them. Default 0.1."""
+    allowed_token_ids: list[int] | None = Field(None, min_length=1)
+    """Draw no other tokens; the model's end tokens are to be named too where it may end."""
+    bad_words: list[BadWord] | None = Field(None, max_length=MAX_BAD_WORDS)
+    """Texts whose tokens are never drawn in this order, with a space before them or without."""
+    skip_special_tokens: bool | None = None
+    """false: special tokens have their text in the answer. Default true."""
+    truncate_prompt_tokens: int | None = Field(None, ge=-1)
+    """Keep so many tokens of the prompt, the last ones; -1: as many as the model can take."""
+    return_token_ids: bool | None = None
+    """Tell the ids of the answer's tokens in `token_ids`, and the prompt's in `prompt_token_ids`.
+    """
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     """Tell the log probability of each token of the prompt, and so many of the likeliest; not in a
     stream."""
@@ -285,6 +303,13 @@ class Sampling(Body):
     before the answer."""
     user: str | None = None
     """Written to the log at debug level."""
+    safety_identifier: Hint | None = None
+    """The same; a hint by which OpenAI tells users apart."""
+    prompt_cache_key: Hint | None = None
+    """A hint, which prompts begin alike. Prefixes are found without it; `usage.cache` tells how
+    many requests had the same key."""
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+    """A hint without effect, as `x-warning` says: what is cached stays while there is room."""
     priority: int | None = Field(None, ge=MIN_PRIORITY, le=MAX_PRIORITY)
     """Higher numbers go first among the requests of one API key."""
 
@@ -294,6 +319,12 @@ class Sampling(Body):
             raise refuse("only together with `stream: true`", "stream_options")
         if self.return_progress and not self.stream:
             raise refuse("only together with `stream: true`", "return_progress")
+        return self
+
+    @model_validator(mode="after")
+    def _something_is_left_of_the_prompt(self) -> Self:
+        if self.truncate_prompt_tokens == 0:
+            raise refuse("0 leaves nothing; -1 or at least 1", "truncate_prompt_tokens")
         return self
 
     @model_validator(mode="after")
@@ -416,6 +447,10 @@ class ChatRequest(Sampling):
     """Tell the log probability of each token of the answer."""
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     """So many of the likeliest tokens at each place; only together with `logprobs`."""
+    stop_in_reasoning: bool | None = None
+    """Let the texts of `stop` end the answer within its reasoning too."""
+    include_reasoning: bool | None = None
+    """false: leave the reasoning out of the answer; it is counted. Default true."""
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> Self:

@@ -16,15 +16,14 @@ import msgspec
 from mlx_lm_server.parsing.message import MessageDelta
 from mlx_lm_server.server.generate_request import (
     Answer,
-    AnswerReason,
     Delta,
     PromptProgress,
     Usage,
 )
 from mlx_lm_server.server.openai.logprobs import (
-    CompletionLogprobs,
     TokenBytes,
     chat_logprobs,
+    completion_logprobs,
     prompt_logprobs,
 )
 
@@ -96,13 +95,16 @@ class Chunks:
         choice = encode({"index": index, **fields, "finish_reason": None})
         return self._head + choice + self._tail
 
-    def begin(self, index: int) -> bytes:
+    def begin(self, delta: Delta) -> bytes:
         """The chunk before a sequence's first text; empty where there is none."""
         return b""
 
-    def finish(self, index: int, reason: AnswerReason) -> bytes:
-        choice = b'{"index":%d,' % index + self.LAST + b',"finish_reason":' + encode(reason) + b"}"
-        return self._head + choice + self._tail
+    def finish(self, delta: Delta) -> bytes:
+        why = b',"finish_reason":%b,"stop_reason":%b}' % (
+            encode(delta.finish_reason),
+            encode(delta.stop_reason),
+        )
+        return self._head + b'{"index":%d,' % delta.index + self.LAST + why + self._tail
 
     def progress(self, index: int, progress: PromptProgress) -> bytes:
         """A chunk with empty choices, in llama.cpp's words."""
@@ -128,19 +130,22 @@ class ChatChunks(Chunks):
     AFTER_TEXT = b'},"logprobs":null'
     LAST = b'"delta":{},"logprobs":null'
 
-    def begin(self, index: int) -> bytes:
+    def begin(self, delta: Delta) -> bytes:
         choice = (
             b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,'
-            b'"finish_reason":null}' % index
+            b'"finish_reason":null}' % delta.index
         )
-        return self._head + choice + self._tail
+        if delta.prompt_token_ids is None:
+            return self._head + choice + self._tail
+        ids = b'],"prompt_token_ids":' + encode(delta.prompt_token_ids)
+        return self._head + choice + ids + self._tail[1:]
 
     def rich(self, delta: Delta) -> bytes:
         said = _message_fields(delta.message) if delta.message is not None else {}
         if delta.text or not said:
             said["content"] = delta.text
         scores = chat_logprobs(delta.tokens, self._tokenizer) if delta.tokens else None
-        return self._chunk(delta.index, {"delta": said, "logprobs": scores})
+        return self._chunk(delta.index, {"delta": said, "logprobs": scores, **_token_ids(delta)})
 
 
 class CompletionChunks(Chunks):
@@ -149,14 +154,16 @@ class CompletionChunks(Chunks):
     AFTER_TEXT = b',"logprobs":null'
     LAST = b'"text":"","logprobs":null'
 
-    def __init__(self, head: Head, tokenizer: TokenBytes, *, include_usage: bool) -> None:
-        super().__init__(head, tokenizer, include_usage=include_usage)
-        self._scores: dict[int, CompletionLogprobs] = {}
-
     def rich(self, delta: Delta) -> bytes:
-        scores = self._scores.setdefault(delta.index, CompletionLogprobs(self._tokenizer))
-        fields = {"text": delta.text, "logprobs": scores.of(delta.tokens or [])}
+        scores = completion_logprobs(delta.tokens, self._tokenizer) if delta.tokens else None
+        fields = {"text": delta.text, "logprobs": scores, **_token_ids(delta)}
+        if delta.prompt_token_ids is not None:
+            fields["prompt_token_ids"] = delta.prompt_token_ids
         return self._chunk(delta.index, fields)
+
+
+def _token_ids(what: Delta | Answer) -> dict[str, Any]:
+    return {} if what.token_ids is None else {"token_ids": what.token_ids}
 
 
 def _message_fields(message: MessageDelta) -> dict[str, Any]:
@@ -189,10 +196,12 @@ def chat_response(
             "message": _message(answer),
             "logprobs": chat_logprobs(answer.tokens, tokenizer) if answer.tokens else None,
             "finish_reason": answer.finish_reason,
+            "stop_reason": answer.stop_reason,
+            **_token_ids(answer),
         }
         for index, answer in enumerate(answers)
     ]
-    more = _prompt_logprobs(answers[0], tokenizer)
+    more = _of_prompt(answers[0], tokenizer)
     return _response(head, "chat.completion", choices, usage, more)
 
 
@@ -223,20 +232,25 @@ def completion_response(
         {
             "index": index,
             "text": answer.text,
-            "logprobs": CompletionLogprobs(tokenizer).of(answer.tokens) if answer.tokens else None,
+            "logprobs": completion_logprobs(answer.tokens, tokenizer) if answer.tokens else None,
             "finish_reason": answer.finish_reason,
-            **_prompt_logprobs(answer, tokenizer),
+            "stop_reason": answer.stop_reason,
+            **_token_ids(answer),
+            **_of_prompt(answer, tokenizer),
         }
         for index, answer in enumerate(answers)
     ]
     return _response(head, "text_completion", choices, usage)
 
 
-def _prompt_logprobs(answer: Answer, tokenizer: TokenBytes) -> dict[str, Any]:
-    """As vLLM has them: of a chat beside the choices, of completions in each of them."""
-    if answer.prompt_tokens is None:
-        return {}
-    return {"prompt_logprobs": prompt_logprobs(answer.prompt_tokens, tokenizer)}
+def _of_prompt(answer: Answer, tokenizer: TokenBytes) -> dict[str, Any]:
+    """As vLLM has it: of a chat beside the choices, of completions in each of them."""
+    found: dict[str, Any] = {}
+    if answer.prompt_tokens is not None:
+        found["prompt_logprobs"] = prompt_logprobs(answer.prompt_tokens, tokenizer)
+    if answer.prompt_token_ids is not None:
+        found["prompt_token_ids"] = answer.prompt_token_ids
+    return found
 
 
 def _response(

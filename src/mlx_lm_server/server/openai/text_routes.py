@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from mlx_lm_server.server.openai.chat_prompt import chat_prompt
 from mlx_lm_server.server.request_body import parsed_body
 from mlx_lm_server.server.served_model import ServedModel
 from mlx_lm_server.server.services import Services
+from mlx_lm_server.server.tokenizer import Tokenizer
 
 GROUP = "Text"
 ERRORS = (*ANY_REQUEST, 404, 503)
@@ -66,11 +68,15 @@ class TextRoutes:
         text = request.text
         if request.messages is not None:
             text = await _rendered(request, model, http)
-        ids = await model.tokenizer.encode(text, add_special_tokens=request.adds_special_tokens)
+        ids = await model.tokenizer.encode(
+            text,
+            add_special_tokens=request.adds_special_tokens,
+            parse_special=request.parse_special is not False,
+        )
         found: dict[str, Any] = {
             "count": len(ids),
-            "max_model_len": model.bounds.context_tokens,
-            "tokens": ids,
+            "max_model_len": model.bounds.served_tokens,
+            "tokens": _pieces(ids, model.tokenizer) if request.with_pieces else ids,
         }
         if request.return_token_strs:
             found["token_strs"] = await model.tokenizer.tokens_of(ids)
@@ -104,6 +110,18 @@ async def _rendered(request: text_schema.Rendering, model: ServedModel, http: Re
     )
     http.scope["state"]["warnings"] = prompt.warnings
     return await prompt.render(model, add_generation_prompt=request.add_generation_prompt)
+
+
+def _pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    """As llama.cpp writes them: half a character is the list of its bytes."""
+    return [{"id": token_id, "piece": _piece(tokenizer.bytes_of(token_id))} for token_id in ids]
+
+
+def _piece(raw: bytes) -> str | list[int]:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return list(raw)
 
 
 def _json(found: dict[str, Any]) -> Response:

@@ -37,15 +37,21 @@ class Rendering(Body):
 
 
 class TokenizeRequest(Rendering):
-    """`prompt` is vLLM's name and `content` llama.cpp's. Special tokens are added to a text, and
-    not to a chat, whose template has them."""
+    """vLLM's fields, and llama.cpp's: `content`, `add_special`, `parse_special`, `with_pieces`."""
 
     prompt: str | None = None
     """A text."""
     content: str | None = None
     """The same, by llama.cpp's name."""
     add_special_tokens: bool | None = None
-    """Add what the tokenizer puts around a text. Default: true for a text, false for a chat."""
+    """Add what the tokenizer puts around a text. Default: true for `prompt`; false for `content`,
+    as in llama.cpp, and for a chat, whose template has it."""
+    add_special: bool | None = None
+    """The same, by llama.cpp's name."""
+    parse_special: bool | None = None
+    """false: what reads like a special token is text. Default true."""
+    with_pieces: bool = False
+    """Tell each token as an object of its `id` and its `piece` of the text."""
     return_token_strs: bool = False
     """Also tell how the vocabulary writes each token."""
 
@@ -56,18 +62,27 @@ class TokenizeRequest(Rendering):
             raise refuse("exactly one of `prompt`, `content` and `messages` is required", "prompt")
         return self
 
+    @model_validator(mode="after")
+    def _is_told_once(self) -> Self:
+        if None not in (self.add_special, self.add_special_tokens):
+            raise refuse("the same as `add_special_tokens`; give one of them", "add_special")
+        return self
+
     @property
     def text(self) -> str:
         return self.prompt if self.prompt is not None else self.content or ""
 
     @property
     def adds_special_tokens(self) -> bool:
-        if self.add_special_tokens is not None:
-            return self.add_special_tokens
-        return self.messages is None
+        for asked in (self.add_special_tokens, self.add_special):
+            if asked is not None:
+                return asked
+        return self.prompt is not None
 
 
 class DetokenizeRequest(Body):
+    """The same in vLLM and llama.cpp."""
+
     model: str | None = None
     """A name of the served model, or `default`."""
     tokens: list[int]
