@@ -79,6 +79,12 @@ class ModelConfig:
         unset="none",
         metavar="JSON",
     )
+    trust_request_chat_template: bool = option(
+        False,
+        "Let requests bring a chat template of their own (`chat_template`).",
+        why="A template is a program: it runs without access to anything, but for as long as it "
+        "likes.",
+    )
     tool_call_parser: Literal[
         "auto",
         "none",

@@ -20,6 +20,7 @@ from mlx_lm_server.server.engine_client import EngineClient
 from mlx_lm_server.server.generate_request import GenerateRequest
 from mlx_lm_server.server.generation import Generation
 from mlx_lm_server.server.metrics import Metrics
+from mlx_lm_server.server.request_templates import RequestTemplates
 from mlx_lm_server.server.served_model import ModelNames, ServedModel
 from mlx_lm_server.server.supervisor import Supervisor
 
@@ -43,6 +44,7 @@ class Services:
         self.cache_reports = CacheReports()
         self._cache_keys = CacheKeys()
         self._model: ServedModel | None = None
+        self._templates = RequestTemplates(config.model)
 
     @property
     def is_ready(self) -> bool:
@@ -64,6 +66,11 @@ class Services:
         if self._model is None:
             raise EngineUnavailableError("the model is loading; try again in a moment")
         return self._model
+
+    async def model_with(self, template: str | None) -> ServedModel:
+        """Returns the model with the template that a request brings, if any. Raises RequestError,
+        and EngineUnavailableError while it loads."""
+        return await self._templates.applied(self.model(), template)
 
     def set_model(self, model: ServedModel) -> None:
         self._model = model

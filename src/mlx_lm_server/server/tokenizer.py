@@ -113,9 +113,7 @@ class Tokenizer:
             _large, self._encode_large, text, add_special_tokens, backend
         )
 
-    def _encode_large(
-        self, text: str, add_special_tokens: bool, backend: HFTokenizer
-    ) -> list[int]:
+    def _encode_large(self, text: str, add_special_tokens: bool, backend: HFTokenizer) -> list[int]:
         """Raises ContextLengthError once a beginning of the text is beyond what is encoded."""
         num_chars = BEGINNING_CHARS
         while num_chars < len(text):

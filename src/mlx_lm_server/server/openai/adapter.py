@@ -54,15 +54,18 @@ async def from_chat(
         effort=request.reasoning_effort,
         tools=request.tools,
         tool_choice=request.tool_choice,
+        continues=request.continues,
     )
-    text = await prompt.render(model)
+    text = await prompt.render(
+        model, add_generation_prompt=request.add_generation_prompt is not False
+    )
     ids = await model.tokenizer.encode(text, add_special_tokens=False)
     bad_words = await _bad_words(request, model.tokenizer)
     asked = _Asked(request, model, client_key, bad_words, request.max_tokens, "messages")
     if request.max_completion_tokens is not None:
         wanted = request.max_completion_tokens
         asked = replace(asked, max_tokens=wanted, name="max_completion_tokens")
-    answer = model.formats.answer(text, prompt.tools)
+    answer = model.formats.answer(text, prompt.tools, continues=request.continues)
     one = _generate_request(asked, ids)
     max_thinking = 0 if prompt.ends_thinking else request.max_thinking_tokens
     if max_thinking is not None:

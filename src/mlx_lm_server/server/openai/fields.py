@@ -41,9 +41,6 @@ CHAT: Neutral = {
     "verbosity": ("medium",),
     "web_search_options": (),
     "documents": ([],),
-    "chat_template": (),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "add_special_tokens": (False,),
 }
 COMPLETION: Neutral = {

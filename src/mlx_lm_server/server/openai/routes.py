@@ -88,7 +88,7 @@ class OpenAIRoutes:
 
     async def chat(self, http: Request) -> ASGIApp:
         request = await parsed_body(http, schema.parse_chat)
-        model = self._services.model()
+        model = await self._services.model_with(request.chat_template)
         return await self._answer(
             http,
             request,

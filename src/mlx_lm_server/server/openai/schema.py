@@ -6,7 +6,7 @@ What is said below a field is what /openapi.json and /docs say of it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
@@ -32,6 +32,7 @@ MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 256
 MAX_HINT_CHARS = 1024
 MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
+MAX_TEMPLATE_CHARS = 200_000
 # Kinds of parts that are text → the field that has it.
 TEXT_PARTS = {"text": "text", "refusal": "refusal"}
 
@@ -401,6 +402,8 @@ class ChatMessage(Body):
     """What an assistant thought, where the template reads it."""
     reasoning: str | None = None
     """The same, by another name that clients have for it."""
+    prefix: bool | None = None
+    """true on the last message, an assistant's: the answer goes on where it ends."""
 
     @model_validator(mode="after")
     def _has_content(self) -> Self:
@@ -410,13 +413,32 @@ class ChatMessage(Body):
             raise refuse("a string or a list of text parts is required", "content")
         return self
 
+    @property
+    def can_be_continued(self) -> bool:
+        return self.role == "assistant" and not self.tool_calls
+
     def said(self) -> dict[str, Any]:
         """Returns the fields that were given, each by one name."""
         found: dict[str, Any] = self.model_dump(exclude_none=True)
+        found.pop("prefix", None)
         thought = found.pop("reasoning", None) or ""
         if thought and not found.get("reasoning_content"):
             found["reasoning_content"] = thought
         return found
+
+
+def check_continued(
+    messages: Sequence[ChatMessage], continues: bool | None, adds_generation_prompt: bool | None
+) -> None:
+    """Raises what `refuse` makes where the last message cannot be continued, or is not to be."""
+    if any(message.prefix for message in messages[:-1]):
+        raise refuse("`prefix: true` is possible on the last message only", "messages")
+    if not messages or not (continues or messages[-1].prefix):
+        return
+    if not messages[-1].can_be_continued:
+        raise refuse("only an assistant's text can be continued", "messages")
+    if adds_generation_prompt:
+        raise refuse("not together with a message that is continued", "add_generation_prompt")
 
 
 class ChatRequest(Sampling):
@@ -424,6 +446,13 @@ class ChatRequest(Sampling):
 
     messages: list[ChatMessage] = Field(min_length=1)
     """The conversation."""
+    add_generation_prompt: bool | None = None
+    """End the prompt where the assistant speaks. Default: true, but where a message is
+    continued."""
+    continue_final_message: bool | None = None
+    """Go on where the last message, an assistant's, ends; the answer has what is new."""
+    chat_template: str | None = Field(None, min_length=1, max_length=MAX_TEMPLATE_CHARS)
+    """A jinja template instead of the model's; only with --trust-request-chat-template."""
     max_completion_tokens: Count | None = None
     """The same as max_tokens, and goes before it."""
     chat_template_kwargs: dict[str, Any] | None = None
@@ -451,6 +480,15 @@ class ChatRequest(Sampling):
     """Let the texts of `stop` end the answer within its reasoning too."""
     include_reasoning: bool | None = None
     """false: leave the reasoning out of the answer; it is counted. Default true."""
+
+    @model_validator(mode="after")
+    def _can_be_continued(self) -> Self:
+        check_continued(self.messages, self.continue_final_message, self.add_generation_prompt)
+        return self
+
+    @property
+    def continues(self) -> bool:
+        return bool(self.continue_final_message or self.messages[-1].prefix)
 
     @model_validator(mode="after")
     def _alternatives_need_logprobs(self) -> Self:

@@ -13,6 +13,7 @@ from mlx_lm_server.server.endpoint import ANY_REQUEST, Endpoint
 from mlx_lm_server.server.openai import answer_schema, text_schema
 from mlx_lm_server.server.openai.adapter import check_ids
 from mlx_lm_server.server.openai.chat_prompt import chat_prompt
+from mlx_lm_server.server.openai.schema import Body
 from mlx_lm_server.server.request_body import parsed_body
 from mlx_lm_server.server.served_model import ServedModel
 from mlx_lm_server.server.services import Services
@@ -64,7 +65,7 @@ class TextRoutes:
 
     async def tokenize(self, http: Request) -> Response:
         request = await parsed_body(http, text_schema.parse_tokenize)
-        model = self._model(request.model)
+        model = await self._model(request.model, _template_of(request))
         text = request.text
         if request.messages is not None:
             text = await _rendered(request, model, http)
@@ -84,18 +85,18 @@ class TextRoutes:
 
     async def detokenize(self, http: Request) -> Response:
         request = await parsed_body(http, text_schema.parse_detokenize)
-        model = self._model(request.model)
+        model = await self._model(request.model, _template_of(request))
         check_ids(request.tokens, model, "tokens")
         text = await model.tokenizer.decode(request.tokens)
         return _json({"prompt": text, "content": text})
 
     async def apply_template(self, http: Request) -> Response:
         request = await parsed_body(http, text_schema.parse_apply_template)
-        model = self._model(request.model)
+        model = await self._model(request.model, _template_of(request))
         return _json({"prompt": await _rendered(request, model, http)})
 
-    def _model(self, name: str | None) -> ServedModel:
-        model = self._services.model()
+    async def _model(self, name: str | None, template: str | None = None) -> ServedModel:
+        model = await self._services.model_with(template)
         model.names.resolve(name)
         return model
 
@@ -107,9 +108,16 @@ async def _rendered(request: text_schema.Rendering, model: ServedModel, http: Re
         request.chat_template_kwargs,
         effort=request.reasoning_effort,
         tools=request.tools,
+        continues=request.continues,
     )
     http.scope["state"]["warnings"] = prompt.warnings
-    return await prompt.render(model, add_generation_prompt=request.add_generation_prompt)
+    return await prompt.render(
+        model, add_generation_prompt=request.add_generation_prompt is not False
+    )
+
+
+def _template_of(request: Body) -> str | None:
+    return request.chat_template if isinstance(request, text_schema.Rendering) else None
 
 
 def _pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:

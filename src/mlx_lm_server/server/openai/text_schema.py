@@ -8,6 +8,8 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from mlx_lm_server.server.openai.schema import (
+    MAX_TEMPLATE_CHARS,
+    check_continued,
     Body,
     ChatMessage,
     Effort,
@@ -26,14 +28,30 @@ class Rendering(Body):
     """A name of the served model, or `default`."""
     messages: list[ChatMessage] | None = Field(None, min_length=1)
     """A conversation."""
-    add_generation_prompt: bool = True
-    """End the prompt where the assistant speaks."""
+    add_generation_prompt: bool | None = None
+    """End the prompt where the assistant speaks. Default: true, but where a message is
+    continued."""
+    continue_final_message: bool | None = None
+    """End the prompt where the last message, an assistant's, ends."""
+    chat_template: str | None = Field(None, min_length=1, max_length=MAX_TEMPLATE_CHARS)
+    """A jinja template instead of the model's; only with --trust-request-chat-template."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the model's chat template, such as `enable_thinking`."""
     reasoning_effort: Effort | None = None
     """How much to think, where the chat template has a measure for it."""
     tools: list[Tool] | None = Field(None, max_length=512)
     """Functions that the model may call."""
+
+    @model_validator(mode="after")
+    def _can_be_continued(self) -> Self:
+        check_continued(
+            self.messages or (), self.continue_final_message, self.add_generation_prompt
+        )
+        return self
+
+    @property
+    def continues(self) -> bool:
+        return bool(self.continue_final_message or (self.messages and self.messages[-1].prefix))
 
 
 class TokenizeRequest(Rendering):
