@@ -75,23 +75,28 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """One compiled template. `variables` hold the special tokens and --chat-template-args."""
+    """One compiled template, or two where a model has another for requests with tools, `tool_use`.
 
-    def __init__(self, source: str, variables: Mapping[str, Any]) -> None:
-        """Raises ModelError where the source is no template, ConfigError for a reserved name."""
+    `variables` hold the special tokens and --chat-template-args.
+    """
+
+    def __init__(
+        self, source: str, variables: Mapping[str, Any], *, tool_use: str | None = None
+    ) -> None:
+        """Raises ModelError where a source is no template, ConfigError for a reserved name."""
         for name in RESERVED_NAMES & variables.keys():
             raise ConfigError(f"--chat-template-args: `{name}` is set by the server")
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise ModelError(f"the chat template cannot be compiled: {error}") from error
+        self._template = _compiled(source)
+        self._tool_use = None if tool_use is None else _compiled(tool_use)
         self.source = source
+        self.source_with_tools = source if tool_use is None else tool_use
         self._variables = dict(variables)
         self.takes_argument_objects = self._takes_argument_objects()
 
     def reads(self, name: str) -> bool:
         """Whether the template mentions a variable."""
-        return re.search(rf"\b{re.escape(name)}\b", self.source) is not None
+        pattern = rf"\b{re.escape(name)}\b"
+        return any(re.search(pattern, text) for text in (self.source, self.source_with_tools))
 
     def _takes_argument_objects(self) -> bool:
         """Whether a call's arguments are to be an object, as most templates have it, or JSON text;
@@ -102,7 +107,8 @@ class ChatTemplate:
             {"role": "assistant", "content": "", "tool_calls": [{"id": "abcdefghi", **call}]},
         ]
         try:
-            text = self._template.render(messages=messages, tools=[call], **self._variables)
+            template = self._tool_use or self._template
+            text = template.render(messages=messages, tools=[call], **self._variables)
         except TEMPLATE_FAULTS:
             return False
         return "{'key'" not in text
@@ -121,8 +127,9 @@ class ChatTemplate:
                 f"`{name}` is set by the server", param=f"chat_template_kwargs.{name}"
             )
         known = {**self._variables, **variables}
+        template = (None if tools is None else self._tool_use) or self._template
         try:
-            return self._template.render(
+            return template.render(
                 messages=messages,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
@@ -133,3 +140,10 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"the model's chat template refuses these messages: {reason}", param="messages"
             ) from error
+
+
+def _compiled(source: str) -> jinja2.Template:
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateError as error:
+        raise ModelError(f"the chat template cannot be compiled: {error}") from error
