@@ -67,7 +67,7 @@ class ModelConfig:
     )
     chat_template: str | None = option(
         None,
-        "Jinja chat template, as a file or as the text itself.",
+        "Jinja chat template: a file, the text itself, or the name of one of the model's several.",
         why="A model knows best how it was trained to be asked.",
         unset="the model's",
         metavar="FILE_OR_TEXT",

@@ -13,7 +13,8 @@ within a character. There are two ways:
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 REPLACEMENT = "\ufffd"
@@ -41,14 +42,21 @@ def byte_alphabet() -> dict[str, int]:
 
 
 class ByteTable:
-    """The bytes of each token of one vocabulary, looked up once; special tokens have none."""
+    """The bytes of each token of one vocabulary, looked up once; special tokens have none.
+
+    `written` are the bytes of tokens that stand for themselves though they are letters of the
+    alphabet: an added token `é` is an é, not half a character.
+    """
 
     def __init__(
-        self, id_to_token: Callable[[int], str | None], special_ids: Iterable[int]
+        self,
+        id_to_token: Callable[[int], str | None],
+        special_ids: Iterable[int],
+        written: Mapping[int, bytes] = MappingProxyType({}),
     ) -> None:
         self._id_to_token = id_to_token
         self._alphabet = byte_alphabet()
-        self._bytes: dict[int, bytes] = dict.fromkeys(special_ids, b"")
+        self._bytes: dict[int, bytes] = {**written, **dict.fromkeys(special_ids, b"")}
 
     def __getitem__(self, token_id: int) -> bytes:
         found = self._bytes.get(token_id)
@@ -62,6 +70,9 @@ class ByteTable:
             return bytes([self._alphabet[letter] for letter in token])
         except KeyError:  # an added token is written as it is
             return token.encode()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join([self[token_id] for token_id in ids]).decode("utf-8", "replace")
 
 
 class ByteLevelDetokenizer:

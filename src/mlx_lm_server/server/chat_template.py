@@ -136,7 +136,7 @@ class ChatTemplate:
             raise InvalidRequestError(
                 f"`{name}` is set by the server", param=f"chat_template_kwargs.{name}"
             )
-        template = self._default if not tools or self._tool_use is None else self._tool_use
+        template = (None if tools is None else self._tool_use) or self._default
         known = {**self._variables, **variables}
         try:
             return template.render(

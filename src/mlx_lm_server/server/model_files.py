@@ -122,6 +122,9 @@ class ModelFacts:
     eos_ids: frozenset[int]
     defaults: SamplingDefaults
     tokenizer_config: Mapping[str, Any]
+    num_rows: int | None = None
+    """Of its table of tokens, where config.json states it."""
+    model_type: str = ""
 
 
 def read_facts(folder: Path) -> ModelFacts:
@@ -141,6 +144,9 @@ def read_facts(folder: Path) -> ModelFacts:
             repetition_penalty=_number(generation, "repetition_penalty"),
         ),
         tokenizer_config=tokenizer_config,
+        num_rows=_whole(model_config.sections(config)[0], "vocab_size")
+        or _whole(config, "vocab_size"),
+        model_type=str(config.get("model_type") or ""),
     )
 
 

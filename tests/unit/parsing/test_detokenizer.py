@@ -68,6 +68,24 @@ def metaspace() -> Tokenizer:
     return tokenizer
 
 
+def word_pieces() -> Tokenizer:
+    words = ["[UNK]", "he", "##llo", "wor", "##ld", "hello", "é", "##é", "東京", "."]
+    tokenizer = Tokenizer(models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
+    tokenizer.add_tokens([AddedToken("<a>"), AddedToken("日本")])
+    return tokenizer
+
+
+def word_ends() -> Tokenizer:
+    words = ["he", "llo</w>", "wor", "ld</w>", "é", "é</w>", "東京</w>"]
+    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges=[]))
+    tokenizer.decoder = decoders.BPEDecoder(suffix="</w>")
+    tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
+    tokenizer.add_tokens([AddedToken("<a>"), AddedToken("日本")])
+    return tokenizer
+
+
 def special_ids(tokenizer: Tokenizer) -> frozenset[int]:
     added = tokenizer.get_added_tokens_decoder()
     return frozenset(i for i, token in added.items() if token.special)
@@ -94,20 +112,23 @@ KINDS: dict[str, tuple[Tokenizer, Callable[[Tokenizer], Detokenizer]]] = {
     "metaspace": (metaspace(), by_window),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
+# Of these a text cannot be had, only ids.
+KINDS_OF_IDS = {"word pieces": (word_pieces(), by_window), "word ends": (word_ends(), by_window)}
+ALL_KINDS = KINDS | KINDS_OF_IDS
 
 
 def pieces_of(kind: str, ids: list[int], step: int = 1) -> list[str]:
-    tokenizer, make = KINDS[kind]
+    tokenizer, make = ALL_KINDS[kind]
     detokenizer = make(tokenizer)
     pieces = [detokenizer.push(ids[at : at + step]) for at in range(0, len(ids), step)]
     return [*pieces, detokenizer.flush()]
 
 
-@kinds
+@pytest.mark.parametrize("kind", ALL_KINDS)
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_the_pieces_of_random_ids_are_the_whole(kind: str, data: st.DataObject) -> None:
-    tokenizer, _ = KINDS[kind]
+    tokenizer, _ = ALL_KINDS[kind]
     size = tokenizer.get_vocab_size()
     ids = data.draw(st.lists(st.integers(0, size + 2), max_size=MAX_HELD_TOKENS - 4))
     step = data.draw(st.integers(1, 4))
@@ -172,3 +193,23 @@ def test_a_window_stays_small() -> None:
         for token_id in tokenizer.encode("hello world").ids:
             detokenizer.push([token_id])
     assert longest <= 6
+
+
+def test_tokens_without_text_are_not_kept_for_ever() -> None:
+    longest = 0
+
+    def decode(ids: list[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return ""
+
+    detokenizer = WindowDetokenizer(decode, frozenset(), frozenset(), 1)
+    for _ in range(10_000):
+        detokenizer.push([0])
+    assert longest <= MAX_HELD_TOKENS + 2
+
+
+def test_what_is_written_as_it_is_is_no_byte_letter() -> None:
+    table = ByteTable({0: "é", 1: "é", 2: "<s>"}.get, [2], {1: "é".encode()})
+    assert [table[i] for i in range(4)] == [b"\xe9", "é".encode(), b"", b""]
+    assert table.decode([1, 0, 1]) == "é\ufffdé"

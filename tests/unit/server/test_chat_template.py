@@ -78,3 +78,14 @@ def test_reserved_names_cannot_be_set() -> None:
         render("", tools=[])
     with pytest.raises(ConfigError):
         ChatTemplate("", {"tools": []})
+
+
+def test_another_template_is_rendered_where_tools_are_given() -> None:
+    template = ChatTemplate("{{ a }}", {}, tool_use="{{ tools | length }} tools {{ b }}")
+    assert template.render(USER, {}) == ""
+    assert template.render(USER, {}, [{"type": "function"}]) == "1 tools "
+    assert template.render(USER, {}, []) == "0 tools "
+    assert template.reads("a")
+    assert template.reads("b")
+    with pytest.raises(ModelError):
+        ChatTemplate("", {}, tool_use="{% if %}")

@@ -17,16 +17,22 @@ FAMILIES: tuple[tuple[tuple[str, ...], bool], ...] = (
 
 
 async def infill_prompt(prefix: str, suffix: str, tokenizer: Tokenizer) -> list[int]:
-    """Raises InvalidRequestError where the model has no such tokens."""
+    """The prompt after which the model writes the middle, with what leads every text (BOS) once.
+
+    Raises InvalidRequestError where the model has no such tokens.
+    """
+    leading = tokenizer.leading_ids
     for tokens, is_suffix_first in FAMILIES:
         ids = [i for token in tokens if (i := tokenizer.id_of(token)) is not None]
         if len(ids) < len(tokens):
             continue
         before = await tokenizer.encode(prefix, add_special_tokens=False)
+        if before[: len(leading)] == leading:
+            before = before[len(leading) :]
         after = await tokenizer.encode(suffix, add_special_tokens=False)
         if is_suffix_first:
-            return [ids[1], *after, ids[0], *before]
-        return [ids[0], *before, ids[1], *after, ids[2]]
+            return [*leading, ids[1], *after, ids[0], *before]
+        return [*leading, ids[0], *before, ids[1], *after, ids[2]]
     raise InvalidRequestError(
         "`suffix` is not supported by this model: it has no tokens to fill in a middle",
         param="suffix",
