@@ -57,7 +57,9 @@ def test_another_coding_is_a_415_that_says_what_is_read(server: RunningServer, c
     assert coding in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("data", [BODY, gzip.compress(BODY, mtime=0)[:-3], gzip.compress(BODY, mtime=0)[:30], b""])
+@pytest.mark.parametrize(
+    "data", [BODY, gzip.compress(BODY, mtime=0)[:-3], gzip.compress(BODY, mtime=0)[:30], b""]
+)
 def test_a_damaged_body_is_a_400(server: RunningServer, data: bytes) -> None:
     answer = post(server, data, "gzip")
     assert answer.status_code == 400

@@ -122,8 +122,8 @@ def _disk_tier(config: TierConfig) -> DiskTier:
 def _served_model(
     config: Config, folder: Path, facts: ModelFacts, tokenizer: Tokenizer, ready: Ready
 ) -> ServedModel:
-    template = tokenizer.template.source_with_tools if tokenizer.has_chat_template else ""
-    formats = ModelFormats.of(config.model, template)
+    template = tokenizer.template if tokenizer.has_chat_template else ""
+    formats = ModelFormats.of(config.model, template, tokenizer.special_tokens)
     return ServedModel(
         names=ModelNames.of(config, folder),
         tokenizer=tokenizer,

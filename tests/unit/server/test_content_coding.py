@@ -65,7 +65,10 @@ def test_what_is_damaged_is_refused(data: bytes, coding: str) -> None:
 
 def test_the_limit_is_of_what_comes_out() -> None:
     assert len(inflate(gzip.compress(b"x" * LIMIT, mtime=0), "gzip", LIMIT)) == LIMIT
-    for data in (gzip.compress(b"x" * (LIMIT + 1), mtime=0), gzip.compress(b"x" * LIMIT, mtime=0) * 2):
+    for data in (
+        gzip.compress(b"x" * (LIMIT + 1), mtime=0),
+        gzip.compress(b"x" * LIMIT, mtime=0) * 2,
+    ):
         with pytest.raises(RequestTooLargeError, match=str(LIMIT)):
             inflate(data, "gzip", LIMIT)
 

@@ -150,8 +150,8 @@ def _typed(function: str, arguments: dict[str, Any], schemas: ToolSchemas) -> di
 
 @dataclass(frozen=True)
 class GemmaCalls:
-    """Calls as `call:name{key:<quote>text<quote>,other:1}` between `start` and `end`: JSON with bare
-    keys and odd quotes."""
+    """Calls as `call:name{key:<quote>text<quote>,other:1}` between `start` and `end`: JSON with
+    bare keys and odd quotes."""
 
     start: str
     end: str

@@ -9,11 +9,11 @@ from pydantic import Field, model_validator
 
 from mlx_lm_server.server.openai.schema import (
     MAX_TEMPLATE_CHARS,
-    check_continued,
     Body,
     ChatMessage,
     Effort,
     Tool,
+    check_continued,
     known_fields,
     known_messages,
     refuse,
