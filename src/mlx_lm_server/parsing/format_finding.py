@@ -72,7 +72,7 @@ def _answer(
 
 def reasoning_format_of(before: str, after: str, plain: str) -> ReasoningFormat | None:
     """Returns the format whose marks stand before and after some reasoning: a known one, else one
-    that is made of them, where they do not stand in a `plain` conversation too."""
+    that is made of them, if the first does not stand before every answer, as in `plain`."""
     for one in reasoning.FORMATS:
         is_around = before.rstrip().endswith(one.start.rstrip()) and after.lstrip().startswith(
             one.end
@@ -80,7 +80,7 @@ def reasoning_format_of(before: str, after: str, plain: str) -> ReasoningFormat 
         if is_around and not one.signs:
             return one
     start, end = MARK_AT_END.search(before), MARK_AT_START.match(after)
-    if start is None or end is None or start[1] in plain:
+    if start is None or end is None or plain.rstrip().endswith(start[1]):
         return None
     return ReasoningFormat("template", start[1], end[1])
 

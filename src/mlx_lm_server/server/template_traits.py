@@ -188,8 +188,8 @@ class TemplateTraits:
         return WrittenCalls(tuple(texts), tuple(calls), tools)
 
     def thought(self) -> tuple[str, str, str] | None:
-        """Returns what it writes before and after the reasoning of an answer, if it does, and a
-        conversation without any."""
+        """Returns what it writes before and after the reasoning of an answer, if it does, and
+        what it writes before an answer without any."""
         message: Message = {"role": "assistant", "content": WORDS}
         message |= dict.fromkeys(REASONING_NAMES, THOUGHT)
         if self.takes_thinking_parts:
@@ -199,7 +199,7 @@ class TemplateTraits:
         if text is not None and THOUGHT in text:
             before, _, after = text.rpartition(THOUGHT)
             plain = self._template.attempt([USER, {"role": "assistant", "content": WORDS}])
-            return before, after.partition(WORDS)[0], plain or ""
+            return before, after.partition(WORDS)[0], (plain or "").rpartition(WORDS)[0]
         return None
 
     def _answers_in(self, text: str, tools: Sequence[Message]) -> Iterator[str]:

@@ -27,7 +27,7 @@ GRANITE = JsonCalls(
     ("<|tool_call|>", "<tool_call>"), ("<|/tool_call|>", "</tool_call>"), is_list=True
 )
 PHI = JsonCalls(
-    ("<|tool_call|>",), ("<|/tool_call|>",), bare=("[{", "{"), likely=("functools[",), is_list=True
+    ("<|tool_call|>",), ("<|/tool_call|>",), bare=("[{",), likely=("functools[",), is_list=True
 )
 FIREFUNCTION = JsonCalls(bare=("[{",), likely=("functools[",), is_list=True)
 NEMOTRON = JsonCalls(("<TOOLCALL>",), ("</TOOLCALL>",), is_list=True)

@@ -4,9 +4,9 @@ A value may hold the format's own marks, and models leave marks out. So a mark e
 where what follows goes on as the format does:
 
     value </parameter> then <parameter= or </function>
-    value <parameter=key> where the tool has such an argument that is not there yet
-    value </function> then </tool_call> or the next call, or the end of the text
-    value </tool_call> then the next call, or the end of the text
+    value, on a new line <parameter=key> where the tool has such an argument that is not there yet
+    value, on a new line </function> then </tool_call> or the next call, or the end of the text
+    value, on a new line </tool_call> then the next call, or the end of the text
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from mlx_lm_server.parsing.tool_formats.format import ToolFormat, ToolSchemas, d
 
 MAX_HEAD_CHARS = 512
 ATTRIBUTE = re.compile(r"""\s+[\w:-]+\s*=\s*(?:"[^"]*"|'[^']*'|\S+)""")
+LINE_BEGIN = re.compile(r"(?:\n|\A)[ \t]*\Z")
 CDATA = ("<![CDATA[", "]]>")
 
 
@@ -200,7 +201,7 @@ class _Value:
                 num_sure = 0
                 yield from reader.more()
                 continue
-            ends = self._rules[found[0]](reader.text[found.end() :])
+            ends = self._ends(found[0], reader.text[: found.start()], reader.text[found.end() :])
             if ends is None and not reader.is_at_end:
                 yield
             elif ends is False:
@@ -210,6 +211,12 @@ class _Value:
                 if found[0] == self._style.argument.close:
                     reader.take(len(found[0]))
                 return
+
+    def _ends(self, mark: str, before: str, rest: str) -> bool | None:
+        """Tells whether a mark ends the value; None where what follows is too short to say."""
+        if mark != self._style.argument.close and not LINE_BEGIN.search(before):
+            return False
+        return self._rules[mark](rest)
 
     def _ends_argument(self, rest: str) -> bool | None:
         rest, style = rest.lstrip(), self._style
