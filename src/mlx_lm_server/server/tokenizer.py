@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from mlx_lm_server.parsing.detokenizer import (
     WindowDetokenizer,
 )
 from mlx_lm_server.server.chat_template import ChatTemplate, find_template
+from mlx_lm_server.server.large_work import run_large
 from mlx_lm_server.server.model_files import ModelFacts
 
 # A text this long takes a few milliseconds to encode; longer ones leave the event loop.
@@ -34,7 +34,6 @@ BEGINNING_CHARS = 4 * MAX_TEXT_TOKENS
 # What rendering a message costs beyond its text, as if it were so much longer.
 CHARS_PER_MESSAGE = 64
 CHARS_PER_TOOL = 512
-_large = ThreadPoolExecutor(max_workers=1, thread_name_prefix="large-text")
 SPECIAL_TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -96,8 +95,7 @@ class Tokenizer:
             return self._encode(text, add_special_tokens)
         if len(text) <= LARGE_CHARS:
             return await asyncio.to_thread(self._encode, text, add_special_tokens)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(_large, self._encode_large, text, add_special_tokens)
+        return await run_large(partial(self._encode_large, text, add_special_tokens))
 
     def _encode_large(self, text: str, add_special_tokens: bool) -> list[int]:
         """Raises ContextLengthError once a beginning of the text is beyond what is encoded."""
