@@ -38,6 +38,7 @@ def pieces(data: bytes) -> Iterator[bytes]:
         ("identity", BODY),
         ("", BODY),
     ],
+    ids=["gzip", "members", "x-gzip", "deflate", "identity", "none"],
 )
 @pytest.mark.parametrize("is_chunked", [False, True])
 def test_a_compressed_body_is_read(
@@ -57,7 +58,11 @@ def test_another_coding_is_a_415_that_says_what_is_read(server: RunningServer, c
     assert coding in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("data", [BODY, gzip.compress(BODY)[:-3], gzip.compress(BODY)[:30], b""])
+@pytest.mark.parametrize(
+    "data",
+    [BODY, gzip.compress(BODY)[:-3], gzip.compress(BODY)[:30], b""],
+    ids=["plain", "almost whole", "cut off", "empty"],
+)
 def test_a_damaged_body_is_a_400(server: RunningServer, data: bytes) -> None:
     answer = post(server, data, "gzip")
     assert answer.status_code == 400
