@@ -31,13 +31,14 @@ def pieces(data: bytes) -> Iterator[bytes]:
 @pytest.mark.parametrize(
     ("coding", "data"),
     [
-        ("gzip", gzip.compress(BODY, mtime=0)),
-        ("GZIP", gzip.compress(BODY[:9], mtime=0) + gzip.compress(BODY[9:], mtime=0)),
-        ("x-gzip", gzip.compress(BODY, mtime=0)),
+        ("gzip", gzip.compress(BODY)),
+        ("GZIP", gzip.compress(BODY[:9]) + gzip.compress(BODY[9:])),
+        ("x-gzip", gzip.compress(BODY)),
         ("deflate", zlib.compress(BODY)),
         ("identity", BODY),
         ("", BODY),
     ],
+    ids=["gzip", "members", "x-gzip", "deflate", "identity", "none"],
 )
 @pytest.mark.parametrize("is_chunked", [False, True])
 def test_a_compressed_body_is_read(
@@ -58,7 +59,9 @@ def test_another_coding_is_a_415_that_says_what_is_read(server: RunningServer, c
 
 
 @pytest.mark.parametrize(
-    "data", [BODY, gzip.compress(BODY, mtime=0)[:-3], gzip.compress(BODY, mtime=0)[:30], b""]
+    "data",
+    [BODY, gzip.compress(BODY)[:-3], gzip.compress(BODY)[:30], b""],
+    ids=["plain", "almost whole", "cut off", "empty"],
 )
 def test_a_damaged_body_is_a_400(server: RunningServer, data: bytes) -> None:
     answer = post(server, data, "gzip")
@@ -68,20 +71,20 @@ def test_a_damaged_body_is_a_400(server: RunningServer, data: bytes) -> None:
 
 def test_the_connection_stays_after_a_damaged_body(server: RunningServer) -> None:
     post(server, BODY, "gzip")
-    assert post(server, gzip.compress(BODY, mtime=0), "gzip").status_code == 200
+    assert post(server, gzip.compress(BODY), "gzip").status_code == 200
 
 
 def test_the_limit_is_of_the_inflated_body(start: Callable[..., Any]) -> None:
     server = start(flags={"--max-request-bytes": "2000"})
     fits = BODY + b" " * (2000 - len(BODY))
-    assert post(server, gzip.compress(fits, mtime=0), "gzip").status_code == 200
-    answer = post(server, gzip.compress(fits + b" ", mtime=0), "gzip")
+    assert post(server, gzip.compress(fits), "gzip").status_code == 200
+    answer = post(server, gzip.compress(fits + b" "), "gzip")
     assert answer.status_code == 413
     assert "2000 bytes" in answer.json()["error"]["message"]
 
 
 def test_a_bomb_is_a_413_and_holds_nobody_up(server: RunningServer) -> None:
-    bomb = gzip.compress(bytes(300 * 2**20), 9, mtime=0)
+    bomb = gzip.compress(bytes(300 * 2**20), 9)
     answer = post(server, bomb, "gzip")
     assert answer.status_code == 413
     assert answer.json()["error"]["code"] == "request_too_large"

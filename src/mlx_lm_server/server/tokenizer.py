@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +24,7 @@ from mlx_lm_server.parsing.detokenizer import (
     byte_alphabet,
 )
 from mlx_lm_server.server.chat_template import ChatTemplate
+from mlx_lm_server.server.large_work import run_large
 from mlx_lm_server.server.model_files import ModelFacts
 from mlx_lm_server.server.special_tokens import CLASS_DEFAULTS, read_special_tokens
 from mlx_lm_server.server.template_files import (
@@ -48,7 +48,6 @@ BEGINNING_CHARS = 4 * MAX_TEXT_TOKENS
 CHARS_PER_MESSAGE = 64
 CHARS_PER_TOOL = 512
 NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
-_large = ThreadPoolExecutor(max_workers=1, thread_name_prefix="large-text")
 
 
 class Tokenizer:
@@ -143,10 +142,7 @@ class Tokenizer:
             return self._encode(text, add_special_tokens, backend)
         if len(text) <= LARGE_CHARS:
             return await asyncio.to_thread(self._encode, text, add_special_tokens, backend)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            _large, self._encode_large, text, add_special_tokens, backend
-        )
+        return await run_large(partial(self._encode_large, text, add_special_tokens, backend))
 
     def _encode_large(self, text: str, add_special_tokens: bool, backend: HFTokenizer) -> list[int]:
         """Raises ContextLengthError once a beginning of the text is beyond what is encoded."""

@@ -57,6 +57,7 @@ def test_what_is_cut_off_is_refused(cut: int) -> None:
         (gzip.compress(b"{}", mtime=0), "deflate"),
         (b"\xff\xff\xff", "deflate"),
     ],
+    ids=["plain", "head only", "more behind", "wrong checksum", "gzip for deflate", "nonsense"],
 )
 def test_what_is_damaged_is_refused(data: bytes, coding: str) -> None:
     with pytest.raises(InvalidRequestError, match=f"no {coding}"):

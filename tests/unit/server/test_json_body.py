@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_lm_server.errors import InvalidRequestError
@@ -66,7 +66,7 @@ def outcome(body: bytes) -> Any:
         return str(error)
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.text(), VALUES))
 def test_a_large_body_is_read_like_a_small_one(value: dict[str, Any]) -> None:
     assert parse_object(json.dumps(value).encode() + ROOM) == value
