@@ -114,7 +114,7 @@ def said(asked: GenerateRequest, text: str, sizes: Sequence[int] = (1,), **more:
 
 
 def tokens_of(answer: Answer) -> str:
-    return "".join(chr(token.token_id) for token in answer.tokens)
+    return "".join(chr(token.token_id) for token in answer.tokens or ())
 
 
 def first_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
