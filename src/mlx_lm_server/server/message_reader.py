@@ -18,6 +18,8 @@ from mlx_lm_server.server.generate_request import GenerateRequest
 
 # So much that is neither content nor reasoning is no beginning of one.
 MAX_UNSETTLED_CHARS = 8192
+# In a piece of text this short no content is followed by a call.
+MAX_PIECE_CHARS = 16
 
 
 class MessageReader:
@@ -59,14 +61,15 @@ class MessageReader:
         return None
 
     def push(self, text: str, *, may_stop: bool = True) -> MessageDelta:
-        """Letter by letter where it may be stopped, so that nothing behind a stop string counts."""
+        """A long text letter by letter where it may be stopped, so that no call behind a stop
+        string counts."""
         if self._content is None:
             self.num_settled += len(text)
             return self._parser.push(text)
         found = MessageDelta()
-        for letter in text:
-            self._unsettled += letter
-            said = self._parser.push(letter)
+        for piece in text if len(text) > MAX_PIECE_CHARS else (text,):
+            self._unsettled += piece
+            said = self._parser.push(piece)
             if said:
                 found.add(self._until_stop(said, self._content, may_stop=may_stop))
                 if self.stop_string is not None:

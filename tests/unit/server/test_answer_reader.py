@@ -182,6 +182,27 @@ def test_however_the_tokens_are_grouped_the_same_comes_out(
     assert found[0] == found[1] == found[2]
 
 
+@given(st.lists(st.sampled_from(PIECES), max_size=10), STOPS, st.booleans(), st.booleans())
+def test_tokens_of_several_letters_say_the_same(
+    pieces: list[str], stops: list[str], thinks: bool, keeps: bool
+) -> None:
+    """And the logprobs are those of the tokens that begin before the text's end."""
+    asked = request(stops=stops, stops_reasoning=thinks, keeps_stop=keeps)
+    by_letter = said(asked, "".join(pieces))
+    answer = Answer()
+    words = ("<end>", *pieces)
+    for delta in deltas(asked, range(1, len(words)), tokenizer=Words(*words))[0]:
+        answer.add(delta)
+    assert (answer.text, answer.reasoning) == (by_letter.text, by_letter.reasoning)
+    assert [call[1:] for call in answer.calls] == [call[1:] for call in by_letter.calls]
+    assert answer.stop_reason == by_letter.stop_reason
+    shown = "".join(words[token.token_id] for token in answer.tokens or ())
+    letters = tokens_of(by_letter)
+    assert shown.startswith(letters)
+    last = words[answer.tokens[-1].token_id] if answer.tokens else ""
+    assert len(shown) - len(letters) < max(len(last), 1)
+
+
 @given(st.text("ab<\n ", max_size=20), STOPS, SIZES, st.booleans(), st.booleans())
 def test_the_tokens_are_those_of_the_text_and_come_with_it(
     text: str, stops: list[str], sizes: list[int], is_plain: bool, keeps: bool
