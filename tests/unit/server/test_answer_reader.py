@@ -130,6 +130,11 @@ TEXTS = st.lists(st.sampled_from(PIECES), max_size=10).map("".join)
 STOPS = st.lists(
     st.sampled_from(("\n", "\n\n", "ab", "b", "a\n", "<", "b<t", " a", "x")), min_size=1, max_size=3
 )
+PLAIN = st.lists(st.sampled_from(("a", "b", "ab ", "\n", "\n\n", " ", "b<", "t")), max_size=6)
+THOUGHTS = PLAIN.map(lambda pieces: ["<think>", *pieces, "</think>", "\n\n"])
+MESSAGES = st.tuples(st.just([]) | THOUGHTS, PLAIN, st.just([]) | st.just(["\n", CALL]), PLAIN).map(
+    lambda parts: [piece for part in parts for piece in part]
+)
 SIZES = st.lists(st.integers(1, 7), min_size=1, max_size=5)
 
 
@@ -182,7 +187,7 @@ def test_however_the_tokens_are_grouped_the_same_comes_out(
     assert found[0] == found[1] == found[2]
 
 
-@given(st.lists(st.sampled_from(PIECES), max_size=10), STOPS, st.booleans(), st.booleans())
+@given(MESSAGES, STOPS, st.booleans(), st.booleans())
 def test_tokens_of_several_letters_say_the_same(
     pieces: list[str], stops: list[str], thinks: bool, keeps: bool
 ) -> None:
