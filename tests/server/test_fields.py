@@ -639,3 +639,10 @@ def test_logprobs_end_where_the_text_ends(scene: Scene, kind: str) -> None:
             assert [one for part in streamed for one in part[name]] == whole[name]
         assert whole["top_logprobs"] == [{token: -0.5} for token in tokens]
     assert tokens == list("abcb")
+
+
+@pytest.mark.parametrize("kind", PATHS)
+def test_an_answer_of_nothing_has_an_empty_list_of_logprobs(scene: Scene, kind: str) -> None:
+    choice = scene.choice(kind, stop="a", logprobs=True if kind == "chat" else 0)
+    assert choice["logprobs"]["content" if kind == "chat" else "tokens"] == []
+    assert scene.choice(kind, stop="a")["logprobs"] is None

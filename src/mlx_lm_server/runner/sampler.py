@@ -64,8 +64,8 @@ class RowSampling:
             self.bad_words.push(token)
 
     @property
-    def forbidden_tokens(self) -> list[int]:
-        return [] if self.bad_words is None else self.bad_words.forbidden
+    def forbidden_tokens(self) -> Sequence[int]:
+        return () if self.bad_words is None else self.bad_words.forbidden
 
     @property
     def may_not_end(self) -> bool:
@@ -338,7 +338,7 @@ def _adjust_row(logits: mx.array, row: RowSampling) -> mx.array:
     if row.bias is not None:
         logits = logits + row.bias
     if forbidden := row.forbidden_tokens:
-        ids = mx.array(forbidden, mx.int32)
+        ids = mx.array(list(forbidden), mx.int32)
         logits[ids] = mx.minimum(logits[ids], FORBIDDEN)
     if row.may_not_end:
         logits[row.stop_ids] = -mx.inf

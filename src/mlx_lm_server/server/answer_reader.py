@@ -86,7 +86,9 @@ class AnswerReader:
             tokens += self._take_settled(delta)
         else:
             self._push(ids, reason, delta)
-        delta.tokens = tokens or None
+        is_told = bool(tokens) or delta.finish_reason is not None
+        if is_told and self._request.sampling.logprobs is not None:
+            delta.tokens = tokens
         return None if delta.is_empty else delta
 
     def _begin(self) -> Delta:

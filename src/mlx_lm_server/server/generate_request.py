@@ -79,7 +79,8 @@ class PromptProgress:
 class Delta:
     """New text of sequence `index`, and its end where `finish_reason` is set; `stop_reason` is then
     the stop string or the client's stop token that ended it. `message` has what is not plain text,
-    `tokens` the tokens of the text since the last delta where logprobs were asked for,
+    `tokens` the tokens of the text since the last delta where logprobs were asked for (with the end
+    always, so that an answer without any has an empty list),
     `prompt_tokens` those of the prompt, once, where theirs were. `token_ids` are those that were
     read since the last delta, `prompt_token_ids` come once; both where they were asked for.
     `progress` comes alone."""
@@ -97,7 +98,7 @@ class Delta:
 
     @property
     def is_plain(self) -> bool:
-        return self.message is None and self.tokens is None and self.token_ids is None
+        return self.message is None and not self.tokens and self.token_ids is None
 
     @property
     def is_empty(self) -> bool:
@@ -115,7 +116,7 @@ class Answer:
     reasoning: str = ""
     calls: list[list[str]] = field(default_factory=list)  # [id, name, arguments]
     warnings: list[str] = field(default_factory=list)
-    tokens: list[ScoredToken] = field(default_factory=list)
+    tokens: list[ScoredToken] | None = None
     prompt_tokens: list[ScoredToken] | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
@@ -128,6 +129,7 @@ class Answer:
         if delta.message is not None:
             self._add_message(delta.message)
         if delta.tokens is not None:
+            self.tokens = self.tokens or []
             self.tokens += delta.tokens
         if delta.prompt_tokens is not None:
             self.prompt_tokens = delta.prompt_tokens

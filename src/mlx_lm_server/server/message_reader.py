@@ -18,6 +18,8 @@ from mlx_lm_server.server.generate_request import GenerateRequest
 
 # So much that is neither content nor reasoning is no beginning of one.
 MAX_UNSETTLED_CHARS = 8192
+# In a piece of text this short no content is followed by a call.
+MAX_PIECE_CHARS = 16
 
 
 class MessageReader:
@@ -59,14 +61,15 @@ class MessageReader:
         return None
 
     def push(self, text: str, *, may_stop: bool = True) -> MessageDelta:
-        """Letter by letter where it may be stopped, so that nothing behind a stop string counts."""
+        """A long text letter by letter where it may be stopped, so that no call behind a stop
+        string counts."""
         if self._content is None:
             self.num_settled += len(text)
             return self._parser.push(text)
         found = MessageDelta()
-        for letter in text:
-            self._unsettled += letter
-            said = self._parser.push(letter)
+        for piece in text if len(text) > MAX_PIECE_CHARS else (text,):
+            self._unsettled += piece
+            said = self._parser.push(piece)
             if said:
                 found.add(self._until_stop(said, self._content, may_stop=may_stop))
                 if self.stop_string is not None:
@@ -103,23 +106,29 @@ class MessageReader:
         if self._reasoning is not None and (said.content or said.calls):
             said.reasoning += self._reasoning.flush()
         if said.content:
-            said.content = self._search(content, said.content, may_stop=may_stop)
+            is_mark = bool(said.warnings)  # what began as a call is text
+            said.content = self._search(content, said.content, may_stop=may_stop, is_mark=is_mark)
         return said
 
-    def _search(self, stops: StopStrings, text: str, *, may_stop: bool) -> str:
-        place = self._place_of(text, stops.num_held)
-        num_early = min(max(self._num_early - place, 0), len(text)) if may_stop else len(text)
+    def _search(
+        self, stops: StopStrings, text: str, *, may_stop: bool, is_mark: bool = False
+    ) -> str:
+        place = self._place_of(text, stops.num_held, is_mark=is_mark)
+        num_early = len(text)
+        if may_stop:
+            num_early = min(max(self._num_early - max(place, 0), 0), len(text))
         sure = text[:num_early] + stops.push(text[num_early:])
         self._settle(max(place + len(text) - stops.num_held, 0))
         return sure
 
-    def _place_of(self, text: str, num_held: int) -> int:
+    def _place_of(self, text: str, num_held: int, *, is_mark: bool) -> int:
         """Where in the unsettled text it is: after what the stop strings hold, unless a mark or a
-        border's white space, which the parser dropped, stands between."""
+        border's white space, which the parser dropped, stands between. Below zero where it began
+        before what is unsettled."""
         if self._unsettled.startswith(text, num_held):
             return num_held
-        place = self._unsettled.rfind(text)
-        return place if place >= 0 else max(len(self._unsettled) - len(text), 0)
+        place = self._unsettled.find(text) if is_mark else self._unsettled.rfind(text)
+        return place if place >= 0 else len(self._unsettled) - len(text)
 
     def _settle(self, num: int) -> None:
         self.num_settled += min(num, len(self._unsettled))

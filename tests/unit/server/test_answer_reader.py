@@ -114,7 +114,7 @@ def said(asked: GenerateRequest, text: str, sizes: Sequence[int] = (1,), **more:
 
 
 def tokens_of(answer: Answer) -> str:
-    return "".join(chr(token.token_id) for token in answer.tokens)
+    return "".join(chr(token.token_id) for token in answer.tokens or ())
 
 
 def first_stop(text: str, stops: Sequence[str]) -> tuple[int, str] | None:
@@ -129,6 +129,11 @@ PIECES = ("<think>", "</think>", CALL, "<tool_call>", "<", "a", "b", "ab ", "\n"
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=10).map("".join)
 STOPS = st.lists(
     st.sampled_from(("\n", "\n\n", "ab", "b", "a\n", "<", "b<t", " a", "x")), min_size=1, max_size=3
+)
+PLAIN = st.lists(st.sampled_from(("a", "b", "ab ", "\n", "\n\n", " ", "b<", "t")), max_size=6)
+THOUGHTS = PLAIN.map(lambda pieces: ["<think>", *pieces, "</think>", "\n\n"])
+MESSAGES = st.tuples(st.just([]) | THOUGHTS, PLAIN, st.just([]) | st.just(["\n", CALL]), PLAIN).map(
+    lambda parts: [piece for part in parts for piece in part]
 )
 SIZES = st.lists(st.integers(1, 7), min_size=1, max_size=5)
 
@@ -180,6 +185,27 @@ def test_however_the_tokens_are_grouped_the_same_comes_out(
         )
         assert parts[-1].finish_reason is not None
     assert found[0] == found[1] == found[2]
+
+
+@given(MESSAGES, STOPS, st.booleans(), st.booleans())
+def test_tokens_of_several_letters_say_the_same(
+    pieces: list[str], stops: list[str], thinks: bool, keeps: bool
+) -> None:
+    """And the logprobs are those of the tokens that begin before the text's end."""
+    asked = request(stops=stops, stops_reasoning=thinks, keeps_stop=keeps)
+    by_letter = said(asked, "".join(pieces))
+    answer = Answer()
+    words = ("<end>", *pieces)
+    for delta in deltas(asked, range(1, len(words)), tokenizer=Words(*words))[0]:
+        answer.add(delta)
+    assert (answer.text, answer.reasoning) == (by_letter.text, by_letter.reasoning)
+    assert [call[1:] for call in answer.calls] == [call[1:] for call in by_letter.calls]
+    assert answer.stop_reason == by_letter.stop_reason
+    shown = "".join(words[token.token_id] for token in answer.tokens or ())
+    letters = tokens_of(by_letter)
+    assert shown.startswith(letters)
+    last = words[answer.tokens[-1].token_id] if answer.tokens else ""
+    assert len(shown) - len(letters) < max(len(last), 1)
 
 
 @given(st.text("ab<\n ", max_size=20), STOPS, SIZES, st.booleans(), st.booleans())

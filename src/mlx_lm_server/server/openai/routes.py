@@ -143,7 +143,7 @@ class OpenAIRoutes:
         answers = await collect(generation, http.receive, num_sequences)
         usage = self._usage(generation, request)
         build = chat_response if is_chat else completion_response
-        num_scored = sum(len(a.tokens) + len(a.prompt_tokens or ()) for a in answers)
+        num_scored = sum(len(a.tokens or ()) + len(a.prompt_tokens or ()) for a in answers)
         if num_scored <= MAX_INLINE_TOKENS:
             return json_response(build(head, answers, usage, tokenizer))
         return json_response(await asyncio.to_thread(build, head, answers, usage, tokenizer))

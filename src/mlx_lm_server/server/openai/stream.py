@@ -194,7 +194,7 @@ def chat_response(
         {
             "index": index,
             "message": _message(answer),
-            "logprobs": chat_logprobs(answer.tokens, tokenizer) if answer.tokens else None,
+            "logprobs": _chat_scores(answer, tokenizer),
             "finish_reason": answer.finish_reason,
             "stop_reason": answer.stop_reason,
             **_token_ids(answer),
@@ -203,6 +203,14 @@ def chat_response(
     ]
     more = _of_prompt(answers[0], tokenizer)
     return _response(head, "chat.completion", choices, usage, more)
+
+
+def _chat_scores(answer: Answer, tokenizer: TokenBytes) -> dict[str, Any] | None:
+    return None if answer.tokens is None else chat_logprobs(answer.tokens, tokenizer)
+
+
+def _completion_scores(answer: Answer, tokenizer: TokenBytes) -> dict[str, Any] | None:
+    return None if answer.tokens is None else completion_logprobs(answer.tokens, tokenizer)
 
 
 def _message(answer: Answer) -> dict[str, Any]:
@@ -232,7 +240,7 @@ def completion_response(
         {
             "index": index,
             "text": answer.text,
-            "logprobs": completion_logprobs(answer.tokens, tokenizer) if answer.tokens else None,
+            "logprobs": _completion_scores(answer, tokenizer),
             "finish_reason": answer.finish_reason,
             "stop_reason": answer.stop_reason,
             **_token_ids(answer),
