@@ -57,7 +57,7 @@ XML = "<function={{ c.function.name }}>\n…</function>"
 PARAMETER = "<parameter={{ k }}>"
 INVOKE = '<invoke name="{{ c.function.name }}">\n…</invoke>\n'
 DSML = (
-    '<｜DSML｜parameter name="{{ k }}" string="{{ \'true\' if v is string else \'false\' }}">'
+    "<｜DSML｜parameter name=\"{{ k }}\" string=\"{{ 'true' if v is string else 'false' }}\">"
     + VALUE
     + "</｜DSML｜parameter>\n"
 )
@@ -68,7 +68,7 @@ GEMMA = (
     "{{ k }}:{{ write(w) }}{{ ',' if not loop.last }}{% endfor %}{{ '}' }}"
     "{%- elif v is iterable -%}[{% for w in v %}{{ write(w) }}{{ ',' if not loop.last }}"
     "{% endfor %}]{%- else -%}{{ v }}{%- endif -%}{%- endmacro -%}"
-).replace("QvQ", '{{ \'<|"|>\' + v + \'<|"|>\' }}')
+).replace("QvQ", "{{ '<|\"|>' + v + '<|\"|>' }}")
 NESTED = (
     "{%- set ns = ']<]minimax[>[' -%}{%- macro write(v) -%}{%- if v is mapping -%}"
     "{% for k, w in v.items() %}{{ ns }}<{{ k }}>{{ write(w) }}{{ ns }}</{{ k }}>{% endfor %}"
@@ -270,8 +270,7 @@ FAMILIES: dict[str, Family] = {
         "kimi_k2",
     ),
     "Kimi K3": Family(
-        K3
-        + "{% for m in messages %}<|open|>message role=\"{{ m.role }}\"<|sep|>"
+        K3 + '{% for m in messages %}<|open|>message role="{{ m.role }}"<|sep|>'
         "{% if m.role == 'assistant' %}<|open|>think<|sep|>{{ m.reasoning_content or '' }}"
         "<|close|>think<|sep|><|open|>response<|sep|>{{ m.content or '' }}<|close|>response<|sep|>"
         "{% if m.tool_calls %}<|open|>tools<|sep|>{% for c in m.tool_calls %}"
@@ -378,7 +377,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "Apertus": Family(
         chatml(
-            listed("<|tools_prefix|>", "<|tools_suffix|>", '{"{{ c.function.name }}": ' + ARGUMENTS + "}")
+            listed(
+                "<|tools_prefix|>",
+                "<|tools_suffix|>",
+                '{"{{ c.function.name }}": ' + ARGUMENTS + "}",
+            )
         ),
         "apertus",
         "apertus",

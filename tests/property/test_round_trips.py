@@ -42,12 +42,16 @@ def texts(draw: st.DrawFn) -> str:
     middle = draw(st.lists(WORDS | BITS, max_size=4).map("".join))
     if draw(st.booleans()):
         middle = f"{middle}w{draw(st.sampled_from(MARKS))}w{draw(WORDS)}"
-    return draw(st.sampled_from(("", "\n", "\n\n", " "))) + middle + draw(
-        st.sampled_from(("", "\n", "\n\n", " ", "\\", '"'))
+    return (
+        draw(st.sampled_from(("", "\n", "\n\n", " ")))
+        + middle
+        + draw(st.sampled_from(("", "\n", "\n\n", " ", "\\", '"')))
     )
 
 
-PLAIN = st.none() | st.booleans() | st.integers(-999, 10**9) | st.floats(-9, 9).map(lambda x: x + 0.0)
+PLAIN = (
+    st.none() | st.booleans() | st.integers(-999, 10**9) | st.floats(-9, 9).map(lambda x: x + 0.0)
+)
 VALUES = {
     "path": texts(),
     "text": texts(),
