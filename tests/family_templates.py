@@ -9,15 +9,13 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Family:
     """`tools` and `thinks` are the formats to be found. `max_calls`: more in one message are
-    refused. `trims`: white space around texts is lost. `has_nulls`: null is written."""
+    refused. `has_kinds`: texts within lists and objects are told from other values."""
 
     template: str
     tools: str
     thinks: str | None = None
     max_calls: int = 3
-    trims: bool = False
-    has_nulls: bool = True
-    special_tokens: tuple[str, ...] = ()
+    has_kinds: bool = True
 
 
 def chatml(calls: str, *, before: str = "", tools: str = "", end: str = "") -> str:
@@ -220,16 +218,17 @@ FAMILIES: dict[str, Family] = {
         ),
         "minimax_m3",
         "minimax_m3",
+        has_kinds=False,
     ),
     "DeepSeek V3 and R1": Family(
-        "{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+        "{{ tools | tojson if tools }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
         "{% elif m.role == 'assistant' %}<｜Assistant｜>{{ m.content or '' }}{% if m.tool_calls %}"
         "<｜tool▁calls▁begin｜>{% for c in m.tool_calls %}<｜tool▁call▁begin｜>function"
         "<｜tool▁sep｜>{{ c.function.name }}\n```json\n"
         + ARGUMENTS
         + "\n```<｜tool▁call▁end｜>{{ '\n' if not loop.last }}{% endfor %}<｜tool▁calls▁end｜>"
         "{% endif %}<｜end▁of▁sentence｜>{% else %}<｜tool▁output｜>{{ m.content }}{% endif %}"
-        "{% endfor %}{{ tools | tojson if tools }}{% if add_generation_prompt %}<｜Assistant｜>"
+        "{% endfor %}{% if add_generation_prompt %}<｜Assistant｜>"
         "{% endif %}",
         "deepseek",
     ),
@@ -270,7 +269,7 @@ FAMILIES: dict[str, Family] = {
         "kimi_k2",
     ),
     "Kimi K3": Family(
-        K3 + '{% for m in messages %}<|open|>message role="{{ m.role }}"<|sep|>'
+        K3 + '{{ tools | tojson if tools }}{% for m in messages %}<|open|>message role="{{ m.role }}"<|sep|>'
         "{% if m.role == 'assistant' %}<|open|>think<|sep|>{{ m.reasoning_content or '' }}"
         "<|close|>think<|sep|><|open|>response<|sep|>{{ m.content or '' }}<|close|>response<|sep|>"
         "{% if m.tool_calls %}<|open|>tools<|sep|>{% for c in m.tool_calls %}"
@@ -280,7 +279,7 @@ FAMILIES: dict[str, Family] = {
         + VALUE
         + "<|close|>argument<|sep|>{% endfor %}<|close|>call<|sep|>{% endfor %}"
         "<|close|>tools<|sep|>{% endif %}{% else %}{{ m.content }}{% endif %}"
-        "<|close|>message<|sep|>{% endfor %}{{ tools | tojson if tools }}"
+        "<|close|>message<|sep|>{% endfor %}"
         '{% if add_generation_prompt %}<|open|>message role="assistant"<|sep|><|open|>think<|sep|>'
         "{% endif %}",
         "kimi_k3",
@@ -395,12 +394,12 @@ FAMILIES: dict[str, Family] = {
         "gigachat",
     ),
     "Solar": Family(
-        "{% for m in messages %}<|begin|>{{ m.role }}{% if m.reasoning %}<|think|>{{ m.reasoning }}"
+        "{{ tools | tojson if tools }}{% for m in messages %}<|begin|>{{ m.role }}{% if m.reasoning %}<|think|>{{ m.reasoning }}"
         "<|end|><|begin|>assistant{% endif %}{% if m.tool_calls %}<|tool_calls|>"
         "{% for c in m.tool_calls %}<|tool_call:begin|>{{ c.id }}<|tool_call:name|>"
         "{{ c.function.name }}<|tool_call:args|>" + ARGUMENTS + "<|tool_call:end|>{% endfor %}"
         "<|calls|>{% else %}<|content|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
-        "{{ tools | tojson if tools }}{% if add_generation_prompt %}<|begin|>assistant{% endif %}",
+        "{% if add_generation_prompt %}<|begin|>assistant{% endif %}",
         "solar",
         "solar",
     ),

@@ -104,7 +104,7 @@ def written(name: str, calls: list[tuple[str, dict[str, Any]]]) -> tuple[str, st
     text = template.render(for_it, {}, TOOLS, add_generation_prompt=False)
     prompt = template.render([USER], {}, TOOLS)
     begin = template.render([USER], {}, TOOLS, add_generation_prompt=False)
-    return prompt, text[len(begin) :]
+    return prompt, text[len(prompt if text.startswith(prompt) else begin) :]
 
 
 def test_every_family_is_found_by_what_its_template_writes() -> None:
@@ -121,6 +121,8 @@ def test_what_a_template_writes_of_calls_is_read_back(
 ) -> None:
     family: Family = FAMILIES[name]
     calls = calls[: family.max_calls]
+    if not family.has_kinds:
+        calls = [(n, {k: v for k, v in a.items() if isinstance(v, str | int)}) for n, a in calls]
     _, text = written(name, calls)
     answer = model_of(name).formats.answer("", TOOLS)
     cut = data.draw(st.integers(0, len(text)))

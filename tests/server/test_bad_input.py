@@ -222,8 +222,6 @@ TOOL = {"type": "function", "function": {"name": "f"}}
     ("name", "value"),
     [
         ("tools", [TOOL]),  # the template has none
-        ("tool_choice", "required"),
-        ("tool_choice", {"type": "function", "function": {"name": "f"}}),
         ("response_format", {"type": "json_object"}),
         ("best_of", 2),
         ("guided_json", {}),
@@ -235,6 +233,23 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 def test_what_comes_later_is_refused_by_name(server: RunningServer, name: str, value: Any) -> None:
     error = refused(server, json.dumps({"messages": MESSAGES, name: value}).encode())
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}])
+def test_a_choice_of_tools_needs_tools(server: RunningServer, choice: Any) -> None:
+    error = refused(server, json.dumps({"messages": MESSAGES, "tool_choice": choice}).encode())
+    assert (error["param"], error["code"]) == ("tool_choice", "invalid_value")
+    assert "tools" in error["message"]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}])
+def test_a_call_that_is_required_comes_later(server: RunningServer, choice: Any) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    body = {"messages": MESSAGES, "tools": tools, "tool_choice": choice}
+    error = refused(server, json.dumps(body).encode())
+    assert (error["param"], error["code"]) == ("tool_choice", "unsupported_parameter")
+    body["tools"] = []
+    assert refused(server, json.dumps(body).encode())["code"] == "invalid_value"
 
 
 def test_nesting_without_end_in_a_field(server: RunningServer) -> None:

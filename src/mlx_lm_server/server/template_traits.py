@@ -110,7 +110,7 @@ class TemplateTraits:
                     is_refused = is_refused and text is None
                     if text is None or not _shows(text, takes_objects):
                         continue
-                    is_named = NAME in text or id not in text
+                    is_named = NAME in text or _numbered(id, 0) not in text
                     ids = ids if is_named else Ids.NAMING
                     return CallWay(takes_objects, content, ids, is_shown=True)
             if not is_refused:

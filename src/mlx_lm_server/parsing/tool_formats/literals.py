@@ -127,10 +127,14 @@ class LiteralReader:
 
     def _scalar(self) -> Any:
         number = NUMBER.match(self.text, self.place)
+        if number is not None and number.end() == len(self.text):
+            raise UnfinishedError("the text ends within a number")
         if number is not None and not AFTER_NUMBER.match(self.text, number.end()):
             self.place = number.end()
             return _number(number[0])
         word = self.take(BARE_TEXT if self._dialect.has_bare_texts else NAME, "a value").strip()
+        if self.place == len(self.text):
+            raise UnfinishedError("the text ends within a word")
         if word in WORDS:
             return WORDS[word]
         if not self._dialect.has_bare_texts:
@@ -155,7 +159,7 @@ class LiteralReader:
         return AFTER_ARGUMENT.match(self.text, place) is not None
 
     def _error(self, message: str) -> UnparsableError:
-        is_unfinished = self.place >= len(self.text)
+        is_unfinished = self.place >= len(self.text) - 1  # a sign may begin a number
         return UnfinishedError(message) if is_unfinished else UnparsableError(message)
 
 

@@ -23,7 +23,6 @@ from mlx_lm_server.parsing.tool_formats.format import ToolFormat, ToolSchemas, d
 
 MAX_HEAD_CHARS = 512
 ATTRIBUTE = re.compile(r"""\s+[\w:-]+\s*=\s*(?:"[^"]*"|'[^']*'|\S+)""")
-LINE_BEGIN = re.compile(r"(?:\n|\A)[ \t]*\Z")
 CDATA = ("<![CDATA[", "]]>")
 
 
@@ -186,6 +185,7 @@ class _Value:
         for end in style.block_ends:
             self._rules.setdefault(end, self._ends_block)
         self._marks = _markers(tuple(self._rules))
+        self._is_line_blank = True
 
     def read(self, emit: Callable[[str], None]) -> Script[None]:
         """Takes the value and the mark that ends it, where that is the argument's own. Raises
@@ -197,7 +197,9 @@ class _Value:
             found = self._marks.search(reader.text, num_sure)
             if found is None:
                 held = self._marks.beginning_at_end(reader.text)
-                trimmed(reader.take(max(len(reader.text) - held, num_sure)))
+                piece = reader.take(max(len(reader.text) - held, num_sure))
+                self._passed(piece)
+                trimmed(piece)
                 num_sure = 0
                 yield from reader.more()
                 continue
@@ -214,9 +216,17 @@ class _Value:
 
     def _ends(self, mark: str, before: str, rest: str) -> bool | None:
         """Tells whether a mark ends the value; None where what follows is too short to say."""
-        if mark != self._style.argument.close and not LINE_BEGIN.search(before):
-            return False
-        return self._rules[mark](rest)
+        is_own = mark == self._style.argument.close
+        return self._rules[mark](rest) if is_own or self._begins_line(before) else False
+
+    def _begins_line(self, before: str) -> bool:
+        """Tells whether only white space stands between the line's beginning and a place, before
+        which the value goes on with a text that was not passed on yet."""
+        _, line_break, line = before.rpartition("\n")
+        return not line.strip() and (bool(line_break) or self._is_line_blank)
+
+    def _passed(self, piece: str) -> None:
+        self._is_line_blank = self._begins_line(piece)
 
     def _ends_argument(self, rest: str) -> bool | None:
         rest, style = rest.lstrip(), self._style

@@ -146,7 +146,9 @@ def _check_choice(choice: str | Mapping[str, Any] | None, tools: Sequence[Tool] 
         return
     if not tools:
         raise InvalidRequestError(
-            "tool_choice: only together with `tools`", param="tool_choice", code="invalid_value"
+            "tool_choice: only allowed when `tools` are given",
+            param="tool_choice",
+            code="invalid_value",
         )
     if choice == "auto":
         return
