@@ -269,7 +269,8 @@ FAMILIES: dict[str, Family] = {
         "kimi_k2",
     ),
     "Kimi K3": Family(
-        K3 + '{{ tools | tojson if tools }}{% for m in messages %}<|open|>message role="{{ m.role }}"<|sep|>'
+        K3
+        + '{{ tools | tojson if tools }}{% for m in messages %}<|open|>message role="{{ m.role }}"<|sep|>'
         "{% if m.role == 'assistant' %}<|open|>think<|sep|>{{ m.reasoning_content or '' }}"
         "<|close|>think<|sep|><|open|>response<|sep|>{{ m.content or '' }}<|close|>response<|sep|>"
         "{% if m.tool_calls %}<|open|>tools<|sep|>{% for c in m.tool_calls %}"

@@ -235,7 +235,9 @@ def test_what_comes_later_is_refused_by_name(server: RunningServer, name: str, v
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
 
 
-@pytest.mark.parametrize("choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}])
+@pytest.mark.parametrize(
+    "choice", ["auto", "required", {"type": "function", "function": {"name": "f"}}]
+)
 def test_a_choice_of_tools_needs_tools(server: RunningServer, choice: Any) -> None:
     error = refused(server, json.dumps({"messages": MESSAGES, "tool_choice": choice}).encode())
     assert (error["param"], error["code"]) == ("tool_choice", "invalid_value")

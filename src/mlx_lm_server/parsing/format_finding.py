@@ -93,7 +93,7 @@ def _reads(answer: AnswerFormat, text: str, calls: Calls) -> bool:
             if call.name is not None:
                 found.append([call.name, ""])
             found[-1][1] += call.arguments
-        if delta.broken_call is not None:
+        if delta.broken_calls:
             return False
     try:
         read = [(name, json.loads(arguments)) for name, arguments in found]

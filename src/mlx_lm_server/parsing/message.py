@@ -27,13 +27,18 @@ class CallDelta:
 @dataclass(slots=True)
 class MessageDelta:
     """What became certain since the last one. `warnings` say what could not be parsed and is
-    therefore content; `broken_call` is then the number of the call that had already begun."""
+    therefore content; `broken_calls` are the numbers of those of them that had already begun."""
 
     content: str = ""
     reasoning: str = ""
     calls: list[CallDelta] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    broken_call: int | None = None
+    broken_calls: list[int] = field(default_factory=list)
+
+    @property
+    def broken_call(self) -> int | None:
+        """The last of them."""
+        return self.broken_calls[-1] if self.broken_calls else None
 
     def __bool__(self) -> bool:
         return bool(self.content or self.reasoning or self.calls or self.warnings)
@@ -44,8 +49,7 @@ class MessageDelta:
         for call in later.calls:
             self._add_call(call)
         self.warnings += later.warnings
-        if later.broken_call is not None:
-            self.broken_call = later.broken_call
+        self.broken_calls += later.broken_calls
 
     def _add_call(self, call: CallDelta) -> None:
         """Clients take one piece of each call at a time."""
@@ -169,7 +173,7 @@ class MessageBuilder:
         self._held_call = None
         if self._is_call_open:
             self._is_call_open = False
-            self._delta.broken_call = self.num_calls - 1
+            self._delta.broken_calls.append(self.num_calls - 1)
             self._content = _Part()
         if warning is not None:
             self._delta.warnings.append(warning)

@@ -10,6 +10,16 @@ from mlx_lm_server.parsing.strict_schema import StrictSchema
 
 MAX_DEPTH = 16
 NAMESPACE = "functions."
+# Names that people give types, though JSON Schema has others.
+ALIASES = {
+    **dict.fromkeys(("str", "text", "enum"), "string"),
+    **dict.fromkeys(("int", "long"), "integer"),
+    **dict.fromkeys(("float", "double"), "number"),
+    **dict.fromkeys(("bool",), "boolean"),
+    **dict.fromkeys(("dict", "map"), "object"),
+    **dict.fromkeys(("list", "tuple"), "array"),
+    **dict.fromkeys(("none",), "null"),
+}
 # Keywords that only values of one kind can fulfil.
 TELLING_KEYWORDS = {
     "properties": "object",
@@ -45,15 +55,19 @@ class ToolSchemas:
         if not name:
             raise UnparsableError("a call needs a name")
         short = name.removeprefix(NAMESPACE)
+        first, _, last = short.partition(".")
+        if first == last:  # some models write a namespace of the same name
+            short = first
         if name in self._parameters:
             return name
         if short in self._parameters or self._allows_any:
             return short
         raise UnparsableError(f"no tool is called {name[:100]!r}")
 
-    def declares(self, function: str, argument: str) -> bool:
-        """Tells whether the function's schema names the argument."""
-        return argument in self._properties(function)
+    def declares(self, function: str, argument: str) -> bool | None:
+        """Tells whether the function's schema names the argument; None where it names none."""
+        properties = self._properties(function)
+        return argument in properties if properties else None
 
     def schema_of(self, function: str, argument: str) -> Mapping[str, Any]:
         """Returns the argument's schema with references resolved; empty where there is none."""
@@ -95,9 +109,9 @@ def _kinds(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:
         return set()
     kind = schema.get("type")
     if isinstance(kind, str):
-        return {kind}
+        return {ALIASES.get(kind.lower(), kind)}
     if isinstance(kind, list):
-        return {k for k in kind if isinstance(k, str)}
+        return {ALIASES.get(k.lower(), k) for k in kind if isinstance(k, str)}
     if isinstance(values := schema.get("enum"), list) and values:
         return {kind_of(value) for value in values}
     if "const" in schema:

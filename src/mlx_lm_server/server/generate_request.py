@@ -114,7 +114,6 @@ class Answer:
 
     text: str = ""
     reasoning: str = ""
-    calls: list[list[str]] = field(default_factory=list)  # [id, name, arguments]
     warnings: list[str] = field(default_factory=list)
     tokens: list[ScoredToken] | None = None
     prompt_tokens: list[ScoredToken] | None = None
@@ -123,6 +122,7 @@ class Answer:
     finish_reason: AnswerReason = "error"
     stop_reason: StopReason = None
     _texts: list[str] = field(default_factory=list)
+    _begun: dict[int, list[str]] = field(default_factory=dict)
 
     def add(self, delta: Delta) -> None:
         self._texts.append(delta.text)
@@ -147,10 +147,15 @@ class Answer:
         self.warnings += message.warnings
         for call in message.calls:
             if call.id is not None and call.name is not None:
-                self.calls.append([call.id, call.name, ""])
-            self.calls[-1][2] += call.arguments
-        if message.broken_call is not None:  # its text is content
-            self.calls.pop()
+                self._begun[call.index] = [call.id, call.name, ""]
+            self._begun[call.index][2] += call.arguments
+        for index in message.broken_calls:  # their text is content
+            del self._begun[index]
+
+    @property
+    def calls(self) -> list[list[str]]:
+        """Id, name and arguments of each call."""
+        return list(self._begun.values())
 
 
 @dataclass(frozen=True, slots=True)

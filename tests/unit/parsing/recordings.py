@@ -56,8 +56,7 @@ def read(answer: AnswerFormat, pieces: list[str], *, is_cut: bool = False) -> Sa
         said.content += delta.content
         said.reasoning += delta.reasoning
         said.warnings += len(delta.warnings)
-        if delta.broken_call is not None:
-            said.broken.append(delta.broken_call)
+        said.broken += delta.broken_calls
         for call in delta.calls:
             if call.name is not None:
                 assert call.id

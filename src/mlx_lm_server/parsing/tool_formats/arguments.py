@@ -11,6 +11,8 @@ from mlx_lm_server.parsing.reader import UnparsableError
 from mlx_lm_server.parsing.tool_formats.format import dump, load
 from mlx_lm_server.parsing.tool_schemas import ToolSchemas, kind_of
 
+# Arguments that some models wrap all others into.
+WHOLES = frozenset({"arguments", "input", "parameters", "properties"})
 WORDS: Mapping[str, Any] = {"True": True, "False": False, "None": None}
 
 
@@ -27,8 +29,13 @@ class ArgumentWriter:
         out.arguments("{")
 
     def expects(self, key: str) -> bool:
-        """Tells whether the tool has such an argument and it was not written yet."""
-        return key not in self._written and self._schemas.declares(self.function, key)
+        """Tells whether the tool may have such an argument, which was not written yet."""
+        return key not in self._written and self._schemas.declares(self.function, key) is not False
+
+    def holds_all(self, key: str) -> bool:
+        """Tells whether an argument of that name, which the tool has not, is the whole of them."""
+        is_unknown = self._schemas.declares(self.function, key) is False
+        return key in WHOLES and is_unknown and not self._written
 
     def kinds(self, key: str) -> frozenset[str]:
         return self._schemas.kinds(self.function, key)
@@ -54,6 +61,13 @@ class ArgumentWriter:
         """Writes the value that a text stands for. Raises UnparsableError for one of no kind that
         the argument may have."""
         self._out.arguments(dump(value_of(text, kinds, key)))
+
+    def whole(self, text: str) -> None:
+        """Writes all arguments of a text that is an object of them. Raises UnparsableError."""
+        arguments = value_of(text, frozenset(("object",)), "arguments")
+        for key, value in arguments.items():
+            self.begin(key)
+            self.json(value)
 
     def json(self, value: Any) -> None:
         self._out.arguments(dump(value))

@@ -25,7 +25,7 @@ LIST_OF_CALLS = re.compile(rf"\s*\[\s*{CALL}", re.DOTALL)
 LIST_OR_LINE = re.compile(rf"\s*\[?\s*{CALL}", re.DOTALL)
 FUNCTION = re.compile(r"[A-Za-z_][\w.\-]*")
 PYTHON = Dialect()
-GEMMA_CALL = re.compile(r"\s*(?:call:.*|c?|ca|cal|call)\Z", re.DOTALL)
+GEMMA_CALL = re.compile(r"\s*(?:(?:call)?:.*|c?|ca|cal|call)\Z", re.DOTALL)
 FENCES = ("```python", "```")
 
 
@@ -172,7 +172,8 @@ class GemmaCalls:
 
     def _call(self, text: str, _is_at_end: bool) -> tuple[Call, int]:
         reader = LiteralReader(text, Dialect((self.quote, '"'), has_bare_texts=True))
-        reader.expect("call:")
+        reader.accept("call")
+        reader.expect(":")
         name = reader.take(FUNCTION, "a name")
         reader.expect("{")
         return (name, load(dump(reader.members()))), reader.place

@@ -92,6 +92,7 @@ MINIMAX_M2 = TagCalls(
     Tag("<invoke name=", ">", "</invoke>"),
     Tag("<parameter name=", ">", "</parameter>"),
     blocks=(("<minimax:tool_call>", "</minimax:tool_call>"),),
+    is_block_optional=True,
 )
 DSML = TagCalls(
     Tag("<｜DSML｜invoke name=", ">", "</｜DSML｜invoke>"),
@@ -100,12 +101,14 @@ DSML = TagCalls(
         ("<｜DSML｜function_calls>", "</｜DSML｜function_calls>"),
         ("<｜DSML｜tool_calls>", "</｜DSML｜tool_calls>"),
     ),
+    is_block_optional=True,
     tokens=("｜DSML｜",),
 )
 KIMI_K3 = TagCalls(
     Tag("<|open|>call tool=", "<|sep|>", "<|close|>call<|sep|>"),
     Tag("<|open|>argument key=", "<|sep|>", "<|close|>argument<|sep|>"),
     blocks=(("<|open|>tools<|sep|>", "<|close|>tools<|sep|>"),),
+    has_entities=True,
     tokens=("<|open|>", "<|close|>", "<|sep|>"),
 )
 MINICPM5 = TagCalls(
@@ -117,6 +120,7 @@ ATEM = TagCalls(
     Tag("<atem:invoke name=", ">", "</atem:invoke>"),
     Tag("<atem:parameter name=", ">", "</atem:parameter>"),
     blocks=(("<atem:function_calls>", "</atem:function_calls>"),),
+    is_block_optional=True,
 )
 STEP3 = TagCalls(
     Tag("<steptml:invoke name=", ">", "</steptml:invoke>"),

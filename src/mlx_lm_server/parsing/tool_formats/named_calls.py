@@ -94,6 +94,9 @@ def _mistral(
     while not (head := re.search(r"\[CALL_ID\]|\[ARGS\]|\{", reader.text)):
         if len(reader.text) > MAX_NAME_CHARS:
             raise UnparsableError("a call needs a name")
+        if reader.is_at_end and re.fullmatch(r"[\w.\-]+\s*", reader.text):
+            out.call(reader.take(len(reader.text)), "{}")
+            return
         yield from reader.more()
     name, id = reader.take(head.start()), None
     if (yield from reader.accept(CALL_ID)):

@@ -11,6 +11,7 @@ where what follows goes on as the format does:
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ class TagCalls:
 
     Where a call's head has no end, its name goes up to the next mark. `value_open` stands between
     an argument's head and its value. `pads`: a line break stands around each value, which is not
-    part of it. `separator` may stand after the name of a call.
+    part of it. `separator` may stand after the name of a call. `has_entities`: heads are escaped
+    as in HTML.
     """
 
     call: Tag
@@ -52,6 +54,7 @@ class TagCalls:
     pads: bool = False
     is_block_optional: bool = False
     has_cdata: bool = False
+    has_entities: bool = False
     tokens: tuple[str, ...] = ()
 
     def format(self, name: str) -> ToolFormat:
@@ -110,12 +113,14 @@ class TagCalls:
         """Returns a name and the attributes after it."""
         if not tag.head_end:
             return (yield from self._bare_name(reader)), ""
-        while (place := reader.text.find(tag.head_end)) < 0:
+        while (end := re.search(f"{re.escape(tag.head_end)}|(?<=[^\\s])\n", reader.text)) is None:
             if len(reader.text) > MAX_HEAD_CHARS:
                 raise UnparsableError(f"{tag.head_end} is missing")
             yield from reader.more()
-        head = reader.take(place).strip()
-        reader.take(len(tag.head_end))
+        head = reader.take(end.start()).strip()
+        reader.take(len(end[0]))
+        if self.has_entities:
+            head = html.unescape(head)
         attributes = ATTRIBUTE.search(head)
         name = head[: attributes.start()] if attributes else head
         return name.strip().strip("\"'"), head[len(name) :]
@@ -138,9 +143,14 @@ class TagCalls:
         if self.value_open:
             yield from reader.skip_space()
             yield from reader.expect(self.value_open)
-        kinds = _told_kinds(attributes, writer.kinds(key))
-        writer.begin(key)
+        kinds = writer.kinds(key) or _told_kinds(attributes)
         value = _Value(self, reader, writer)
+        if writer.holds_all(key):
+            pieces: list[str] = []
+            yield from value.read(pieces.append)
+            writer.whole("".join(pieces))
+            return
+        writer.begin(key)
         if kinds == {"string"} and not self.has_cdata:
             writer.begin_text()
             yield from value.read(writer.text)
@@ -281,14 +291,12 @@ def _markers(texts: tuple[str, ...]) -> Markers:
 _KNOWN_MARKERS: dict[tuple[str, ...], Markers] = {}
 
 
-def _told_kinds(attributes: str, kinds: frozenset[str]) -> frozenset[str]:
-    """Returns what an argument's own attributes say of its kind, else what the schema says."""
-    if 'string="true"' in attributes or 'type="string"' in attributes:
+def _told_kinds(attributes: str) -> frozenset[str]:
+    """Returns what an argument's own attributes say of its kind; empty where they do not."""
+    if 'string="true"' in attributes:
         return frozenset(("string",))
-    if 'string="false"' in attributes:
-        return kinds - {"string"}
     told = re.search(r'type="(\w+)"', attributes)
-    return (kinds & {told[1]} or frozenset((told[1],))) if told else kinds
+    return frozenset((told[1],)) if told else frozenset()
 
 
 class _Padding:
