@@ -90,14 +90,15 @@ FAMILIES: dict[str, Family] = {
         chatml(
             EACH + "\n<tool_call>\n" + OBJECT + "\n</tool_call>" + DONE,
             before=THINK,
-            tools="<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools> Use <tool_call>.",
+            tools="<tools>{% for t in tools %}{{ t | tojson }}{% endfor %}</tools>",
         ),
         "hermes",
         "think",
     ),
     "Llama 3": Family(
         "{% if tools %}{{ tools | tojson }} Respond in the format {"
-        '"name": function name, "parameters": dictionary of argument name and its value}.{% endif %}'
+        '"name": function name, "parameters": dictionary of argument name and its value}.'
+        "{% endif %}"
         "{% for m in messages %}<|start|>{{ m.role }}<|end_header|>\n\n"
         "{% if m.tool_calls %}{% if m.tool_calls | length != 1 %}"
         "{{ raise_exception('This model only supports single tool-calls at once!') }}{% endif %}"
@@ -221,7 +222,8 @@ FAMILIES: dict[str, Family] = {
         has_kinds=False,
     ),
     "DeepSeek V3 and R1": Family(
-        "{{ tools | tojson if tools }}{% for m in messages %}{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
+        "{{ tools | tojson if tools }}{% for m in messages %}"
+        "{% if m.role == 'user' %}<｜User｜>{{ m.content }}"
         "{% elif m.role == 'assistant' %}<｜Assistant｜>{{ m.content or '' }}{% if m.tool_calls %}"
         "<｜tool▁calls▁begin｜>{% for c in m.tool_calls %}<｜tool▁call▁begin｜>function"
         "<｜tool▁sep｜>{{ c.function.name }}\n```json\n"
@@ -269,8 +271,8 @@ FAMILIES: dict[str, Family] = {
         "kimi_k2",
     ),
     "Kimi K3": Family(
-        K3
-        + '{{ tools | tojson if tools }}{% for m in messages %}<|open|>message role="{{ m.role }}"<|sep|>'
+        K3 + "{{ tools | tojson if tools }}{% for m in messages %}"
+        '<|open|>message role="{{ m.role }}"<|sep|>'
         "{% if m.role == 'assistant' %}<|open|>think<|sep|>{{ m.reasoning_content or '' }}"
         "<|close|>think<|sep|><|open|>response<|sep|>{{ m.content or '' }}<|close|>response<|sep|>"
         "{% if m.tool_calls %}<|open|>tools<|sep|>{% for c in m.tool_calls %}"
@@ -395,7 +397,8 @@ FAMILIES: dict[str, Family] = {
         "gigachat",
     ),
     "Solar": Family(
-        "{{ tools | tojson if tools }}{% for m in messages %}<|begin|>{{ m.role }}{% if m.reasoning %}<|think|>{{ m.reasoning }}"
+        "{{ tools | tojson if tools }}{% for m in messages %}<|begin|>{{ m.role }}"
+        "{% if m.reasoning %}<|think|>{{ m.reasoning }}"
         "<|end|><|begin|>assistant{% endif %}{% if m.tool_calls %}<|tool_calls|>"
         "{% for c in m.tool_calls %}<|tool_call:begin|>{{ c.id }}<|tool_call:name|>"
         "{{ c.function.name }}<|tool_call:args|>" + ARGUMENTS + "<|tool_call:end|>{% endfor %}"

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mlx_lm_server import folders
-from mlx_lm_server.config import Config, TierConfig
+from mlx_lm_server.config import Config, ModelConfig, TierConfig
 from mlx_lm_server.errors import ConfigError
 from mlx_lm_server.protocol import DiskTier, LoadModel, Ready
 from mlx_lm_server.server.banner import StartDisplay
@@ -54,13 +54,11 @@ async def boot(
     )
     services.supervisor = supervisor
     supervisor.start()
-    tokenizer = await in_daemon_thread(
-        load_tokenizer, folder, facts, config.model.chat_template, config.model.chat_template_args
-    )
+    tokenizer, formats = await in_daemon_thread(_read_texts, folder, facts, config.model)
     await first_of(supervisor.first_ready, supervisor.failure)
     if not supervisor.failure.done():
         ready = supervisor.first_ready.result()
-        model = _served_model(config, folder, facts, tokenizer, ready)
+        model = _served_model(config, folder, facts, tokenizer, formats, ready)
         services.set_model(model)
         services.metrics.kv_bits = ready.kv_bits
         services.metrics.cache_config = cache_config(config.kv, ready, model.bounds)
@@ -119,11 +117,27 @@ def _disk_tier(config: TierConfig) -> DiskTier:
     )
 
 
+def _read_texts(
+    folder: Path, facts: ModelFacts, config: ModelConfig
+) -> tuple[Tokenizer, ModelFormats]:
+    """Returns all that has to do with texts; what a template makes of messages is tried here, while
+    the engine loads, and not at the first request."""
+    tokenizer = load_tokenizer(folder, facts, config.chat_template, config.chat_template_args)
+    template = tokenizer.template if tokenizer.has_chat_template else None
+    formats = ModelFormats.of(config, template or "", tokenizer.special_tokens)
+    if template is not None:
+        template.try_out()
+    return tokenizer, formats
+
+
 def _served_model(
-    config: Config, folder: Path, facts: ModelFacts, tokenizer: Tokenizer, ready: Ready
+    config: Config,
+    folder: Path,
+    facts: ModelFacts,
+    tokenizer: Tokenizer,
+    formats: ModelFormats,
+    ready: Ready,
 ) -> ServedModel:
-    template = tokenizer.template if tokenizer.has_chat_template else ""
-    formats = ModelFormats.of(config.model, template, tokenizer.special_tokens)
     return ServedModel(
         names=ModelNames.of(config, folder),
         tokenizer=tokenizer,

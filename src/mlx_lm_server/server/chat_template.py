@@ -112,6 +112,10 @@ class ChatTemplate:
     def traits(self) -> TemplateTraits:
         return TemplateTraits(self)
 
+    def try_out(self) -> None:
+        """Finds out now what requests will ask of its names and traits."""
+        self.traits.try_out(self.names)
+
     def reads(self, name: str) -> bool:
         """Tells whether a variable has a meaning here."""
         return name in self.names.variables

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -24,10 +24,9 @@ class TemplateNames:
     def of(cls, source: str, environment: jinja2.Environment) -> TemplateNames:
         """Raises jinja2.TemplateError where the source is no template."""
         tree = environment.parse(source)
-        variables = meta.find_undeclared_variables(tree)
-        return cls(
-            frozenset(variables), frozenset(_attributes(tree)), _words(tree, frozenset(variables))
-        )
+        variables = frozenset(meta.find_undeclared_variables(tree))
+        every = list(_walked(tree))
+        return cls(variables, frozenset(_attributes(every)), _words(every, variables))
 
     def __or__(self, other: TemplateNames) -> TemplateNames:
         names = self.words.keys() | other.words.keys()
@@ -38,35 +37,44 @@ class TemplateNames:
         )
 
 
-def _attributes(tree: nodes.Template) -> Iterator[str]:
-    for node in tree.find_all(nodes.Getattr):
-        yield node.attr
-    for item in tree.find_all(nodes.Getitem):
-        yield from _texts(item.arg)
-    for call in tree.find_all(nodes.Call):
-        if isinstance(call.node, nodes.Getattr) and call.node.attr == "get":
-            yield from (text for arg in call.args[:1] for text in _texts(arg))
-    for compare in tree.find_all(nodes.Compare):
-        if any(operand.op in ("in", "notin") for operand in compare.ops):
-            yield from _texts(compare.expr)
+def _walked(tree: nodes.Node) -> Iterator[nodes.Node]:
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        waiting += node.iter_child_nodes()
 
 
-def _words(tree: nodes.Template, variables: frozenset[str]) -> dict[str, frozenset[str]]:
+def _attributes(every: Sequence[nodes.Node]) -> Iterator[str]:
+    for node in every:
+        match node:
+            case nodes.Getattr():
+                yield node.attr
+            case nodes.Getitem():
+                yield from _texts(node.arg)
+            case nodes.Call(node=nodes.Getattr(attr="get")):
+                yield from (text for arg in node.args[:1] for text in _texts(arg))
+            case nodes.Compare():
+                if any(operand.op in ("in", "notin") for operand in node.ops):
+                    yield from _texts(node.expr)
+
+
+def _words(every: Sequence[nodes.Node], variables: frozenset[str]) -> dict[str, frozenset[str]]:
     """Also of names that a variable's value was given, maybe changed or with a default."""
-    sources = _sources(tree)
+    sources = _sources(every)
     found: dict[str, set[str]] = {}
-    for names, words in (*_compared(tree), *_looked_up(tree)):
+    for names, words in (*_compared(every), *_looked_up(every)):
         for root in _roots(names, sources) & variables:
             found.setdefault(root, set()).update(words)
     return {name: frozenset(words) for name, words in found.items()}
 
 
-def _sources(tree: nodes.Template) -> dict[str, set[str]]:
+def _sources(every: Sequence[nodes.Node]) -> dict[str, set[str]]:
     """Returns for each name that is set the names in what it is set to."""
     found: dict[str, set[str]] = {}
-    for assign in tree.find_all(nodes.Assign):
-        if isinstance(assign.target, nodes.Name):
-            found.setdefault(assign.target.name, set()).update(_names(assign.node))
+    for node in every:
+        if isinstance(node, nodes.Assign) and isinstance(node.target, nodes.Name):
+            found.setdefault(node.target.name, set()).update(_names(node.node))
     return found
 
 
@@ -81,8 +89,10 @@ def _roots(names: Iterable[str], sources: Mapping[str, set[str]]) -> set[str]:
     return seen
 
 
-def _compared(tree: nodes.Template) -> Iterator[tuple[set[str], set[str]]]:
-    for compare in tree.find_all(nodes.Compare):
+def _compared(every: Sequence[nodes.Node]) -> Iterator[tuple[set[str], set[str]]]:
+    for compare in every:
+        if not isinstance(compare, nodes.Compare):
+            continue
         sides = [compare.expr, *(operand.expr for operand in compare.ops)]
         is_name = [bool(_names(side)) for side in sides]
         if any(is_name) and not all(is_name):
@@ -90,13 +100,17 @@ def _compared(tree: nodes.Template) -> Iterator[tuple[set[str], set[str]]]:
             yield names, {text for side in sides for text in _texts(side)}
 
 
-def _looked_up(tree: nodes.Template) -> Iterator[tuple[set[str], set[str]]]:
+def _looked_up(every: Sequence[nodes.Node]) -> Iterator[tuple[set[str], set[str]]]:
     tables = {
-        assign.target.name: assign.node
-        for assign in tree.find_all(nodes.Assign)
-        if isinstance(assign.target, nodes.Name) and isinstance(assign.node, nodes.Dict)
+        node.target.name: node.node
+        for node in every
+        if isinstance(node, nodes.Assign)
+        and isinstance(node.target, nodes.Name)
+        and isinstance(node.node, nodes.Dict)
     }
-    for item in tree.find_all(nodes.Getitem):
+    for item in every:
+        if not isinstance(item, nodes.Getitem):
+            continue
         table = tables.get(item.node.name) if isinstance(item.node, nodes.Name) else item.node
         if isinstance(table, nodes.Dict):
             keys = {text for pair in table.items for text in _texts(pair.key)}

@@ -45,6 +45,9 @@ class Renders(Protocol):
     @property
     def names(self) -> TemplateNames: ...
 
+    @property
+    def source(self) -> str: ...
+
     def attempt(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -97,6 +100,13 @@ class TemplateTraits:
 
     def __init__(self, template: Renders) -> None:
         self._template = template
+
+    def try_out(self, names: TemplateNames) -> None:
+        """Answers what the first conversations will ask."""
+        for role in ("system", "user", "assistant"):
+            self.needs_parts(role)
+        if "tool_calls" in names.attributes:
+            _ = self.calls, self.shows_calls_beside_text, self.refuses_thought_beside_text
 
     @cached_property
     def calls(self) -> CallWay:
@@ -151,7 +161,7 @@ class TemplateTraits:
     def takes_thinking_parts(self) -> bool:
         """Tells whether reasoning is to be a part of the content, since no field of the message
         shows it."""
-        if "thinking" not in self._template.names.attributes:
+        if "thinking" not in self._template.source:
             return False
         by_field = {"role": "assistant", "content": WORDS} | dict.fromkeys(REASONING_NAMES, THOUGHT)
         parts = [{"type": "thinking", "thinking": THOUGHT}, {"type": "text", "text": WORDS}]
