@@ -24,9 +24,10 @@ class TemplateNames:
     def of(cls, source: str, environment: jinja2.Environment) -> TemplateNames:
         """Raises jinja2.TemplateError where the source is no template."""
         tree = environment.parse(source)
-        variables = frozenset(meta.find_undeclared_variables(tree))
         every = list(_walked(tree))
-        return cls(variables, frozenset(_attributes(every)), _words(every, variables))
+        attributes, words = frozenset(_attributes(every)), _words(every)
+        variables = frozenset(meta.find_undeclared_variables(tree))  # changes the tree
+        return cls(variables, attributes, {n: w for n, w in words.items() if n in variables})
 
     def __or__(self, other: TemplateNames) -> TemplateNames:
         names = self.words.keys() | other.words.keys()
@@ -59,12 +60,12 @@ def _attributes(every: Sequence[nodes.Node]) -> Iterator[str]:
                     yield from _texts(node.expr)
 
 
-def _words(every: Sequence[nodes.Node], variables: frozenset[str]) -> dict[str, frozenset[str]]:
+def _words(every: Sequence[nodes.Node]) -> dict[str, frozenset[str]]:
     """Also of names that a variable's value was given, maybe changed or with a default."""
     sources = _sources(every)
     found: dict[str, set[str]] = {}
     for names, words in (*_compared(every), *_looked_up(every)):
-        for root in _roots(names, sources) & variables:
+        for root in _roots(names, sources):
             found.setdefault(root, set()).update(words)
     return {name: frozenset(words) for name, words in found.items()}
 

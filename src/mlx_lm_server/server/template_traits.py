@@ -121,8 +121,9 @@ class TemplateTraits:
                     if text is None or not _shows(text, takes_objects):
                         continue
                     is_named = NAME in text or _numbered(id, 0) not in text
-                    ids = ids if is_named else Ids.NAMING
-                    return CallWay(takes_objects, content, ids, is_shown=True)
+                    is_naming = ids is Ids.ANY and not is_named
+                    chosen = Ids.NAMING if is_naming else ids
+                    return CallWay(takes_objects, content, chosen, is_shown=True)
             if not is_refused:
                 break
         return CallWay()
