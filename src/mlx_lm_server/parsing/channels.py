@@ -29,6 +29,12 @@ LAST_CHANNEL = re.compile(r"<\|channel\|>\s*(\w+)(?!.*<\|channel\|>)", re.DOTALL
 # The answer begins within a head where its first letters are such.
 HEAD_AT_START = re.compile(r"\s*(?:to=|<\|channel\|>|<\|message\|>)")
 MAX_HEAD_CHARS = 1024
+# What heads are made of; the last word of one that is cut may be a part of such a word.
+HEAD_WORDS = ("assistant", "analysis", "commentary", "final", "json", "to=")
+PART_OF_MARK = re.compile(r"<(?:\|\w*\|?)?")
+PART_OF_HEAD = re.compile(
+    r"(?:\s|<\|\w+\|>|to=\S*|(?:assistant|analysis|commentary|final|json)(?![^\s<]))*"
+)
 # Recipients that are nobody's tool.
 PEOPLE = frozenset({"assistant", "user", "all"})
 
@@ -98,13 +104,27 @@ class ChannelFormat:
         if start == MESSAGE:
             return (yield from self._body(reader, out, schemas, start))
         while (place := reader.text.find(MESSAGE)) < 0:
-            if reader.is_at_end or len(reader.text) > MAX_HEAD_CHARS:  # half a head says nothing
-                reader.recall()
-                reader.take(len(reader.text))
-                return None
+            if reader.is_at_end or len(reader.text) > MAX_HEAD_CHARS:
+                return (yield from self._without_message(reader, out, start))
             yield
+        known = PART_OF_HEAD.match(reader.text, 0, place).end()  # type: ignore[union-attr]
+        if any(reader.text.find(mark, known, place) >= 0 for mark in (START, CHANNEL)):
+            return (yield from self._without_message(reader, out, start))
         head = start + reader.take(place + len(MESSAGE))
         return (yield from self._body(reader, out, schemas, head))
+
+    def _without_message(
+        self, reader: Reader, out: MessageBuilder, start: str
+    ) -> Script[str | None]:
+        """Reads a head that is cut, which says nothing, or behind which the mark of the message is
+        missing."""
+        reader.recall()
+        head = start + reader.take(PART_OF_HEAD.match(reader.text).end())  # type: ignore[union-attr]
+        rest = reader.text
+        is_cut = PART_OF_MARK.fullmatch(rest) or any(word.startswith(rest) for word in HEAD_WORDS)
+        if reader.is_at_end and is_cut:
+            reader.take(len(rest))
+        return (yield from self._text(reader, out, self._is_thought(head)))
 
     def _body(
         self, reader: Reader, out: MessageBuilder, schemas: ToolSchemas, head: str

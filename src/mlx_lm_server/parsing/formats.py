@@ -57,8 +57,8 @@ TOOL_SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("<function=", "</function>", "{json}"), "functionary_v31"),
     (("<function=", "<|python_tag|>"), "functionary_v31"),
     (("functools",), "firefunction"),
-    (("<|tool_list_start|>",), "lfm2"),
-    (("List of tools: ",), "lfm2"),
+    (("<|tool_list_start|>",), "pythonic"),
+    (("List of tools: ",), "pythonic"),
     (("<|tool_call_start|>",), "pythonic"),
     (("<function_calls>",), "olmo3"),
     (("<tool_calls>",), "tool_calls"),
@@ -76,7 +76,7 @@ TOOL_SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 # A token in the vocabulary → the format of a model whose template does not tell.
 TOKEN_SIGNS: tuple[tuple[str, str], ...] = (
-    ("<|tool_call_start|>", "lfm2"),
+    ("<|tool_call_start|>", "pythonic"),
     ("[TOOL_CALLS]", "mistral"),
     ("<|tool_calls_section_begin|>", "kimi_k2"),
     ("<｜tool▁calls▁begin｜>", "deepseek"),

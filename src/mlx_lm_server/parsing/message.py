@@ -128,6 +128,10 @@ class MessageBuilder:
         self.is_reasoning = False
         self._content.begin()
 
+    def check_name(self, name: str) -> None:
+        """Raises UnparsableError where the request has no such tool."""
+        self._schemas.resolve(name)
+
     def begin_call(self, name: str, id: str | None = None) -> None:
         """Raises UnparsableError where the request has no such tool."""
         name = self._schemas.resolve(name)

@@ -28,6 +28,8 @@ from mlx_lm_server.parsing.tool_formats.format import ToolFormat
 from mlx_lm_server.parsing.tool_schemas import ToolSchemas
 
 LETTERS = string.ascii_letters + string.digits
+# After so many likely marks that began no call, an answer is one that speaks of them.
+MAX_UNLIKELY = 64
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class MessageParser:
         self._out = MessageBuilder(self._new_id, self._schemas)
         marks = _marks_of(answer)
         self._markers = Markers(marks) if marks else None
+        self._mark = ""  # what began the calls that are being read
+        self._num_unlikely = 0
         self._script: Script[None] | None = self._begin(answer.head)
 
     @property
@@ -95,7 +99,8 @@ class MessageParser:
         return self._channels(head) if self._answer.whole is not None else self._message()
 
     def _run(self, is_cut: bool = False) -> None:
-        """Lets the script read; where it fails, what it read is content and it begins again."""
+        """Lets the script read; where it fails, the mark that misled it is content, and it begins
+        again behind that."""
         while self._script is not None:
             try:
                 next(self._script)
@@ -108,14 +113,28 @@ class MessageParser:
                 self._script = self._again()
 
     def _give_up(self, error: UnparsableError, is_fine: bool) -> None:
-        raw = self._reader.recall_all()
-        if self._reader.is_at_end:
-            raw += self._reader.take(len(self._reader.text))
+        warning = f"a tool call could not be parsed and is given as text: {error}"
         if is_fine:
-            return
-        for mark in self._answer.reasoning.marks if self._answer.reasoning is not None else ():
-            raw = raw.replace(mark, "")
-        self._out.give_back(raw, f"a tool call could not be parsed and is given as text: {error}")
+            self._reader.recall_all()
+            self._reader.take(len(self._reader.text))
+        elif self._answer.whole is not None:
+            raw = self._reader.recall_all()
+            if self._reader.is_at_end:
+                raw += self._reader.take(len(self._reader.text))
+            self._out.give_back(raw, warning)
+        else:
+            self._give_back(warning)
+
+    def _give_back(self, warning: str | None) -> None:
+        """What began the calls is text; what was read after it is to be read again."""
+        reader, tools = self._reader, self._answer.tools
+        reader.unread(reader.recall_all())
+        raw = reader.take(len(self._mark))
+        others = [s for s in tools.starts if s != self._mark] if tools is not None else []
+        text = reader.text.lstrip()
+        if inner := next((start for start in others if text.startswith(start)), ""):
+            raw += reader.take(len(reader.text) - len(text) + len(inner))
+        self._out.give_back(raw, warning)
 
     def _again(self) -> Script[None]:
         return self._channels() if self._answer.whole is not None else self._parts()
@@ -203,21 +222,25 @@ class MessageParser:
 
     def _calls(self, tools: ToolFormat, marker: str, *, is_given: bool = False) -> Script[None]:
         """Reads calls after a mark; `is_given`: the mark stands in the prompt."""
-        self._reader.remember("" if is_given else marker)
+        self._mark = "" if is_given else marker
+        self._reader.remember(self._mark)
         yield from tools.read(self._reader, self._out, self._schemas, marker)
         self._reader.recall()
 
     def _likely_calls(self, tools: ToolFormat, marker: str) -> Script[None]:
         reader, num_calls = self._reader, self._out.num_calls
-        reader.remember("")
+        if self._num_unlikely == MAX_UNLIKELY:
+            self._out.content(marker)
+            return
+        self._mark = marker
+        reader.remember(marker)
         try:
             yield from tools.read(reader, self._out, self._schemas, marker)
         except UnparsableError:
             if self._out.num_calls > num_calls:
                 raise
-            raw = reader.recall_all()
-            raw += reader.take(max(len(marker) - len(raw), 0))
-            self._out.give_back(raw, None)
+            self._num_unlikely += 1
+            self._give_back(None)
         else:
             reader.recall()
 
@@ -230,9 +253,11 @@ class MessageParser:
         reader.remember("")
         yield from reader.skip_space()
         space = reader.recall()
-        if (yield from reader.next_of(*tools.bare)) is None:
+        beginning = yield from reader.next_of(*tools.bare)
+        if beginning is None:
             self._out.content(space)
             return
+        self._mark = space + beginning
         reader.remember(space)
         num_calls = self._out.num_calls
         try:
@@ -240,7 +265,7 @@ class MessageParser:
         except UnparsableError:
             if self._out.num_calls > num_calls:
                 raise
-            self._out.give_back(reader.recall_all(), None)
+            self._give_back(None)
         else:
             reader.recall()
 

@@ -15,7 +15,8 @@ T = TypeVar("T")
 Script = Generator[None, None, T]
 Emit = Callable[[str], None]
 
-JSON_OUTSIDE_STRINGS = frozenset(' \t\r\n,:0123456789+-.eEtrufalsn"{}[]')
+OUTSIDE_STRINGS = re.compile(r"[ \t\r\n,:0-9+\-.eEtrufalsn]*")
+WITHIN_STRINGS = re.compile(r'["\\\x00-\x1f]')
 
 
 class UnparsableError(Exception):
@@ -55,47 +56,67 @@ class Markers:
 class JsonScan:
     """Finds the end of a JSON value (object, array or string) that comes in pieces. `depth` 1
     begins within an object. Control characters that a model left bare in a string are noted in
-    `bare`."""
+    `bare`; `num_good` letters came before what cannot be JSON."""
 
-    __slots__ = ("_depth", "_is_escaped", "_is_in_string", "bare")
+    __slots__ = ("_depth", "_is_escaped", "_is_in_string", "bare", "num_good")
 
     def __init__(self, depth: int = 0) -> None:
         self._depth = depth
         self._is_in_string = False
         self._is_escaped = False
         self.bare: list[int] = []
+        self.num_good = 0
 
     def feed(self, piece: str) -> int | None:
-        """Where in the piece the value ends; None where it goes on. Raises UnparsableError."""
+        """Returns where in the piece the value ends; None where it goes on. Raises
+        UnparsableError."""
         self.bare = []
-        for place, letter in enumerate(piece):
+        place = 0
+        while place < len(piece):
             if self._is_in_string:
-                if self._read_in_string(letter, place) and self._depth == 0:
-                    return place + 1
-            elif letter == '"':
+                place = self._pass_string(piece, place)
+                if self._is_at_end:
+                    return place
+                continue
+            place = OUTSIDE_STRINGS.match(piece, place).end()  # type: ignore[union-attr]
+            if place == len(piece):
+                break
+            letter = piece[place]
+            place += 1
+            if letter == '"':
                 self._is_in_string = True
             elif letter in "{[":
                 self._depth += 1
             elif letter in "}]":
                 self._depth -= 1
                 if self._depth <= 0:
-                    return place + 1
-            elif letter not in JSON_OUTSIDE_STRINGS:
+                    return place
+            else:
+                self.num_good = place - 1
                 raise UnparsableError(f"{letter!r} outside a string")
         return None
 
-    def _read_in_string(self, letter: str, place: int) -> bool:
-        """True where the string ends."""
+    @property
+    def _is_at_end(self) -> bool:
+        return self._depth == 0 and not self._is_in_string
+
+    def _pass_string(self, piece: str, place: int) -> int:
+        """Returns the place after the string, or the end of the piece."""
         if self._is_escaped:
             self._is_escaped = False
-        elif letter == "\\":
-            self._is_escaped = True
-        elif letter == '"':
-            self._is_in_string = False
-            return True
-        elif letter < " ":
-            self.bare.append(place)
-        return False
+            place += 1
+        while (found := WITHIN_STRINGS.search(piece, place)) is not None:
+            letter, place = found[0], found.end()
+            if letter == '"':
+                self._is_in_string = False
+                return place
+            if letter != "\\":
+                self.bare.append(place - 1)
+            elif place == len(piece):
+                self._is_escaped = True
+            else:
+                place += 1
+        return len(piece)
 
 
 def _escape(piece: str, places: Sequence[int]) -> str:
@@ -204,13 +225,13 @@ class Reader:
             yield
 
     def next_of(self, *options: str) -> Script[str | None]:
-        """Which of them the text goes on with, if any; nothing is taken."""
+        """Returns the longest of them that the text goes on with, if any; nothing is taken."""
         while True:
-            for option in options:
-                if self.text.startswith(option):
-                    return option
-            if self.is_at_end or not any(option.startswith(self.text) for option in options):
-                return None
+            text = self.text
+            is_open = any(len(option) > len(text) and option.startswith(text) for option in options)
+            if self.is_at_end or not is_open:
+                fitting = [option for option in options if text.startswith(option)]
+                return max(fitting, key=len, default=None)
             yield
 
     def accept(self, *options: str) -> Script[str | None]:
@@ -231,7 +252,11 @@ class Reader:
         """An object, array or string as it comes, valid as far as brackets go."""
         scan, pieces = JsonScan(depth), []
         while True:
-            end = scan.feed(self.text)
+            try:
+                end = scan.feed(self.text)
+            except UnparsableError:
+                emit(_escape(self.take(scan.num_good), scan.bare))
+                raise
             raw = self.take(len(self.text) if end is None else end)
             pieces.append(_escape(raw, scan.bare))
             if pieces[-1]:

@@ -48,7 +48,7 @@ FORMATS = (
         "solar",
         "<|think|>",
         "<|end|>",
-        ("<|begin|>assistant", "<|content|>", "<|begin|>"),
+        ("<|begin|>assistant", "<|content|>"),
         signs=("<|think|>", "<|begin|>assistant"),
     ),
     ReasoningFormat(

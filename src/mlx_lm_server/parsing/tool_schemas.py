@@ -8,7 +8,7 @@ from typing import Any
 from mlx_lm_server.parsing.reader import UnparsableError
 from mlx_lm_server.parsing.strict_schema import StrictSchema
 
-MAX_DEPTH = 16
+MAX_REFERENCES = 16
 NAMESPACE = "functions."
 # Names that people give types, though JSON Schema has others.
 ALIASES = {
@@ -85,28 +85,42 @@ class ToolSchemas:
 
     def _properties(self, function: str) -> Mapping[str, Any]:
         root = self._parameters.get(function, {})
-        return dict(_properties(root, root, MAX_DEPTH))
+        return dict(_properties(root, root, set()))
 
 
 def kinds_of(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
     """Returns the JSON types that values of a schema may have; empty where that is not known.
     References are resolved in `root`; of what all of `allOf` allow, the part is returned."""
-    return frozenset(_kinds(schema, root, MAX_DEPTH))
+    return frozenset(_kinds(schema, root, {}) or ())
 
 
-def _properties(schema: Any, root: Mapping[str, Any], depth: int) -> Iterator[tuple[str, Any]]:
+def _properties(schema: Any, root: Mapping[str, Any], seen: set[int]) -> Iterator[tuple[str, Any]]:
+    """Yields each schema's properties once, however many references lead to it."""
     schema = _resolved(schema, root)
-    for part in _options(schema, "allOf", "anyOf", "oneOf") if depth else ():
-        yield from _properties(part, root, depth - 1)
+    if id(schema) in seen:
+        return
+    seen.add(id(schema))
+    for part in _options(schema, "allOf", "anyOf", "oneOf"):
+        yield from _properties(part, root, seen)
     own = schema.get("properties")
     if isinstance(own, dict):
         yield from own.items()
 
 
-def _kinds(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:
+_Known = dict[int, set[str] | None]
+
+
+def _kinds(schema: Any, root: Mapping[str, Any], known: _Known) -> set[str] | None:
+    """Returns None for a schema within which this one stands, which adds nothing to it. `known`
+    are those that were read."""
     schema = _resolved(schema, root)
-    if not schema or depth == 0:
-        return set()
+    if id(schema) not in known:
+        known[id(schema)] = None
+        known[id(schema)] = _own_kinds(schema, root, known)
+    return known[id(schema)]
+
+
+def _own_kinds(schema: Mapping[str, Any], root: Mapping[str, Any], known: _Known) -> set[str]:
     kind = schema.get("type")
     if isinstance(kind, str):
         return {ALIASES.get(kind.lower(), kind)}
@@ -117,10 +131,9 @@ def _kinds(schema: Any, root: Mapping[str, Any], depth: int) -> set[str]:
     if "const" in schema:
         return {kind_of(schema["const"])}
     if options := _options(schema, "anyOf", "oneOf"):
-        kinds = [_kinds(option, root, depth - 1) for option in options]
-        return set().union(*kinds) if all(kinds) else set()
-    parts = [_kinds(part, root, depth - 1) for part in _options(schema, "allOf")]
-    if told := [part for part in parts if part]:
+        told = [k for option in options if (k := _kinds(option, root, known)) is not None]
+        return set().union(*told) if all(told) else set()
+    if told := [k for part in _options(schema, "allOf") if (k := _kinds(part, root, known))]:
         return set.intersection(*told) or set.union(*told)
     return {kind for word, kind in TELLING_KEYWORDS.items() if word in schema}
 
@@ -130,7 +143,7 @@ def _options(schema: Mapping[str, Any], *words: str) -> list[Any]:
 
 
 def _resolved(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
-    for _ in range(MAX_DEPTH):
+    for _ in range(MAX_REFERENCES):
         if not isinstance(schema, dict):
             return {}
         reference = schema.get("$ref")

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import string
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, TypeAlias
 
 from mlx_lm_server.parsing.tool_formats.format import ToolFormat
 from mlx_lm_server.server.template_traits import ABSENT, Ids, TemplateTraits
@@ -21,6 +24,11 @@ LETTERS = string.ascii_letters + string.digits
 SHORT_ID_LETTERS = 9
 JSON_SPACE = " \t\r\n"
 CLOSERS = {"{": "}", "[": "]"}
+STRUCTURE = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|["\[\]{},]', re.DOTALL)
+MAX_NESTING = 100  # far above what calls have, far below what writers of JSON can write
+MAX_MENDINGS = 8
+# The brackets that are open at a place, innermost first: what closes it, and those around it.
+_Brackets: TypeAlias = "tuple[str, _Brackets] | None"
 
 
 def for_template(
@@ -31,7 +39,7 @@ def for_template(
     there are any. `tools` is how the model writes calls, for templates that do not."""
     ids = _CallIds(traits)
     found: list[Message] = []
-    for message in messages:
+    for message in _with_calls_apart(list(messages), traits):
         one = dict(message)
         if one["role"] == "developer":
             one["role"] = "system"
@@ -47,6 +55,43 @@ def for_template(
     return found
 
 
+def _with_calls_apart(
+    messages: list[Mapping[str, Any]], traits: TemplateTraits
+) -> Iterable[Mapping[str, Any]]:
+    """Each call with its result after it, where a template shows one call of a message only."""
+    place = 0
+    while place < len(messages):
+        message = messages[place]
+        place += 1
+        calls = message.get("tool_calls") or []
+        if len(calls) < 2 or not traits.calls.is_shown or traits.shows_several_calls:
+            yield message
+            continue
+        results = []
+        while place < len(messages) and messages[place]["role"] == "tool":
+            results.append(messages[place])
+            place += 1
+        yield from _one_by_one(message, results)
+
+
+def _one_by_one(
+    message: Mapping[str, Any], results: Sequence[Mapping[str, Any]]
+) -> Iterable[Mapping[str, Any]]:
+    """Yields each call with the results of its id, or else with the next one that has none."""
+    by_id: dict[str | None, list[Mapping[str, Any]]] = {}
+    for result in reversed(results):
+        by_id.setdefault(result.get("tool_call_id"), []).append(result)
+    for number, call in enumerate(message["tool_calls"]):
+        said = message if number == 0 else {"role": message["role"]}
+        yield {**said, "tool_calls": [call]}
+        if (given := call.get("id")) is not None and given in by_id:
+            yield from reversed(by_id.pop(given))
+        elif by_id.get(None):
+            yield by_id[None].pop()
+    left = {id(result) for rest in by_id.values() for result in rest}
+    yield from (result for result in results if id(result) in left)
+
+
 def _with_content(message: Message, traits: TemplateTraits) -> Message:
     """Content in the form in which it appears: a text, or parts."""
     content, role = message.get("content"), message["role"]
@@ -59,7 +104,7 @@ def _with_content(message: Message, traits: TemplateTraits) -> Message:
     if isinstance(content, list):
         is_taken = len(content) > 0 and traits.takes_parts(role)
         content = content if is_taken else joined(content)
-    elif content and traits.needs_parts(role):
+    if content and isinstance(content, str) and traits.needs_parts(role):
         content = _parts(content)
     return {**message, "content": content}
 
@@ -188,27 +233,46 @@ def short_id(id: str) -> str:
 
 def object_of(arguments: str) -> dict[str, Any]:
     """Returns the arguments of a call as an object, whatever a model once wrote: text that a limit
-    cut is closed, and what is no object at all is an empty one."""
-    for text in (arguments, *_mended(arguments)):
+    cut is closed, what is nested deeper than MAX_NESTING is cut there, and what is no object at all
+    is an empty one."""
+    for text in _readings(arguments):
         try:
             value = json.loads(text, parse_constant=_refuse, strict=False)
         except (ValueError, RecursionError):
             continue
-        return value if isinstance(value, dict) else {}
+        if not isinstance(value, dict):
+            return {}
+        if not _is_too_deep(value):
+            return value
     return {}
 
 
-def _mended(text: str) -> Iterable[str]:
-    """Yields texts that are JSON if the text was so but for escapes that there are none of, and for
-    its end."""
+def _readings(text: str) -> Iterator[str]:
+    """Yields the text, and others that are JSON if it was so but for escapes that there are none
+    of, and for its end."""
+    yield text
     text = _with_valid_escapes(text)
     yield text
-    places, closers = _open_brackets(text)
-    if closers is None:
+    outline = _outline(text)
+    if outline is None:
         return
-    yield text + closers
-    for place, left in reversed(places):  # without the member that was begun last
-        yield text[:place].rstrip(JSON_SPACE + ",") + left
+    yield text[: outline.end] + outline.closers
+    for place, brackets in reversed(outline.places):  # without the member that was begun last
+        yield text[:place].rstrip(JSON_SPACE + ",") + _closers(brackets)
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_NESTING):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _with_valid_escapes(text: str) -> str:
@@ -223,26 +287,48 @@ def _with_valid_escapes(text: str) -> str:
     return "".join([*parts, text[place:]])
 
 
-def _open_brackets(text: str) -> tuple[list[tuple[int, str]], str | None]:
-    """Returns where members begin, with the brackets that close the text there, and what closes the
-    whole text; None where it is closed wrongly."""
-    open_: list[str] = []
-    places: list[tuple[int, str]] = []
-    is_in_string = is_escaped = False
-    for place, letter in enumerate(text):
-        if is_in_string:
-            is_in_string = is_escaped or letter != '"'
-            is_escaped = letter == "\\" and not is_escaped
-        elif letter == '"':
-            is_in_string = True
-        elif letter in CLOSERS:
-            open_.append(CLOSERS[letter])
-            places.append((place + 1, "".join(reversed(open_))))
-        elif letter == ",":
-            places.append((place, "".join(reversed(open_))))
-        elif letter in CLOSERS.values() and (not open_ or open_.pop() != letter):
-            return [], None
-    return places, ('"' if is_in_string else "") + "".join(reversed(open_))
+@dataclass
+class _Outline:
+    """Where the text's last members begin, each with the brackets that are open there; and up to
+    where the text is used, with what closes it."""
+
+    places: Sequence[tuple[int, _Brackets]]
+    end: int
+    closers: str
+
+
+def _outline(text: str) -> _Outline | None:
+    """Returns None where a bracket is closed wrongly."""
+    places: deque[tuple[int, _Brackets]] = deque(maxlen=MAX_MENDINGS)
+    open_: _Brackets = None
+    depth = 0
+    for found in STRUCTURE.finditer(text):
+        mark = found[0]
+        if mark == '"':  # a string that does not end
+            return _Outline(places, len(text), '"' + _closers(open_))
+        if mark in CLOSERS:
+            if depth == MAX_NESTING:
+                places.append((found.start(), open_))
+                return _Outline(places, found.start(), _closers(open_))
+            open_ = (CLOSERS[mark], open_)
+            depth += 1
+            places.append((found.end(), open_))
+        elif mark == ",":
+            places.append((found.start(), open_))
+        elif mark in ("}", "]"):
+            if open_ is None or open_[0] != mark:
+                return None
+            open_ = open_[1]
+            depth -= 1
+    return _Outline(places, len(text), _closers(open_))
+
+
+def _closers(brackets: _Brackets) -> str:
+    found = ""
+    while brackets is not None:
+        mark, brackets = brackets
+        found += mark
+    return found
 
 
 def _refuse(word: str) -> NoReturn:

@@ -21,6 +21,7 @@ Call = tuple[str, Mapping[str, Any]]
 
 QUESTION, WORDS, THOUGHT = "probe question", "probe words", "probe thought"
 NAME, KEY, VALUE = "probe_tool", "probe_key", "probe_value"
+OTHER_NAME, OTHER_VALUE = "probe_tool_too", "probe_other"
 LEFT, RIGHT = "probe left", "probe right"
 FOREIGN_ID, SHORT_ID = "call_0f1e2d3c4b5a69788796a5b4", "a1b2c3d4e"
 ABSENT: Final = object()
@@ -123,10 +124,22 @@ class TemplateTraits:
                     is_named = NAME in text or _numbered(id, 0) not in text
                     is_naming = ids is Ids.ANY and not is_named
                     chosen = Ids.NAMING if is_naming else ids
+                    if chosen is Ids.ANY and self._refuses_id("c1", way):
+                        chosen = Ids.SHORT
                     return CallWay(takes_objects, content, chosen, is_shown=True)
             if not is_refused:
                 break
         return CallWay()
+
+    def _refuses_id(self, id: str, way: CallWay) -> bool:
+        return self._with_calls([(NAME, {KEY: VALUE})], way, id=id) is None
+
+    @cached_property
+    def shows_several_calls(self) -> bool:
+        """Tells whether all calls of one message appear."""
+        calls = [(NAME, {KEY: VALUE}), (OTHER_NAME, {KEY: OTHER_VALUE})]
+        text = self._with_calls(calls, self.calls)
+        return text is not None and VALUE in text and OTHER_VALUE in text
 
     @cached_property
     def shows_calls_beside_text(self) -> bool:
@@ -169,7 +182,7 @@ class TemplateTraits:
         fields = self._template.attempt([USER, by_field])
         text = self._template.attempt([USER, {"role": "assistant", "content": parts}])
         is_shown = text is not None and THOUGHT in text and WORDS in text
-        return is_shown and "'type'" not in (text or "") and THOUGHT not in (fields or "")
+        return is_shown and not _is_written_down(text or "") and THOUGHT not in (fields or "")
 
     @lru_cache(maxsize=8)  # noqa: B019 - lives as long as the template
     def takes_parts(self, role: str) -> bool:
@@ -178,13 +191,16 @@ class TemplateTraits:
         text = self._said_by(role, parts)
         if text is None or LEFT not in text or RIGHT not in text:
             return False
-        return not any(word in text for word in ("'type'", '"type": "text"', '"type":"text"'))
+        return not _is_written_down(text)
 
     @lru_cache(maxsize=8)  # noqa: B019
     def needs_parts(self, role: str) -> bool:
         """Tells whether only content in parts appears."""
         text = self._said_by(role, WORDS)
-        return (text is None or WORDS not in text) and self.takes_parts(role)
+        if text is not None and WORDS in text:
+            return False
+        part = self._said_by(role, [{"type": "text", "text": WORDS}])
+        return part is not None and WORDS in part and not _is_written_down(part)
 
     def written(self, calls: Sequence[Call]) -> WrittenCalls | None:
         """Returns what it writes for some calls; None where they do not appear."""
@@ -299,6 +315,11 @@ def _numbered(id: str, number: int) -> str:
 def _last(arguments: Mapping[str, Any]) -> str:
     """A text that appears where the arguments do."""
     return next(reversed([v for v in arguments.values() if isinstance(v, str)]), "")
+
+
+def _is_written_down(text: str) -> bool:
+    """Tells whether parts appear as the objects that they are, in Python's words or JSON's."""
+    return any(word in text for word in ("'type'", '"type":'))
 
 
 def _shows(text: str, takes_objects: bool) -> bool:

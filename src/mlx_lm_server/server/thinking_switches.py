@@ -144,7 +144,9 @@ def _of_effort(effort: str, template: ChatTemplate) -> dict[str, Any]:
             word = next((w for w in EFFORT_WORDS[effort] if w in known), None)
             value = effort if word is None else word
             prompt = _prompt(template, {name: value})
-            is_known = word is not None or not known or prompt != _prompt(template, {})
+            is_known = word is not None or prompt != _prompt(template, {})
+            if word is None and effort == "none":
+                is_known = False  # it may take any word, but none that means not to think
             if prompt is not None and is_known:
                 found[name] = value
             break

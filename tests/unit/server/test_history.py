@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -171,3 +172,57 @@ def test_whatever_a_model_wrote_is_an_object_in_the_history(
 ) -> None:
     assert object_of(arguments) == expected
     json.dumps(object_of(arguments), allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ('{"a":' + "[" * 100_000, "cut"),
+        ('{"a":' * 3000, "cut"),
+        ('{"a":' + "[" * 2000 + "]" * 2000 + "}", "whole"),
+    ],
+)
+def test_what_a_model_nested_without_end_can_be_sent_back(arguments: str, what: str) -> None:
+    found = object_of(arguments)
+    assert list(found) == ["a"], what
+    assert json.loads(json.dumps(found)) == found
+    template = ChatTemplate(EACH + CALLS + "{% endfor %}{% endfor %}", {})
+    said = calling()
+    said["tool_calls"][0]["function"]["arguments"] = arguments
+    assert "[[[" in template.render(for_template([USER, said], template.traits, None), {}) or (
+        arguments.startswith('{"a":{')
+    )
+
+
+def test_arguments_as_long_as_a_file_take_memory_in_proportion_to_them() -> None:
+    def peak(arguments: str) -> int:
+        tracemalloc.start()
+        object_of(arguments)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    for tail in ("", "[", '"unfinished'):
+        short, long = (json.dumps({"rows": [1] * n}) + tail for n in (5_000, 20_000))
+        assert peak(long) < 8 * peak(short)
+        assert peak(long) < 100 * len(long)
+
+
+ONE_CALL_ONLY = (
+    EACH + "{{ m.content or '' }}{% if m.tool_calls %}{% set c = m.tool_calls[0] %}"
+    "<{{ c.function.name }} {{ c.function.arguments | tojson }}>{% endif %}{% endfor %}"
+)
+
+
+def test_several_calls_are_messages_where_a_template_shows_one_of_a_message() -> None:
+    both = calling("both")
+    other = {"id": "call_2", "function": {"name": "g", "arguments": "{}"}}
+    both["tool_calls"].append(other)
+    results = [{**result("call_2"), "content": "second"}, {**result(), "content": "first"}]
+    stray = {**result("call_9"), "content": "stray"}
+    text = rendered(ONE_CALL_ONLY, both, *results, stray)
+    assert text == 'uboth<f {"city": "Bonn"}>first<g {}>secondstray'
+    unnamed = calling(None, None)
+    unnamed["tool_calls"].append({"function": {"name": "g", "arguments": "{}"}})
+    alike = [{**result(None), "content": "same"}] * 2
+    assert rendered(ONE_CALL_ONLY, unnamed, *alike) == 'u<f {"city": "Bonn"}>same<g {}>same'

@@ -27,6 +27,11 @@ FUNCTION = re.compile(r"[A-Za-z_][\w.\-]*")
 PYTHON = Dialect()
 GEMMA_CALL = re.compile(r"\s*(?:(?:call)?:.*|c?|ca|cal|call)\Z", re.DOTALL)
 FENCES = ("```python", "```")
+BRACKET = re.compile(r"[\])}>]")
+# A text longer than this is not parsed at every bracket, but where it may be at its end or has
+# grown by a share, so that the work stays in proportion to its length.
+SHORT_CHARS = 2048
+SHARE = 16
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class PythonCalls:
         if start:
             yield from reader.accept(*FENCES)
         beginning = LIST_OR_LINE if start else LIST_OF_CALLS
-        calls = yield from _complete(reader, self._calls, beginning)
+        calls = yield from _complete(reader, self._calls, beginning, (")]", *self.ends))
         if self.dialect.is_raw and start and not (yield from self._is_at_end(reader)):
             raise UnparsableError(f"expected {self.ends[0]}")
         for name, arguments in calls:
@@ -117,17 +122,25 @@ def _call(reader: LiteralReader) -> Call:
 
 
 def _complete(
-    reader: Reader, parse: Callable[[str, bool], tuple[T, int]], beginning: re.Pattern[str]
+    reader: Reader,
+    parse: Callable[[str, bool], tuple[T, int]],
+    beginning: re.Pattern[str],
+    ends: Sequence[str],
 ) -> Script[T]:
     """Returns what `parse` makes of the text once it is complete. `parse` is asked where a bracket
     has come, is told whether the text is at its end, and tells how much of it it read. Raises
     UnparsableError as soon as the text is no `beginning` of anything."""
-    num_seen = 0
+    num_seen = num_tried = 0
+    longest_end = max(map(len, ends))
     while True:
-        if not beginning.match(reader.text):
+        text, num_new = reader.text, num_seen
+        if num_new < SHORT_CHARS and not beginning.match(text):
             raise UnparsableError("no calls")
-        if reader.is_at_end or re.search(r"[\])}>]", reader.text[num_seen:]):
-            num_seen = len(reader.text)
+        num_seen = len(text)
+        may_end = any(text.find(end, max(num_new - longest_end, 0)) >= 0 for end in ends)
+        has_grown = num_seen - num_tried >= (num_tried // SHARE if num_seen > SHORT_CHARS else 1)
+        if reader.is_at_end or may_end or (has_grown and BRACKET.search(text, num_new)):
+            num_tried = num_seen
             try:
                 value, place = parse(reader.text, reader.is_at_end)
             except UnfinishedError:
@@ -164,7 +177,7 @@ class GemmaCalls:
     def read(
         self, reader: Reader, out: MessageBuilder, schemas: ToolSchemas, _start: str
     ) -> Script[None]:
-        name, arguments = yield from _complete(reader, self._call, GEMMA_CALL)
+        name, arguments = yield from _complete(reader, self._call, GEMMA_CALL, (self.end,))
         function = schemas.resolve(name)
         out.call(function, dump(_typed(function, arguments, schemas)))
         yield from reader.skip_space()

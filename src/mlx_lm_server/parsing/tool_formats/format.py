@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -45,13 +46,19 @@ class ToolFormat:
 
 
 def dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    """Returns JSON text. Raises UnparsableError for what JSON or Unicode has no words for."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except ValueError as error:
+        raise UnparsableError(str(error)) from error
+    return text
 
 
 def load(text: str) -> Any:
     """Returns the value of JSON text. Raises UnparsableError, also for NaN and Infinity."""
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise UnparsableError(str(error)) from error
 
@@ -62,6 +69,13 @@ def load_object(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UnparsableError("arguments are no object")
     return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text[:100]} is too large a number")
+    return number
 
 
 def _refuse(word: str) -> NoReturn:

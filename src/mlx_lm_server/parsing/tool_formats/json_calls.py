@@ -33,8 +33,8 @@ HEAD = re.compile(
     rf'\s*\{{\s*{_OTHERS}"(?:{"|".join(NAME_KEYS)})"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*{_OTHERS}'
     rf'"(?:{"|".join(ARGUMENT_KEYS)})"\s*:\s*(?=\{{)'
 )
+NAME_FIRST = re.compile(rf'\s*\{{\s*{_OTHERS}"(?:{"|".join(NAME_KEYS)})"\s*:\s*("(?:[^"\\]|\\.)*")')
 FIRST_KEY = re.compile(r'\s*\{\s*"([^"]*)"')
-LIST_OR_OBJECT = re.compile(r"[\[{]")
 FENCES = ("```json", "```")
 
 
@@ -69,12 +69,14 @@ class JsonCalls:
     def read(
         self, reader: Reader, out: MessageBuilder, schemas: ToolSchemas, start: str
     ) -> Script[None]:
-        if start in self.likely:
-            reader.unread(start[LIST_OR_OBJECT.search(start).start() :])  # type: ignore[union-attr]
+        is_list = start in self.likely and start.endswith("[")
+        if start in self.likely and not is_list:
+            reader.unread(start)
         yield from reader.skip_space()
         is_fenced = yield from reader.accept(*FENCES)
         yield from reader.skip_space()
-        is_list = yield from reader.accept("[")
+        if not is_list:
+            is_list = (yield from reader.accept("[")) is not None
         yield from reader.skip_space()
         yield from json_call(reader, out)
         yield from reader.skip_space()
@@ -108,8 +110,12 @@ class JsonCalls:
 def json_call(reader: Reader, out: MessageBuilder) -> Script[None]:
     """Reads `{"name": …, "arguments": {…}}`, passed on as it comes where the name is first."""
     scan, num_scanned, end = JsonScan(), 0, None
+    is_named = False
     while not (head := HEAD.match(reader.text)):
         _check_beginning(reader.text)
+        if not is_named and (name := NAME_FIRST.match(reader.text)):
+            out.check_name(load(name[1]))
+            is_named = True
         end = scan.feed(reader.text[num_scanned:])
         if end is not None:
             _whole_call((yield from reader.json_value(_ignore)), out)

@@ -38,7 +38,7 @@ class Dialect:
     what follows can come after one. `has_bare_texts`: keys, and texts without a comma or bracket,
     may stand without quotes."""
 
-    quotes: tuple[str, ...] = ('"', "'")
+    quotes: tuple[str, ...] = ('"""', "'''", '"', "'")
     is_raw: bool = False
     has_bare_texts: bool = False
 
@@ -85,7 +85,7 @@ class LiteralReader:
         self.skip_space()
         for quote in self._dialect.quotes:
             if self.text.startswith(quote, self.place):
-                return self._string(quote, self._dialect.is_raw and depth == MAX_DEPTH)
+                return self._text(quote, self._dialect.is_raw and depth == MAX_DEPTH)
         if self.accept("["):
             return self._items("]", depth)
         if self.accept("("):
@@ -141,9 +141,20 @@ class LiteralReader:
             raise UnparsableError("an argument is no literal")
         return word
 
+    def _text(self, quote: str, is_raw: bool) -> str:
+        """Takes a string and those that stand right behind it, which Python joins."""
+        text = self._string(quote, is_raw)
+        while not is_raw and not self._dialect.has_bare_texts:
+            self.skip_space()
+            quotes = (q for q in self._dialect.quotes if self.text.startswith(q, self.place))
+            if (quote := next(quotes, "")) == "":
+                break
+            text += self._string(quote, is_raw)
+        return text
+
     def _string(self, quote: str, is_raw: bool) -> str:
         begin = end = self.place + len(quote)
-        has_escapes = not is_raw and len(quote) == 1
+        has_escapes = not is_raw and quote[0] in "\"'"
         while (end := self.text.find(quote, end)) >= 0:
             is_inside = _is_escaped(self.text, end) if has_escapes else False
             if not is_inside and not (is_raw and not self._can_end(end + len(quote))):

@@ -183,7 +183,7 @@ def _message_fields(message: MessageDelta) -> dict[str, Any]:
             for call in message.calls
         ]
     if message.warnings:
-        found["warning"] = "; ".join(message.warnings)
+        found["warning"] = "; ".join(dict.fromkeys(message.warnings))
     return found
 
 
@@ -229,7 +229,7 @@ def _message(answer: Answer) -> dict[str, Any]:
             for id, name, arguments in answer.calls
         ]
     if answer.warnings:
-        found["warning"] = "; ".join(answer.warnings)
+        found["warning"] = "; ".join(dict.fromkeys(answer.warnings))
     return found
 
 
