@@ -11,7 +11,7 @@ from mlx_lm_server.core.prefix_cache import CacheSettings
 from mlx_lm_server.core.scheduler import SchedulerLimits
 
 BLOCK = 16
-HYBRID = KVGeometry(1, bytes_per_row=20)
+FULL, HYBRID = KVGeometry(1), KVGeometry(1, bytes_per_row=20)
 LIMITS = SchedulerLimits(lookahead_tokens=0)
 
 
@@ -30,7 +30,7 @@ def _simulation(
     limit_tokens: int,
     *,
     tier: FakeTier | None = None,
-    geometry: KVGeometry = KVGeometry(1),
+    geometry: KVGeometry = FULL,
     max_sequences: int = 50,
 ) -> Simulation:
     cache = CacheSettings(BLOCK, segment_bytes=BLOCK, max_sequences=max_sequences)
