@@ -46,6 +46,7 @@ SILENT = 669  # this request never gets a token
 SILENT_AFTER_TOKEN = 670  # … after its first
 FAIL = 671  # this request ends with an error
 GARBAGE = 672  # the engine sends what is no frame
+DEAF = 673  # the engine closes its socket and goes on
 
 
 # How long each prefill is said to take.
@@ -187,6 +188,9 @@ class FakeEngine:
         if seed == DIE:
             os._exit(9)
         if seed == HANG:
+            time.sleep(3600)
+        if seed == DEAF:
+            self.link.close()
             time.sleep(3600)
         if seed == GARBAGE:
             self.link.sendall(LENGTH.pack(3) + b"???")

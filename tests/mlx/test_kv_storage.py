@@ -21,7 +21,7 @@ from mlx_lm_server.runner import plane_spans
 from mlx_lm_server.runner.attention import LayerCache
 from mlx_lm_server.runner.block_store import BlockStore
 from mlx_lm_server.runner.kernels import AttentionKernel, CpuKernel, FusedKernel
-from mlx_lm_server.runner.kv_storage import KVStorage, LayerShape
+from mlx_lm_server.runner.kv_storage import MAX_COPIED_BYTES, KVStorage, LayerShape
 from mlx_lm_server.runner.rectangular import ChunkCache
 from mlx_lm_server.runner.step_layout import layout_of
 
@@ -226,6 +226,28 @@ def test_a_chunk_that_fills_its_slab_attends_like_any_other(length: int) -> None
         mx.eval(out)
         repeated = (mx.repeat(x, HEADS // KV_HEADS, axis=1) for x in (k, v))
         assert mx.allclose(out, plain_attention(q, *repeated), atol=1e-5)
+
+
+def test_a_chunk_that_fills_its_slab_leaves_it_as_it_lies() -> None:
+    """Kernels read planes token by token, whatever the layout of what was written."""
+    storage = storage_with(CreateSlab(0, 1, 32))
+    k, v, _ = random_tokens(32)
+    storage.write_chunk(0, 0, 0, 0, k[:, :, 0].swapaxes(0, 1), v[:, :, 0].swapaxes(0, 1))
+    for plane in storage.slabs[0].planes[0]:
+        mx.eval(plane)
+        assert memoryview(plane).c_contiguous
+
+
+def test_layers_are_copied_a_few_at_a_time() -> None:
+    storage = KVStorage([LayerShape(KV_HEADS, DIM, DIM)] * 5)
+    num_tokens = MAX_COPIED_BYTES // (2 * storage.layers[0].bytes_per_token)
+    assert [list(group) for group in storage.layer_groups(range(5), num_tokens)] == [
+        [0, 1],
+        [2, 3],
+        [4],
+    ]
+    assert len(list(storage.layer_groups(range(5), 10 * num_tokens))) == 5
+    assert len(list(storage.layer_groups(range(5), 1))) == 1
 
 
 def test_the_last_blocks_of_a_long_row_are_saved_without_a_copy_of_the_row() -> None:

@@ -166,6 +166,14 @@ def test_penalties_are_those_of_openai_and_ctrl() -> None:
     assert draw(logits, [row(4, output=(0,), temperature=0.0, presence_penalty=0.6)]) == [2]
     # Repetition counts the prompt too: 2.0 / 1.5 = 1.33 falls below 1.4.
     assert draw(logits, [row(4, prompt=(0, 2), temperature=0.0, repetition_penalty=1.5)]) == [3]
+    # A negative logit moves away from zero: -1.0 * 1.5 = -1.5 falls below -1.2.
+    negative = mx.array([[-1.0, -1.2]])
+    assert draw(negative, [row(2, prompt=(0,), temperature=0.0, repetition_penalty=1.5)]) == [1]
+
+
+def test_a_row_that_joins_again_has_its_prompt_scored_already() -> None:
+    assert row(4, prompt=(1, 2), prompt_logprobs=1).prompt_scores is not None
+    assert row(4, prompt=(1, 2), output=(3,), prompt_logprobs=1).prompt_scores is None
 
 
 @pytest.mark.parametrize("native", SAMPLERS)

@@ -180,9 +180,11 @@ def _observe_prompt_logprobs(scene: Scene, kind: str) -> bool:
     places = [whole] if kind == "chat" else whole["choices"]
     second = {"65": {"logprob": -0.5, "rank": 1, "decoded_token": "b"}}
     only = scene.answer(kind, prompt_logprobs=0, max_tokens=0)
+    of_last_choice = scene.seen(kind, prompt_logprobs=1, n=2, max_tokens=1)["prompt_logprobs"]
     return (
         len(places) == (1 if kind == "chat" else 2)
         and all(place["prompt_logprobs"][:2] == [None, second] for place in places)
+        and of_last_choice == (None if kind == "chat" else 1)
         and only["usage"]["completion_tokens"] == 0
         and only["choices"][0]["finish_reason"] == "length"
         and not (

@@ -199,6 +199,7 @@ class EngineClient:
         first_token_timeout_s: float,
         token_timeout_s: float,
         on_row_end: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._metrics = metrics
         self._first_token_timeout_s = first_token_timeout_s
@@ -206,7 +207,7 @@ class EngineClient:
         self._on_row_end = on_row_end
         self._send: Callable[[Message], None] | None = None
         self._live: dict[str, OutputStream] = {}
-        self._clock = time.monotonic
+        self._clock = clock
         self.stats: EngineStats | None = None
 
     @property

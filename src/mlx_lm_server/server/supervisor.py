@@ -51,6 +51,7 @@ class Limits:
     max_deaths: int = 5
     deaths_within_s: float = 60.0
     first_backoff_s: float = 0.2
+    close_s: float = 1.0  # from the end of its socket to its own
     stop_s: float = 20.0  # the engine writes its cache to disk first
 
 
@@ -66,6 +67,7 @@ class Supervisor:
         *,
         limits: Limits | None = None,
         on_progress: Callable[[LoadProgress], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._command = command
         self._load = load
@@ -74,7 +76,7 @@ class Supervisor:
         self._limits = limits or Limits()
         self._on_progress = on_progress
         self._process: EngineProcess | None = None
-        self._clock = time.monotonic
+        self._clock = clock
         self._last_message_s = self._clock()
         self._last_tick_s = self._clock()
         self._forecast_s = 0.0
@@ -163,7 +165,7 @@ class Supervisor:
 
     async def _bury(self, process: EngineProcess) -> None:
         """The socket is closed: the process must end too, and its streams do."""
-        if not await process.wait(1.0):
+        if not await process.wait(self._limits.close_s):
             process.kill()
             await process.wait(self._limits.stop_s)
         was_ready = self.state == "ready"

@@ -73,6 +73,7 @@ def make_request(
     seed: int = 0,
     priority: int = 0,
     client_key: str = "",
+    arrival_s: float = 0.0,
     stops: bool = True,
 ) -> Request:
     return Request(
@@ -83,6 +84,7 @@ def make_request(
         ),
         priority=priority,
         client_key=client_key,
+        arrival_s=arrival_s,
     )
 
 

@@ -97,6 +97,18 @@ def test_a_client_that_comes_back_has_no_credit_for_its_pause():
     assert arrivals.serve_all() == ["a3", "b0", "a4", "b1", "b2"]
 
 
+def test_a_client_that_was_served_long_ago_has_no_credit_for_its_pause():
+    arrivals = Arrivals()
+    arrivals.push("b0", client="b")
+    arrivals.serve()
+    arrivals.push("a0", client="a")
+    arrivals.serve(num_tokens=3000)
+    for i in (1, 2):
+        arrivals.push(f"a{i}", client="a")
+        arrivals.push(f"b{i}", client="b")
+    assert arrivals.serve_all() == ["a1", "b1", "a2", "b2"]
+
+
 def test_a_client_that_comes_back_to_an_empty_queue_starts_at_the_level_of_the_last_served():
     arrivals = Arrivals()
     for i in range(5):

@@ -6,7 +6,7 @@ from scheduler_sim import Simulation
 
 from mlx_lm_server.core.prefix_cache import CacheSettings
 from mlx_lm_server.core.request import Request
-from mlx_lm_server.core.scheduler import SchedulerLimits
+from mlx_lm_server.core.scheduler import WAIT_MARGIN, SchedulerLimits
 from mlx_lm_server.protocol import SamplingParams
 
 PROMPT = tuple(range(100, 164))
@@ -39,6 +39,18 @@ def test_the_second_waits_for_what_the_first_computes():
     [report] = [output.cache for output in sim.outputs["second"] if output.cache]
     assert (report.num_cached_tokens, report.num_from_rows) == (48, 48)
     assert report.why == "the text that is cached ends there"
+
+
+def test_who_waits_for_another_waits_less_with_every_token_that_is_computed_meanwhile():
+    sim = Simulation(LIMITS, cache=CacheSettings(block_size=16))
+    second = _request("second")
+    sim.add(_request("first"))
+    sim.add(second)
+    left = []
+    for _ in range(3):
+        sim.step()
+        left.append(second.wait_tokens_left)
+    assert left == [WAIT_MARGIN * 48 - 16 * step for step in (1, 2, 3)]
 
 
 def test_who_wants_logprobs_of_the_prompt_computes_it_and_waits_for_nobody():

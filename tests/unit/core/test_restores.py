@@ -15,13 +15,15 @@ BLOCK, NUM_BLOCKS = 16, 40
 
 
 class TierOfParts(FakeTier):
-    """Its reads end one at a time, the first first. What is `lost` cannot be read any more."""
+    """Its reads end one at a time, the first first, or never where it `hangs`.
+    What is `lost` cannot be read any more."""
 
     def __init__(self) -> None:
         super().__init__(0, writes_through=True, is_flaky=False)
         self.most_in_flight = 0
         self.num_cancelled = 0
         self.lost: bytes | None = None
+        self.hangs = False
 
     def size_of(self, name: bytes) -> int:
         return MAX_PART_BYTES // 8
@@ -37,7 +39,7 @@ class TierOfParts(FakeTier):
         self.num_cancelled += 1
 
     def poll(self) -> list[tuple[int, Sequence[Payload]]]:
-        if not self.reads:
+        if self.hangs or not self.reads:
             return []
         first = min(self.reads)
         labels = self.reads.pop(first)
@@ -99,3 +101,23 @@ def test_a_request_that_the_tier_reads_for_is_told_apart_from_those_without_a_ro
     assert (stats.num_waiting, stats.num_deferred) == (2, 1)
     sim.run()
     assert sim.scheduler.stats().num_deferred == 0
+
+
+def test_a_request_that_decodes_does_not_wait_for_the_tier_that_reads_for_another():
+    sim = _simulation(_filled_tier())
+    sim.add(make_request("decodes", 10, 50, seed=9, stops=False))
+    sim.step()
+    sim.add(make_request("after", NUM_BLOCKS * BLOCK + 1, 4))
+    assert len(sim.cache.restores) == 1
+    assert not sim.scheduler.waits_for_tier
+    sim.abort("decodes")
+    assert sim.scheduler.waits_for_tier
+
+
+def test_a_read_that_never_ends_is_waited_for_a_bounded_time_only():
+    tier = _filled_tier()
+    tier.hangs = True
+    sim = _simulation(tier)
+    sim.add(make_request("after", NUM_BLOCKS * BLOCK + 1, 4))
+    sim.run(max_steps=1000)
+    assert sim.tokens_of("after") == expected_output(0, 4)

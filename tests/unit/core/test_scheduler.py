@@ -187,6 +187,16 @@ def test_a_client_with_one_request_does_not_wait_for_all_those_of_another():
     assert joined.index("one") <= 3
 
 
+def test_a_client_with_long_prompts_has_fewer_turns_than_one_with_short_prompts():
+    sim = _sim(max_batch_size=1)
+    for i in range(8):
+        sim.add(_endless(f"long{i}", 400, 1, client_key="long"))
+        sim.add(_endless(f"short{i}", 10, 1, client_key="short"))
+    sim.run()
+    joined = [row.req_id for plan in sim.plans for row in plan.joined_rows]
+    assert sum(name.startswith("short") for name in joined[:8]) >= 5
+
+
 def test_every_row_decodes_in_every_step_while_others_prefill():
     sim = _sim(max_num_batched_tokens=64)
     sim.add(_endless("a", 10, 60))
@@ -444,6 +454,14 @@ def test_the_first_token_says_how_long_the_request_waited_and_was_computed():
     assert second[0].queue_s >= 0.04
     assert second[0].prefill_s == requests[1].first_token_s - requests[1].admitted_s > 0
     assert all(output.queue_s == output.prefill_s == 0.0 for output in first[1:] + second[1:])
+
+
+def test_a_request_waits_in_the_queue_from_its_arrival_until_it_gets_a_row():
+    sim = _sim()
+    sim.now_s = 2.0
+    sim.add(make_request("a", 10, 5, arrival_s=1.5))
+    sim.run()
+    assert sim.outputs["a"][0].queue_s == 0.5
 
 
 def test_nothing_is_learnt_from_a_step_without_a_time():

@@ -60,15 +60,28 @@ class Scene:
 
     def __init__(self, **timeouts: float) -> None:
         self.metrics = Metrics("m")
+        self.now_s = 0.0
+        self.num_row_ends = 0
         limits = {"first_token_timeout_s": 0.0, "token_timeout_s": 0.0, **timeouts}
-        self.client = EngineClient(self.metrics, **limits)
+        self.client = EngineClient(
+            self.metrics, on_row_end=self._count_row_end, clock=lambda: self.now_s, **limits
+        )
         self.sent: list[Message] = []
         self.client.attach(self.sent.append)
         self.done: list[Generation] = []
 
-    def generate(self, num_sequences: int = 1, stop: tuple[str, ...] = ()) -> Generation:
-        sampling = SamplingParams(max_tokens=9, seed=1)
-        request = GenerateRequest([1, 2], sampling, stop_strings=stop)
+    def _count_row_end(self) -> None:
+        self.num_row_ends += 1
+
+    def generate(
+        self,
+        num_sequences: int = 1,
+        stop: tuple[str, ...] = (),
+        prompt_ids: tuple[int, ...] = (1, 2),
+        stop_token_ids: tuple[int, ...] = (),
+    ) -> Generation:
+        sampling = SamplingParams(max_tokens=9, seed=1, stop_token_ids=stop_token_ids)
+        request = GenerateRequest(list(prompt_ids), sampling, stop_strings=stop)
         return Generation(
             f"r{len(self.sent)}",
             [request] * num_sequences,
@@ -102,6 +115,41 @@ async def test_tokens_of_one_step_come_together() -> None:
     assert scene.client.num_live == 0
     usage = generation.usage()
     assert (usage.prompt_tokens, usage.completion_tokens) == (4, 3)
+
+
+async def test_each_row_that_ends_is_told_once() -> None:
+    scene = Scene()
+    generation = scene.generate(num_sequences=3)
+    a, b, c = scene.ids()
+    scene.say(RequestOutput(a, [0]), RequestOutput(b, [1], "length"))
+    scene.say(RequestOutput(a, [0], "stop"), RequestOutput(c, [1]))
+    assert scene.num_row_ends == 2
+    generation.cancel(ClientGoneError("left"))
+    assert scene.num_row_ends == 2, "the engine still has the row"
+    scene.say(RequestOutput(c, [], "abort"))
+    assert scene.num_row_ends == 3
+
+
+async def test_the_engine_is_told_where_the_first_and_the_last_messages_end() -> None:
+    scene = Scene()
+    scene.generate(prompt_ids=(1, 9, 2, 9, 3, 8, 4, 9, 5, 9, 6), stop_token_ids=(8, 9))
+    [request] = scene.sent
+    assert isinstance(request, AddRequest)
+    assert request.message_ends == [2, 6, 8, 10]
+
+
+async def test_the_pace_of_decoding_counts_the_tokens_after_the_first() -> None:
+    scene = Scene()
+    generation = scene.generate(num_sequences=2)
+    a, b = scene.ids()
+    scene.now_s = 2.0
+    scene.say(RequestOutput(a, [0]), RequestOutput(b, [0]))
+    scene.now_s = 4.0
+    scene.say(RequestOutput(a, [0, 0, 0], "length"), RequestOutput(b, [0, 0, 0], "length"))
+    await generation.next()
+    timings = generation.timings()
+    assert (timings.ttft_s, timings.total_s) == (2.0, 4.0)
+    assert timings.decode_tokens_per_s == 3.0
 
 
 async def test_a_stop_string_aborts_the_row_and_what_comes_later_is_dropped() -> None:

@@ -30,9 +30,11 @@ class Letters:
 
 
 def run(
-    steps: list[tuple[list[int], FinishReason | None]], stops: tuple[str, ...] = ()
+    steps: list[tuple[list[int], FinishReason | None]],
+    stops: tuple[str, ...] = (),
+    min_tokens: int = 0,
 ) -> tuple[str, FinishReason | None, int]:
-    processor = OutputProcessor(Letters(), stops, (STOP_ID,))
+    processor = OutputProcessor(Letters(), stops, (STOP_ID,), min_tokens)
     text, reason = "", None
     for ids, given in steps:
         assert reason is None
@@ -58,6 +60,11 @@ def test_what_the_detokenizer_holds_comes_at_the_end(stops: tuple[str, ...]) -> 
 
 def test_a_stop_string_ends_it_and_later_tokens_do_not_count() -> None:
     assert run([([1, 2, 3, 4], None)], ("c",)) == ("ab", "stop", 3)
+
+
+def test_a_stop_string_ends_nothing_before_more_than_min_tokens_have_come() -> None:
+    assert run([([1, 2, 3, 3], None)], ("c",), min_tokens=3) == ("abc", "stop", 4)
+    assert run([([1, 2, 3], "length")], ("c",), min_tokens=3) == ("abc", "length", 3)
 
 
 def test_a_stop_string_across_steps() -> None:

@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -362,6 +363,19 @@ def test_failures_in_a_row_pause_longer_and_longer(tmp_path: Path) -> None:
     store.close(1.0)
 
 
+def test_failures_between_successes_pause_nothing(tmp_path: Path) -> None:
+    files = FaultFiles()
+    store = open_store(tmp_path, files, async_writes=False, clock=FakeClock())
+    for n in range(9):
+        if n % 3 == 0:
+            files.fail("write", errno.EIO, times=2)
+        store.save(make_record(n))
+        store.poll()
+        assert not store.stats().is_paused
+    assert store.stats().counters.save_errors == 6
+    store.close(1.0)
+
+
 def test_persistent_retries_and_best_effort_does_not(tmp_path: Path) -> None:
     for durability, expected in [("persistent", (1, 2)), ("best_effort", (0, 0))]:
         files = FaultFiles()
@@ -453,6 +467,33 @@ def test_a_damaged_file_is_a_miss_once_and_is_written_again(tmp_path: Path, how:
     save_all(store, [chain[2]])
     assert len(load(store, chain)) == 4
     assert_agreement(store, tmp_path)
+    store.close(1.0)
+
+
+def test_another_version_of_a_record_than_the_index_knows_is_a_miss(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "cache", async_writes=False)
+    record = make_record(1)
+    save_all(store, [record])
+    other = open_store(tmp_path / "other", async_writes=False)
+    save_all(other, [replace(record, tensors=make_record(2).tensors)])
+    other.close(1.0)
+    [path], [other_path] = files_in(tmp_path / "cache"), files_in(tmp_path / "other")
+    shutil.copy(other_path, path)
+    assert load(store, [record]) == []
+    assert store.stats().counters.corrupt == 1
+    store.close(1.0)
+
+
+def test_a_record_stays_where_the_process_had_no_file_handle_left_to_read_it(
+    tmp_path: Path,
+) -> None:
+    files = FaultFiles()
+    store = open_store(tmp_path, files, async_writes=False)
+    record = make_record(1)
+    save_all(store, [record])
+    files.fail("read_files", errno.EMFILE, times=1)
+    assert load(store, [record]) == []
+    assert len(load(store, [record])) == 1
     store.close(1.0)
 
 
@@ -550,6 +591,22 @@ def test_a_lost_index_is_built_anew_from_the_files(
     assert_agreement(store, tmp_path)
     with closing(sqlite3.connect(tmp_path / "index-1.sqlite")) as db:
         assert db.execute("SELECT COUNT(*) FROM records").fetchone() == (45,)
+    store.close(1.0)
+
+
+def test_a_torn_file_is_not_taken_into_an_index_that_is_built_anew(tmp_path: Path) -> None:
+    store = open_store(tmp_path, async_writes=False)
+    whole, torn = make_record(1), make_record(2)
+    save_all(store, [whole, torn])
+    store.close(1.0)
+    (path,) = (each for each in files_in(tmp_path) if torn.name.hex() in each.name)
+    path.write_bytes(path.read_bytes()[:-1])
+    lose(tmp_path / "index-1.sqlite", "deleted")
+    store = open_store(tmp_path, async_writes=False)
+    settled(store)
+    assert store.has(whole.name)
+    assert not store.has(torn.name)
+    assert store.stats().counters.files_removed == 1
     store.close(1.0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -34,6 +35,10 @@ from tier_fakes import (
 
 from mlx_lm_server.tier import Namespace, SsdStore, Wanted, state_name
 from mlx_lm_server.tier.clock import TICK_S
+from mlx_lm_server.tier.jobs import LoadJob, SaveJob
+from mlx_lm_server.tier.mailbox import Mailbox
+from mlx_lm_server.tier.read_speed import FIRST_GUESS_BYTES_PER_S
+from mlx_lm_server.tier.records import Ticket
 
 WAYS = [
     pytest.param({"async_writes": True}, id="thread"),
@@ -107,6 +112,7 @@ def test_a_record_on_its_way_is_there_and_is_read_from_memory(tmp_path: Path) ->
     assert read[0].ticket == ticket
     assert as_bytes(read[0].records[0]) == as_bytes(second)
     assert files.calls["read_files"] == 0
+    assert store.stats().read_bytes_per_s == FIRST_GUESS_BYTES_PER_S, "no disk was read"
     store.close(5.0)
 
 
@@ -205,6 +211,16 @@ def test_namespaces_share_nothing_and_say_what_they_are(tmp_path: Path) -> None:
 
 
 # The queue
+
+
+def test_a_read_goes_before_the_saves_that_wait(tmp_path: Path) -> None:
+    mailbox = Mailbox(settings(tmp_path), FakeClock())
+    record = make_record(1)
+    saves = [SaveJob(record, "", record.nbytes) for _ in range(2)]
+    read = LoadJob(Ticket(1, "r"), tuple(wanted([record])), {}, record.nbytes)
+    for job in (*saves, read):
+        mailbox.put(job)
+    assert [mailbox.take(0.0) for _ in range(3)] == [read, *saves]
 
 
 def test_a_full_queue_is_known_before_the_bytes_are_extracted(tmp_path: Path) -> None:
@@ -317,6 +333,18 @@ def test_an_abort_gives_no_read_back_and_frees_the_owner(tmp_path: Path) -> None
     pin.release()
     assert len(load(store, chain, "req-1")) == 30  # asserts that the first thing read is its own
     assert files.calls["read_files"] < 50, "the aborted read stopped where it was"
+    store.close(5.0)
+
+
+def test_an_abort_takes_back_a_read_that_has_ended_and_was_not_polled(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    record = make_record(1)
+    save_all(store, [record])
+    for owner in ("gone", "stays"):
+        store.prefetch(wanted([record]), owner)
+    assert store.flush(5.0)
+    store.abort("gone")
+    assert [read.ticket.owner for read in store.poll()] == ["stays"]
     store.close(5.0)
 
 
@@ -469,6 +497,26 @@ def test_evictions_are_bounded_per_save_and_drained_by_later_ones(tmp_path: Path
     assert len(files_in(folder)) <= 50
     assert store.stats().counters.saves_unfit > 0, "what did not fit yet was dropped"
     assert store.has(make_record(1014).name)
+    store.close(1.0)
+
+
+def test_files_that_cannot_be_removed_are_passed_over(tmp_path: Path) -> None:
+    one, files = size_of_one(tmp_path), FaultFiles()
+    folder = tmp_path / "cache"
+    store = open_store(
+        folder, files, async_writes=False, max_size_bytes=one * 10, max_evictions_per_save=3
+    )
+    stuck = [make_record(n) for n in range(3)]
+    save_all(store, [*stuck, *(make_record(10 + n) for n in range(7))])
+
+    def refuse_the_stuck(path: Path) -> None:
+        if any(record.name.hex() in path.name for record in stuck):
+            raise OSError(errno.EACCES, "injected")
+
+    files.before["unlink"] = refuse_the_stuck
+    save_all(store, [make_record(100 + n) for n in range(4)])
+    assert store.has(make_record(103).name)
+    assert store.stats().counters.evictions > 0
     store.close(1.0)
 
 
