@@ -541,8 +541,8 @@ class CpuConfig:
     )
     no_profile: bool = option(
         False,
-        "Measure the model anew; else what was measured at an earlier start on this machine is used, "
-        "and corrected while serving.",
+        "Measure the model anew; else what was measured at an earlier start on this machine is "
+        "used, and corrected while serving.",
         why="The second start is sooner ready.",
     )
     cpu_threads: int | None = option(

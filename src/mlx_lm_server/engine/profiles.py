@@ -90,7 +90,7 @@ class OthersWork:
     def is_little(self) -> bool:
         total = sum(psutil.cpu_times()) - self._total
         others = (_busy_s() - self._all) - (_own_s() - self._own)
-        return others <= QUIET_SHARE * max(total, 1e-9)
+        return bool(others <= QUIET_SHARE * max(total, 1e-9))
 
 
 def _busy_s() -> float:

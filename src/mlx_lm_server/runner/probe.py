@@ -1,13 +1,13 @@
 """Chooses how a model's plans run, with tiny plans of its own.
 
-The reference is mlx-lm's model with mlx-lm's caches, one row at a time, over the same plans; the
+The reference is mlx-lm's model with mlx-lm's caches, one row at a time; the
 fastest way whose logits agree with it is taken. So what is asked of a family is found out when it
 is loaded, and a family that nobody has heard of is served in the way that fits it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -68,9 +68,10 @@ def choose_forward(lm: LanguageModel, state: ModelState | None, why_no_state: st
         refused["batched"] = why_no_state
     elif state.recurrent:
         refused["packed"] = "recurrent state takes a row's tokens in order"
+    reference = _Reference(lm)
     for name, candidate in _candidates(lm, state):
         forward = candidate(storage)
-        reason = _disagreement(forward, AloneForward(lm), storage)
+        reason = _disagreement(forward, reference, storage)
         if reason is None:
             return Choice(forward.batching, candidate, refused)
         refused[name] = reason
@@ -93,8 +94,8 @@ def _candidates(lm: LanguageModel, state: ModelState | None) -> list[tuple[str, 
     return ways
 
 
-def _disagreement(forward: Forward, reference: Forward, storage: KVStorage) -> str | None:
-    """Run the probe's plans both ways; what went wrong, in words."""
+def _disagreement(forward: Forward, reference: _Reference, storage: KVStorage) -> str | None:
+    """Runs the probe's plans and holds them against mlx-lm; what went wrong, in words."""
     with scratch(storage, CreateSlab(SMALL_SLAB, 2, 64), CreateSlab(LARGE_SLAB, 2, 96)):
         try:
             worst = max(_differences(forward, reference))
@@ -106,7 +107,30 @@ def _disagreement(forward: Forward, reference: Forward, storage: KVStorage) -> s
     return None if worst <= 1.0 else "its logits differ from mlx-lm's"
 
 
-def _differences(forward: Forward, reference: Forward) -> Iterator[float]:
+class _Reference:
+    """What mlx-lm's model with mlx-lm's caches says of the rows of the probe's plans, each in one
+    forward: a token's logits are the same however its row was cut."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self._lm = lm
+        self._logits: dict[int, mx.array] = {}
+
+    def logits(self, places: Sequence[tuple[int, int]]) -> mx.array:
+        """Returns the logits after the tokens at some rows and positions, `[n, vocab]`."""
+        return mx.stack([self._of(row)[position] for row, position in places])
+
+    def _of(self, row: int) -> mx.array:
+        if row not in self._logits:
+            from mlx_lm.models.cache import make_prompt_cache
+
+            length = 1 + max(p for plan in _probe_plans() for r, p in _ends(plan) if r == row)
+            ids = mx.array([[token_of(row, position) for position in range(length)]], mx.int32)
+            self._logits[row] = self._lm(ids, make_prompt_cache(self._lm.model))
+            mx.eval(self._logits[row])
+        return self._logits[row]
+
+
+def _differences(forward: Forward, reference: _Reference) -> Iterator[float]:
     """For each plan the largest difference of logits, in units of what is tolerated."""
     for plan in _probe_plans():
         ids = mx.array(
@@ -114,12 +138,12 @@ def _differences(forward: Forward, reference: Forward) -> Iterator[float]:
             + [token for chunk in plan.prefills for token in chunk.token_ids],
             mx.int32,
         )
-        outcomes = [way.run(plan, ids) for way in (forward, reference)]
-        for outcome in outcomes:
-            mx.eval(outcome.result, *outcome.beside)
-        ours, theirs = (outcome.result for outcome in outcomes)
-        if not any(True for _ in plan.sampling_rows):
+        outcome = forward.run(plan, ids)
+        mx.eval(outcome.result, *outcome.beside)
+        places = [place for place in _ends(plan) if place[0] in plan.sampling_rows]
+        if not places:
             continue
+        ours, theirs = outcome.result, reference.logits(places)
         tolerance = FLOAT32_TOLERANCE if theirs.dtype == mx.float32 else HALF_TOLERANCE
         ours, theirs = ours.astype(mx.float32), theirs.astype(mx.float32)
         spread = max(1.0, float(mx.max(mx.abs(theirs))))
@@ -127,8 +151,10 @@ def _differences(forward: Forward, reference: Forward) -> Iterator[float]:
         yield error / (tolerance * spread) if error == error else float("inf")
 
 
-def _token(row: int, position: int) -> int:
-    return (7 * position + 13 * row + 3) % 101
+def _ends(plan: StepPlan) -> list[tuple[int, int]]:
+    """Rows and the positions of their last tokens in a plan, in its order."""
+    decodes = [(decode.row, decode.position) for decode in plan.decodes]
+    return decodes + [(c.row, c.start + len(c.token_ids) - 1) for c in plan.prefills]
 
 
 def _probe_plans() -> Iterator[StepPlan]:
