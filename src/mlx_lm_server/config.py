@@ -539,6 +539,12 @@ class CpuConfig:
         "On a CPU: hold weights in float32 (`auto`: where memory allows), or as they are stored.",
         why="A fast BLAS takes float32 only, and with it a CPU is ten times as fast.",
     )
+    no_profile: bool = option(
+        False,
+        "Measure the model anew; else what was measured at an earlier start on this machine is "
+        "used, and corrected while serving.",
+        why="The second start is sooner ready.",
+    )
     cpu_threads: int | None = option(
         None,
         "Threads for the BLAS.",

@@ -90,7 +90,8 @@ class DiskTier(msgspec.Struct, frozen=True, array_like=True):
 
 
 class LoadModel(Message, frozen=True):
-    """What to serve and within which bounds. None means: the engine chooses by measuring."""
+    """What to serve and within which bounds. None means: the engine chooses by measuring.
+    `keeps_profile`: what it measures is kept, and used at the next start."""
 
     model_path: str
     adapter_path: str | None = None
@@ -111,6 +112,7 @@ class LoadModel(Message, frozen=True):
     kv_bits: int | None = None
     kv_group_size: int = 64
     disk_tier: DiskTier | None = None
+    keeps_profile: bool = True
 
 
 class AddRequest(Message, frozen=True):

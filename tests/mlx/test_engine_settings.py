@@ -20,10 +20,9 @@ from mlx_lm_server.config import (
     TierConfig,
 )
 from mlx_lm_server.core.plan import StepPlan
-from mlx_lm_server.engine.assembly import _fastest_threads
 from mlx_lm_server.errors import ModelTooLargeError, UnsupportedModelError
 from mlx_lm_server.protocol import Abort, AddRequest, LoadModel
-from mlx_lm_server.runner.blas import Blas
+from mlx_lm_server.runner.measuring import fastest_threads
 from mlx_lm_server.server.boot import load_message
 from tests.mlx.driver import GREEDY, EngineDriver, random_prompts
 from tests.mlx.tiny_models import VOCAB_SIZE, write_model
@@ -188,16 +187,6 @@ def test_progress_tells_what_was_cached(folder: Path) -> None:
     assert all(reused >= 64 for _, reused in told)
 
 
-class TimedRunner:
-    """Its chunks take so long, one after the other."""
-
-    def __init__(self, *taken_s: float) -> None:
-        self.taken_s = list(taken_s)
-
-    def time_chunk(self) -> float:
-        return self.taken_s.pop(0)
-
-
 @pytest.mark.parametrize(
     ("most", "taken_s", "chosen"),
     [
@@ -214,6 +203,10 @@ class TimedRunner:
 def test_a_moment_of_other_work_takes_no_thread_away(
     most: int, taken_s: list[float], chosen: int
 ) -> None:
-    runner, blas = TimedRunner(*taken_s), Blas("any", num_threads=most)
-    assert _fastest_threads(runner, blas).num_threads == chosen  # type: ignore[arg-type]
-    assert not runner.taken_s
+    assert fastest_threads(most, lambda _: taken_s.pop(0)) == chosen
+    assert not taken_s
+
+
+def test_threads_are_tried_once_where_there_is_no_time_for_more() -> None:
+    taken_s = [1.9, 1.5]
+    assert fastest_threads(2, lambda _: taken_s.pop(0), lambda: False) == 1

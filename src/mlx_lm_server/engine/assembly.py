@@ -11,6 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_lm_server import __version__
 from mlx_lm_server.core.block_pool import DEFAULT_SEGMENT_BYTES
 from mlx_lm_server.core.cost_model import CostModel, StepCosts
 from mlx_lm_server.core.kv_layout import KVLayout
@@ -19,10 +20,12 @@ from mlx_lm_server.core.prefix_cache import CacheSettings, PrefixCache
 from mlx_lm_server.core.scheduler import Scheduler, SchedulerLimits
 from mlx_lm_server.engine.disk_cache import DiskCache, settings_of
 from mlx_lm_server.engine.engine_core import EngineCore
+from mlx_lm_server.engine.profiles import OthersWork, load_profile, profile_path, save_profile
 from mlx_lm_server.protocol import Batching, LoadModel, Ready
 from mlx_lm_server.runner import host_memory, loader
-from mlx_lm_server.runner.blas import Blas
+from mlx_lm_server.runner.blas import Blas, usable_cores
 from mlx_lm_server.runner.loader import LoadedModel
+from mlx_lm_server.runner.measuring import Measured
 from mlx_lm_server.runner.model_runner import ModelRunner
 from mlx_lm_server.tier import FILE_VERSION, Namespace, model_digest, namespace_digest
 
@@ -45,8 +48,8 @@ MIN_LOOKAHEAD, MAX_LOOKAHEAD = 256, 1024
 MAX_LOOKAHEAD_SHARE = 0.25
 # The pool's segments: on a CPU a large one takes long to make, on a GPU many are many operations.
 SEGMENTS_IN_CPU_MEMORY, SEGMENTS_IN_GPU_MEMORY = 512, 128
-# So often fewer threads have to be the faster ones.
-THREAD_TRIALS = 3
+# Measuring takes so long, or such a share of the load where that is more.
+MIN_MEASURING_S, MEASURING_SHARE = 2.0, 0.05
 # Logits and the sampler's arrays of the same size, in float32, per row that samples.
 SAMPLER_ARRAYS = 8
 # In the folder of the disk tier: what its models' files are, so that they are not read each time.
@@ -68,9 +71,10 @@ def assemble(
     )
     log.log(logging.WARNING if runner.batching == "alone" else logging.INFO, runner.describe())
     progress("measuring", 0.9)
-    if order.num_threads is None:
-        blas = _fastest_threads(runner, blas)
-    costs = runner.calibrate()
+    measured = _measured(order, loaded, runner, blas, time.monotonic() - begun_s)
+    if measured.num_threads is not None:
+        blas = blas.with_threads(measured.num_threads)
+    costs = measured.costs
     geometry = runner.geometry
     max_step_tokens = order.max_num_batched_tokens or max(
         _affordable_tokens(costs), order.max_batch_size
@@ -78,7 +82,7 @@ def assemble(
     ledger = MemoryLedger(
         memory_limit_bytes=memory_limit_bytes,
         weights_bytes=loaded.weights_bytes,
-        activation_bytes_per_token=runner.activation_bytes_per_token(),
+        activation_bytes_per_token=measured.activation_bytes_per_token,
         max_step_tokens=max_step_tokens,
         geometry=geometry,
         max_kv_tokens=order.max_kv_tokens,
@@ -176,23 +180,32 @@ def _disk_cache(order: LoadModel, loaded: LoadedModel, runner: ModelRunner) -> D
     return disk
 
 
-def _fastest_threads(runner: ModelRunner, blas: Blas) -> Blas:
-    """As many threads as are free: with other work on the machine, the threads of a BLAS wait for
-    each other at every product, and fewer are faster. What disturbs for a moment decides nothing:
-    fewer have to be faster each time."""
-    most = blas.num_threads or 1
-    choices = sorted({most, max(1, most - 1), max(1, most // 2)}, reverse=True)
-
-    def time_s(num_threads: int) -> float:
-        blas.with_threads(num_threads)
-        return runner.time_chunk()
-
-    fastest = most
-    for _ in range(THREAD_TRIALS if len(choices) > 1 else 0):
-        fastest = min(choices, key=time_s)
-        if fastest == most:
-            break
-    return blas.with_threads(fastest)
+def _measured(
+    order: LoadModel, loaded: LoadedModel, runner: ModelRunner, blas: Blas, load_s: float
+) -> Measured:
+    """What was measured at an earlier start, or is measured now, within a bound of time."""
+    facts = {
+        "server": __version__,
+        "mlx": metadata.version("mlx"),
+        "device": _device_name(),
+        "cores": str(usable_cores()),
+        "blas": blas.name,
+        "threads": str(order.num_threads),
+        "weights": loaded.weights,
+        "batching": runner.batching,
+        "kv": runner.kv_format,
+    }
+    path = profile_path(Path(order.model_path), facts)
+    known = load_profile(path) if order.keeps_profile else None
+    if known is not None:
+        return known
+    others = OthersWork()
+    limit_s = max(MIN_MEASURING_S, MEASURING_SHARE * load_s)
+    most = None if order.num_threads is not None else blas.num_threads
+    measured = runner.measurer(limit_s).measured(most, blas.with_threads)
+    if order.keeps_profile and measured.is_steady and others.is_little:
+        save_profile(path, measured)
+    return measured
 
 
 def _token_tile(loaded: LoadedModel, runner: ModelRunner) -> int:

@@ -24,7 +24,6 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.plan import JoinedRow, RowLogprobs, StepPlan
 from mlx_lm_server.protocol import Batching
 from mlx_lm_server.runner import kv_quantisation, native_draw, probe
@@ -33,6 +32,7 @@ from mlx_lm_server.runner.forwards import SplitForward
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.loader import LoadedModel
 from mlx_lm_server.runner.logprobs import PromptScores, RowScores
+from mlx_lm_server.runner.measuring import Measurer
 from mlx_lm_server.runner.sampler import Draw, RowSampling, Sampler, start_row
 
 DEFAULT_BLOCK_SIZE = 16
@@ -137,14 +137,8 @@ class ModelRunner:
         forward = self._forward_of
         return forward.states.nbytes if isinstance(forward, SplitForward) else 0
 
-    def calibrate(self) -> StepCosts:
-        return probe.calibrate(self._forward_of, self._storage)
-
-    def time_chunk(self) -> float:
-        return probe.time_chunk(self._forward_of, self._storage)
-
-    def activation_bytes_per_token(self) -> int:
-        return probe.activation_bytes_per_token(self._forward_of, self._storage)
+    def measurer(self, limit_s: float) -> Measurer:
+        return Measurer(self._forward_of, self._storage, limit_s)
 
     # ---- a step
 

@@ -1,22 +1,19 @@
-"""Chooses how a model's plans run, and measures what they cost, with tiny plans of its own.
+"""Chooses how a model's plans run, with tiny plans of its own.
 
-The reference is mlx-lm's model with mlx-lm's caches, one row at a time, over the same plans; the
+The reference is mlx-lm's model with mlx-lm's caches, one row at a time; the
 fastest way whose logits agree with it is taken. So what is asked of a family is found out when it
 is loaded, and a family that nobody has heard of is served in the way that fits it.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.kv_geometry import KVGeometry
-from mlx_lm_server.core.plan import CreateSlab, DecodeRow, DropSlab, PrefillChunk, StepPlan
+from mlx_lm_server.core.plan import CreateSlab, StepPlan
 from mlx_lm_server.protocol import Batching
 from mlx_lm_server.runner.attention import SEAM_ERRORS
 from mlx_lm_server.runner.cache_kinds import ModelState
@@ -31,14 +28,17 @@ from mlx_lm_server.runner.forwards import (
 from mlx_lm_server.runner.kernels import choose_kernel
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.language_model import LanguageModel
+from mlx_lm_server.runner.tiny_plans import (
+    LARGE_SLAB,
+    SMALL_SLAB,
+    chunk_of,
+    decode_of,
+    plan_of,
+    scratch,
+    token_of,
+)
 
-SMALL_SLAB, LARGE_SLAB = -2, -1
 PROBE_TOKENS = 12
-CALIBRATION_TOKENS = 64
-CALIBRATION_CONTEXT = 1024
-# Until copies are timed: a host's memory, some of it fresh. A guess that is too slow is given up
-# sooner than one that is too fast.
-FIRST_COPIED_BYTES_PER_S = 4e9
 ALONE_STEP = 256
 FLOAT32_TOLERANCE, HALF_TOLERANCE = 1e-4, 0.06
 
@@ -68,9 +68,10 @@ def choose_forward(lm: LanguageModel, state: ModelState | None, why_no_state: st
         refused["batched"] = why_no_state
     elif state.recurrent:
         refused["packed"] = "recurrent state takes a row's tokens in order"
+    reference = _Reference(lm)
     for name, candidate in _candidates(lm, state):
         forward = candidate(storage)
-        reason = _disagreement(forward, AloneForward(lm), storage)
+        reason = _disagreement(forward, reference, storage)
         if reason is None:
             return Choice(forward.batching, candidate, refused)
         refused[name] = reason
@@ -93,9 +94,9 @@ def _candidates(lm: LanguageModel, state: ModelState | None) -> list[tuple[str, 
     return ways
 
 
-def _disagreement(forward: Forward, reference: Forward, storage: KVStorage) -> str | None:
-    """Run the probe's plans both ways; what went wrong, in words."""
-    with _scratch(storage, CreateSlab(SMALL_SLAB, 2, 64), CreateSlab(LARGE_SLAB, 2, 96)):
+def _disagreement(forward: Forward, reference: _Reference, storage: KVStorage) -> str | None:
+    """Runs the probe's plans and holds them against mlx-lm; what went wrong, in words."""
+    with scratch(storage, CreateSlab(SMALL_SLAB, 2, 64), CreateSlab(LARGE_SLAB, 2, 96)):
         try:
             worst = max(_differences(forward, reference))
         except SEAM_ERRORS as error:
@@ -106,20 +107,43 @@ def _disagreement(forward: Forward, reference: Forward, storage: KVStorage) -> s
     return None if worst <= 1.0 else "its logits differ from mlx-lm's"
 
 
-def _differences(forward: Forward, reference: Forward) -> Iterator[float]:
+class _Reference:
+    """What mlx-lm's model with mlx-lm's caches says of the rows of the probe's plans, each in one
+    forward: a token's logits are the same however its row was cut."""
+
+    def __init__(self, lm: LanguageModel) -> None:
+        self._lm = lm
+        self._logits: dict[int, mx.array] = {}
+
+    def logits(self, places: Sequence[tuple[int, int]]) -> mx.array:
+        """Returns the logits after the tokens at some rows and positions, `[n, vocab]`."""
+        return mx.stack([self._of(row)[position] for row, position in places])
+
+    def _of(self, row: int) -> mx.array:
+        if row not in self._logits:
+            from mlx_lm.models.cache import make_prompt_cache
+
+            length = 1 + max(p for plan in _probe_plans() for r, p in _ends(plan) if r == row)
+            ids = mx.array([[token_of(row, position) for position in range(length)]], mx.int32)
+            self._logits[row] = self._lm(ids, make_prompt_cache(self._lm.model))
+            mx.eval(self._logits[row])
+        return self._logits[row]
+
+
+def _differences(forward: Forward, reference: _Reference) -> Iterator[float]:
     """For each plan the largest difference of logits, in units of what is tolerated."""
     for plan in _probe_plans():
         ids = mx.array(
-            [_token(d.row, d.position) for d in plan.decodes]
+            [token_of(d.row, d.position) for d in plan.decodes]
             + [token for chunk in plan.prefills for token in chunk.token_ids],
             mx.int32,
         )
-        outcomes = [way.run(plan, ids) for way in (forward, reference)]
-        for outcome in outcomes:
-            mx.eval(outcome.result, *outcome.beside)
-        ours, theirs = (outcome.result for outcome in outcomes)
-        if not any(True for _ in plan.sampling_rows):
+        outcome = forward.run(plan, ids)
+        mx.eval(outcome.result, *outcome.beside)
+        places = [place for place in _ends(plan) if place[0] in plan.sampling_rows]
+        if not places:
             continue
+        ours, theirs = outcome.result, reference.logits(places)
         tolerance = FLOAT32_TOLERANCE if theirs.dtype == mx.float32 else HALF_TOLERANCE
         ours, theirs = ours.astype(mx.float32), theirs.astype(mx.float32)
         spread = max(1.0, float(mx.max(mx.abs(theirs))))
@@ -127,42 +151,26 @@ def _differences(forward: Forward, reference: Forward) -> Iterator[float]:
         yield error / (tolerance * spread) if error == error else float("inf")
 
 
-def _token(row: int, position: int) -> int:
-    return (7 * position + 13 * row + 3) % 101
+def _ends(plan: StepPlan) -> list[tuple[int, int]]:
+    """Rows and the positions of their last tokens in a plan, in its order."""
+    decodes = [(decode.row, decode.position) for decode in plan.decodes]
+    return decodes + [(c.row, c.start + len(c.token_ids) - 1) for c in plan.prefills]
 
 
 def _probe_plans() -> Iterator[StepPlan]:
     """Chunks of several rows side by side and one after another, then rows of different lengths in
     two slabs that decode together, beside chunks, with a row that sits out and one that joins."""
     half = PROBE_TOKENS // 2
-    yield _plan(prefills=[_chunk(0, 0, half)])
-    yield _plan(prefills=[_chunk(0, half, 2), _chunk(2, 0, 3)])
-    yield _plan([_decode(0, half + 2)], [_chunk(1, 0, half - 1, samples=False)])
-    yield _plan(prefills=[_chunk(1, half - 1, 1)])
+    yield plan_of(prefills=[chunk_of(0, 0, half)])
+    yield plan_of(prefills=[chunk_of(0, half, 2), chunk_of(2, 0, 3)])
+    yield plan_of([decode_of(0, half + 2)], [chunk_of(1, 0, half - 1, samples=False)])
+    yield plan_of(prefills=[chunk_of(1, half - 1, 1)])
     for step in range(3):
         rows = [(0, half + 3 + step), (1, half + step), (2, 3 + step)]
-        yield _plan([_decode(row, position) for row, position in rows if row != 1 or step != 1])
+        yield plan_of([decode_of(row, position) for row, position in rows if row != 1 or step != 1])
         if step == 1:
-            yield _plan([_decode(1, half + 1)], [_chunk(3, 0, 1)])
-    yield _plan([_decode(2, 6), _decode(3, 1)])
-
-
-def _slab_of(row: int) -> tuple[int, int]:
-    """Rows 0 and 1 share the small slab, 2 and 3 the large one."""
-    return (SMALL_SLAB, row) if row < 2 else (LARGE_SLAB, row - 2)
-
-
-def _plan(decodes: Sequence[DecodeRow] = (), prefills: Sequence[PrefillChunk] = ()) -> StepPlan:
-    return StepPlan(0, (), (), (), tuple(decodes), tuple(prefills))
-
-
-def _decode(row: int, position: int) -> DecodeRow:
-    return DecodeRow(row, *_slab_of(row), position)
-
-
-def _chunk(row: int, start: int, num_tokens: int, samples: bool = True) -> PrefillChunk:
-    ids = tuple(_token(row, start + i) for i in range(num_tokens))
-    return PrefillChunk(row, *_slab_of(row), start, ids, samples)
+            yield plan_of([decode_of(1, half + 1)], [chunk_of(3, 0, 1)])
+    yield plan_of([decode_of(2, 6), decode_of(3, 1)])
 
 
 def check_replays(forward: Forward, storage: KVStorage) -> None:
@@ -170,9 +178,9 @@ def check_replays(forward: Forward, storage: KVStorage) -> None:
     stands side by side in a trace, and some of that may round otherwise."""
     if not isinstance(forward, PackedForward) or forward.replays is None:
         return
-    plan = _plan([_decode(0, 3), _decode(2, 5)])
-    ids = mx.array([_token(d.row, d.position) for d in plan.decodes], mx.int32)
-    with _scratch(storage, CreateSlab(SMALL_SLAB, 2, 64), CreateSlab(LARGE_SLAB, 2, 96)):
+    plan = plan_of([decode_of(0, 3), decode_of(2, 5)])
+    ids = mx.array([token_of(d.row, d.position) for d in plan.decodes], mx.int32)
+    with scratch(storage, CreateSlab(SMALL_SLAB, 2, 64), CreateSlab(LARGE_SLAB, 2, 96)):
         forward.replays.traces_at_once = True
         built, replayed = (forward.run(plan, ids).result for _ in range(2))
         forward.replays.traces_at_once = False
@@ -185,65 +193,6 @@ def check_replays(forward: Forward, storage: KVStorage) -> None:
         forward.replays = None
 
 
-@contextmanager
-def _scratch(storage: KVStorage, *slabs: CreateSlab) -> Iterator[None]:
-    """The plans here may jump to places before which nobody wrote."""
-    needs_zeros, storage.needs_zeros = storage.needs_zeros, True
-    for slab in slabs:
-        storage.apply(slab)
-    storage.needs_zeros = needs_zeros
-    try:
-        yield
-    finally:
-        for slab in slabs:
-            storage.apply(DropSlab(slab.slab_id))
-
-
-# ---- measuring
-
-
-def calibrate(forward: Forward, storage: KVStorage) -> StepCosts:
-    """First costs for the cost model, measured: a decode row, two sizes of chunk, and a chunk far
-    from the start."""
-    size, far = CALIBRATION_TOKENS, CALIBRATION_CONTEXT
-    with _scratch(storage, CreateSlab(SMALL_SLAB, 1, far + size)):
-        small_s = _time(forward, [_plan(prefills=[_chunk(0, 0, size)])] * 2)
-        one_s = _time(forward, [_plan([_decode(0, size + i)]) for i in range(2)])
-        large_s = _time(forward, [_plan(prefills=[_chunk(0, 0, 4 * size)])] * 2)
-        far_s = _time(forward, [_plan(prefills=[_chunk(0, far, size)])] * 2)
-    forward.forget([0])
-    per_token_s = max(1e-7, (large_s - small_s) / (3 * size))
-    per_pair_s = max(per_token_s / 1e5, (far_s - small_s) / (size * far))
-    return StepCosts(
-        base_s=max(1e-5, one_s - per_token_s),
-        per_prefill_token_s=per_token_s,
-        per_row_s=per_token_s,
-        per_kv_token_s=per_pair_s,
-        per_prefill_pair_s=per_pair_s,
-        per_copied_token_s=storage.geometry.full_bytes_per_token / FIRST_COPIED_BYTES_PER_S,
-    )
-
-
-def time_chunk(forward: Forward, storage: KVStorage) -> float:
-    """Seconds of a prefill chunk, the fastest of some."""
-    size = 4 * CALIBRATION_TOKENS
-    with _scratch(storage, CreateSlab(SMALL_SLAB, 1, size)):
-        best_s = _time(forward, [_plan(prefills=[_chunk(0, 0, size)])] * 3)
-    forward.forget([0])
-    return best_s
-
-
-def activation_bytes_per_token(forward: Forward, storage: KVStorage) -> int:
-    """Peak memory of a forward beyond what it holds, per token, measured with one chunk."""
-    size = 4 * CALIBRATION_TOKENS
-    with _scratch(storage, CreateSlab(SMALL_SLAB, 1, size)):
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        _time(forward, [_plan(prefills=[_chunk(0, 0, size)])])
-        forward.forget([0])
-        return max(1, (mx.get_peak_memory() - before) // size)
-
-
 def geometry_of_rows_alone(lm: LanguageModel) -> KVGeometry:
     """What a row with mlx-lm's own caches takes, at most: they grow by steps of 256 tokens."""
     from mlx_lm.models.cache import make_prompt_cache
@@ -252,15 +201,3 @@ def geometry_of_rows_alone(lm: LanguageModel) -> KVGeometry:
     mx.eval(lm(mx.ones((1, ALONE_STEP), mx.int32), caches, []), arrays_of(caches))
     per_token = -(-sum(array.nbytes for array in arrays_of(caches)) // ALONE_STEP)
     return KVGeometry(per_token, bytes_per_row=per_token * ALONE_STEP)
-
-
-def _time(forward: Forward, plans: Sequence[StepPlan]) -> float:
-    """Seconds of the fastest of these forwards, run one after another."""
-    best_s = float("inf")
-    for plan in plans:
-        num_ids = len(plan.decodes) + plan.num_prefill_tokens
-        begun = time.perf_counter()
-        outcome = forward.run(plan, mx.ones((num_ids,), mx.int32))
-        mx.eval(outcome.result, *outcome.beside)
-        best_s = min(best_s, time.perf_counter() - begun)
-    return best_s

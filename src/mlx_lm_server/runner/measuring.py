@@ -1,0 +1,152 @@
+"""Measures what a model's forwards cost, in chunks that are as large as the time allows.
+
+A chunk of 256 tokens takes a small model 20 ms and a large one seconds. So the size is found by
+doubling, up to a share of the time that measuring may take, and what no time is left for is done
+once instead of twice: the cost model learns the rest while serving.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_lm_server.core.cost_model import StepCosts
+from mlx_lm_server.core.plan import CreateSlab, StepPlan
+from mlx_lm_server.runner.forwards import Forward
+from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.tiny_plans import SMALL_SLAB, chunk_of, decode_of, plan_of, scratch
+
+SMALLEST_CHUNK, LARGEST_CHUNK = 16, 256
+FAR_CONTEXT = 1024
+# One chunk may take such a share of the time for all of it.
+CHUNK_SHARE = 1 / 16
+THREADS_SHARE = 0.5
+# So often fewer threads have to be the faster ones.
+THREAD_TRIALS = 3
+# Two runs of one thing that differ by more are no measurement to keep.
+AGREEMENT = 0.15
+# Until copies are timed: a host's memory, some of it fresh. A guess that is too slow is given up
+# sooner than one that is too fast.
+FIRST_COPIED_BYTES_PER_S = 4e9
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """`is_steady`: what was run twice took the same time twice."""
+
+    num_threads: int | None
+    costs: StepCosts
+    activation_bytes_per_token: int
+    is_steady: bool = True
+
+
+class Measurer:
+    """Times forwards for at most about `limit_s` seconds. Used once, on the engine's thread."""
+
+    def __init__(self, forward: Forward, storage: KVStorage, limit_s: float) -> None:
+        self._forward = forward
+        self._storage = storage
+        self._limit_s = limit_s
+        self._begun_s = time.perf_counter()
+        self._is_steady = True
+        self._chunk_tokens = SMALLEST_CHUNK
+
+    def measured(self, most_threads: int | None, with_threads: Callable[[int], object]) -> Measured:
+        """Returns the costs with as many threads as are fastest; None leaves them as they are."""
+        with scratch(self._storage, CreateSlab(SMALL_SLAB, 1, FAR_CONTEXT + LARGEST_CHUNK)):
+            self._chunk_tokens = self._affordable_chunk()
+            threads = self._threads(most_threads, with_threads)
+            costs = self._costs()
+            activations = self._activation_bytes_per_token()
+            self._forward.forget([0])
+        return Measured(threads, costs, activations, self._is_steady)
+
+    def _has_time(self, share: float = 1.0) -> bool:
+        return time.perf_counter() - self._begun_s < share * self._limit_s
+
+    def _affordable_chunk(self) -> int:
+        """Returns the largest chunk that takes no more than its share; also the warm-up."""
+        size = SMALLEST_CHUNK
+        self._run(plan_of(prefills=[chunk_of(0, 0, size)]))
+        while size < LARGEST_CHUNK:
+            taken_s = self._run(plan_of(prefills=[chunk_of(0, 0, size)]))
+            if 2 * taken_s > CHUNK_SHARE * self._limit_s:
+                break
+            size *= 2
+        return size
+
+    def _threads(self, most: int | None, with_threads: Callable[[int], object]) -> int | None:
+        if most is None:
+            return None
+
+        def time_s(num_threads: int) -> float:
+            with_threads(num_threads)
+            return self._best_s(plan_of(prefills=[chunk_of(0, 0, self._chunk_tokens)]))
+
+        chosen = fastest_threads(most, time_s, lambda: self._has_time(THREADS_SHARE))
+        with_threads(chosen)
+        return chosen
+
+    def _costs(self) -> StepCosts:
+        """Returns first costs for the cost model: of a decode row, of two sizes of chunk, and of a
+        chunk far from the start."""
+        large, small = self._chunk_tokens, max(self._chunk_tokens // 4, 4)
+        one_s = self._best_s(plan_of([decode_of(0, large)]))
+        large_s = self._best_s(plan_of(prefills=[chunk_of(0, 0, large)]))
+        small_s = self._best_s(plan_of(prefills=[chunk_of(0, 0, small)]))
+        far_s = self._best_s(plan_of(prefills=[chunk_of(0, FAR_CONTEXT, small)]))
+        per_token_s = max(1e-7, (large_s - small_s) / (large - small))
+        per_pair_s = max(per_token_s / 1e5, (far_s - small_s) / (small * FAR_CONTEXT))
+        copied_bytes = self._storage.geometry.full_bytes_per_token
+        return StepCosts(
+            base_s=max(1e-5, one_s - per_token_s),
+            per_prefill_token_s=per_token_s,
+            per_row_s=per_token_s,
+            per_kv_token_s=per_pair_s,
+            per_prefill_pair_s=per_pair_s,
+            per_copied_token_s=copied_bytes / FIRST_COPIED_BYTES_PER_S,
+        )
+
+    def _activation_bytes_per_token(self) -> int:
+        """Returns the peak memory of a forward beyond what it holds, per token."""
+        size = max(self._chunk_tokens, LARGEST_CHUNK // 4)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        self._run(plan_of(prefills=[chunk_of(0, 0, size)]))
+        return max(1, (mx.get_peak_memory() - before) // size)
+
+    def _best_s(self, plan: StepPlan) -> float:
+        """Returns the seconds of the faster of two runs, or of one where time is up."""
+        first_s = self._run(plan)
+        if not self._has_time():
+            return first_s
+        second_s = self._run(plan)
+        self._is_steady &= abs(first_s - second_s) <= AGREEMENT * max(first_s, second_s)
+        return min(first_s, second_s)
+
+    def _run(self, plan: StepPlan) -> float:
+        num_ids = len(plan.decodes) + plan.num_prefill_tokens
+        begun = time.perf_counter()
+        outcome = self._forward.run(plan, mx.ones((num_ids,), mx.int32))
+        mx.eval(outcome.result, *outcome.beside)
+        return time.perf_counter() - begun
+
+
+def fastest_threads(
+    most: int, time_s: Callable[[int], float], has_time: Callable[[], bool] = lambda: True
+) -> int:
+    """Returns as many threads as are free: with other work on the machine, the threads of a BLAS
+    wait for each other at every product, and fewer are faster. What disturbs for a moment decides
+    nothing: fewer have to be faster each time."""
+    choices: Sequence[int] = sorted({most, max(1, most - 1), max(1, most // 2)}, reverse=True)
+    fastest = most
+    for trial in range(THREAD_TRIALS if len(choices) > 1 else 0):
+        if trial and not has_time():
+            break
+        fastest = min(choices, key=time_s)
+        if fastest == most:
+            break
+    return fastest
