@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +22,11 @@ from mlx_lm_server.config import (
     TierConfig,
 )
 from mlx_lm_server.core.plan import StepPlan
+from mlx_lm_server.engine import assembly
+from mlx_lm_server.engine.profiles import OthersWork, load_profile
 from mlx_lm_server.errors import ModelTooLargeError, UnsupportedModelError
 from mlx_lm_server.protocol import Abort, AddRequest, LoadModel
-from mlx_lm_server.runner.measuring import fastest_threads
+from mlx_lm_server.runner.measuring import Measured, Measurer, fastest_threads
 from mlx_lm_server.server.boot import load_message
 from tests.mlx.driver import GREEDY, EngineDriver, random_prompts
 from tests.mlx.tiny_models import VOCAB_SIZE, write_model
@@ -114,6 +118,61 @@ def test_weights_are_held_as_asked(tmp_path: Path) -> None:
     folder = write_model("qwen3", tmp_path, bits=4)
     assert engine(folder, cpu=CpuConfig(cpu_weights="float32")).ready.weights == "float32"
     assert "4" in engine(folder, cpu=CpuConfig(cpu_weights="native")).ready.weights
+
+
+@observes("CpuConfig.no_profile")
+def test_what_was_measured_is_kept_for_the_next_start(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measurements: list[Measured] = []
+    measured = Measurer.measured
+
+    def watched(measurer: Measurer, *args: Any) -> Measured:
+        found = replace(measured(measurer, *args), is_steady=is_steady)
+        measurements.append(found)
+        return found
+
+    monkeypatch.setattr(Measurer, "measured", watched)
+
+    def num_measured(*, is_quiet: bool = True, **cpu: bool) -> int:
+        monkeypatch.setattr(OthersWork, "is_little", is_quiet)
+        before = len(measurements)
+        engine(folder, cpu=CpuConfig(**cpu))
+        return len(measurements) - before
+
+    is_steady = True
+    assert num_measured(no_profile=True) == 1
+    assert num_measured(is_quiet=False) == 1  # --no-profile kept nothing
+    is_steady = False
+    assert num_measured() == 1  # nothing was kept, since others were at work
+    is_steady = True
+    assert num_measured() == 1  # nor then, since it was not steady
+    assert num_measured() == 0
+    assert num_measured(no_profile=True) == 1
+    file = next((tmp_path / "mlx-lm-server" / "profiles").iterdir())
+    assert load_profile(file) == measurements[3]
+
+
+def test_measuring_ends_when_its_time_is_up(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without any time it runs what it cannot do without, once each."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    num_runs = {0.0: 0, 1e9: 0}
+    run = Measurer._run
+    for limit_s in num_runs:
+        monkeypatch.setattr(assembly, "MIN_MEASURING_S", limit_s)
+        monkeypatch.setattr(assembly, "MEASURING_SHARE", 0.0)
+
+        def counted(measurer: Measurer, plan: StepPlan, limit_s: float = limit_s) -> float:
+            num_runs[limit_s] += 1
+            return run(measurer, plan)
+
+        monkeypatch.setattr(Measurer, "_run", counted)
+        engine(folder, cpu=CpuConfig(no_profile=True))
+    assert num_runs[0.0] <= 10
+    assert num_runs[1e9] > num_runs[0.0]
 
 
 @observes("CpuConfig.cpu_threads")

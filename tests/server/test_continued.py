@@ -116,6 +116,10 @@ def test_reasoning_has_two_names(server: RunningServer) -> None:
             {"messages": BEGUN, "continue_final_message": True, "add_generation_prompt": True},
             "add_generation_prompt",
         ),
+        (
+            {"messages": [*ASKED, {**BEGUN[1], "prefix": True}], "continue_final_message": False},
+            "continue_final_message",
+        ),
         ({"messages": ASKED, "chat_template": "{% if %}"}, "chat_template"),
         ({"messages": ASKED, "chat_template": ""}, "chat_template"),
         (

@@ -435,6 +435,8 @@ def check_continued(
         raise refuse("`prefix: true` is possible on the last message only", "messages")
     if not messages or not (continues or messages[-1].prefix):
         return
+    if continues is False:
+        raise refuse("not together with `prefix: true`", "continue_final_message")
     if not messages[-1].can_be_continued:
         raise refuse("only an assistant's text can be continued", "messages")
     if adds_generation_prompt:
