@@ -49,6 +49,17 @@ COMPLETION: Neutral = {
     "thinking_budget": (-1,),
     "thinking_token_budget": (-1,),
     "thinking_budget_tokens": (-1,),
+    # Chat's, which clients of both send: without messages they mean nothing.
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+    "chat_template": (),
+    "chat_template_kwargs": ({},),
+    "include_reasoning": (False, True),
+    "stop_in_reasoning": (False,),
+    "reasoning_effort": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (False, True),
 }
 MESSAGE: Neutral = {
     "function_call": (),
