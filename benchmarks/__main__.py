@@ -18,6 +18,7 @@ from benchmarks import (
     restarts,
     serving,
     soak,
+    starts,
     tier,
 )
 from benchmarks.parts import console, run_parts
@@ -34,6 +35,7 @@ SCRIPTS = {
     "soak": soak,
     "tier": tier,
     "restarts": restarts,
+    "starts": starts,
 }
 
 

@@ -142,7 +142,7 @@ def said_by(answer: Any, pieces: list[str], *, is_cut: bool = False) -> Answer:
 
 
 def as_message(answer: Answer) -> dict[str, Any]:
-    """As the SDK of a client gives it back."""
+    """Returns the message as a client's SDK gives it back."""
     is_empty = not answer.text and bool(answer.calls or answer.reasoning)
     message: dict[str, Any] = {
         "role": "assistant",

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 
 
 class BadWords:
-    """Of one row. Each word has two tokens at least; its last one is `forbidden` where those before
-    it have just come."""
+    """Keeps one row from completing words. Each has two tokens at least; its last one is
+    `forbidden` where those before it have just come."""
 
     __slots__ = ("_last", "_longest", "_words")
 

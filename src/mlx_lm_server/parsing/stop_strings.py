@@ -13,9 +13,9 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Of one sequence. `push` pieces until `is_stopped`; `flush` where the text ends by itself.
-    `found` is the stop string that ended it, which stays in the text where `keeps_stop`. `num_held`
-    letters are held back, or, once it is stopped, cut off."""
+    """Looks for stop strings in one sequence. `push` pieces until `is_stopped`; `flush` where the
+    text ends by itself. `found` is the stop string that ended it, which stays in the text where
+    `keeps_stop`. `num_held` letters are held back, or, once it is stopped, cut off."""
 
     __slots__ = ("_held", "_keeps_stop", "_stops", "found", "num_held")
 

@@ -92,7 +92,7 @@ class AnswerReader:
         return None if delta.is_empty else delta
 
     def _begin(self) -> Delta:
-        """With what is known of the prompt, once."""
+        """Adds what is known of the prompt, once."""
         delta = Delta(self._index, "")
         if not self._has_told_prompt:
             self._has_told_prompt = True
@@ -228,7 +228,7 @@ class AnswerReader:
         return found
 
     def _prompt_tokens(self, scores: Sequence[TokenLogprobs], num_top: int) -> list[ScoredToken]:
-        """With so many alternatives at most."""
+        """Returns logprobs with so many alternatives at most."""
         first, *rest = self._request.prompt_ids
         pairs = zip(rest, scores, strict=True)
         return [ScoredToken(first, None), *(ScoredToken(i, _cut(s, num_top)) for i, s in pairs)]

@@ -30,7 +30,8 @@ Ranks = Mapping[bytes, int]
 
 
 def read_ranks(data: bytes) -> dict[bytes, int]:
-    """Of a file with a byte string in base64 and its rank on each line. Raises ValueError."""
+    """Returns the ranks of a file that has a byte string in base64 and its rank on each line.
+    Raises ValueError."""
     ranks = {}
     for line in data.splitlines():
         if line:

@@ -146,7 +146,7 @@ class Generation:
 
     @property
     def cache_facts(self) -> CacheFacts:
-        """With a report of each prompt that was admitted."""
+        """The reports of the prompts that were admitted."""
         pairs = zip(self._streams, self._requests, strict=True)
         reports = [s.cache for s, r in pairs if s.cache is not None and not r.is_copy]
         return CacheFacts(reports, self._requests[0].prompt_cache_key, self.num_with_key)

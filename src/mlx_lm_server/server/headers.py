@@ -18,6 +18,6 @@ def headers(scope: Scope, name: bytes) -> list[bytes]:
 
 
 def has_body(scope: Scope) -> bool:
-    """Whether one is announced, which HTTP asks of whoever sends one."""
+    """Tells whether a body is announced, which HTTP asks of whoever sends one."""
     length = header(scope, b"content-length")
     return header(scope, b"transfer-encoding") is not None or length not in (None, b"0")

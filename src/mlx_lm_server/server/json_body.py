@@ -107,7 +107,7 @@ class _Decoder(json.JSONDecoder):
 
 
 class _PatientDecoder(_Decoder):
-    """For one large text: in Python but for its strings, since the one in C holds all threads up
+    """Reads one large text: in Python but for its strings, since the one in C holds all threads up
     while it makes lists without end; and it counts the values, which take more memory than their
     text."""
 

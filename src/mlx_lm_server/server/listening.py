@@ -57,7 +57,8 @@ def listen(server: ServerConfig) -> Iterator[Listener]:
 
 @contextmanager
 def _unix_socket(path: str) -> Iterator[socket.socket]:
-    """For this user alone from its first moment on, and gone with the server."""
+    """Makes a socket file that is this user's alone from its first moment on, and gone with the
+    server."""
     _remove_unused(path)
     with socket.socket(socket.AF_UNIX) as bound:
         mask = os.umask(ONLY_MINE)

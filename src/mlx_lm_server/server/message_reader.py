@@ -23,8 +23,8 @@ MAX_PIECE_CHARS = 16
 
 
 class MessageReader:
-    """Of one sequence. `num_settled` letters of its text are known to belong to what the client
-    gets, or to nothing; those after a stop string never are."""
+    """Reads the message of one sequence. `num_settled` letters of its text are known to belong to
+    what the client gets, or to nothing; those after a stop string never are."""
 
     __slots__ = ("_content", "_num_early", "_parser", "_reasoning", "_unsettled", "num_settled")
 

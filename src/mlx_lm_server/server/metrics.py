@@ -143,7 +143,7 @@ class Metrics(Collector):
             self.inter_token_latency_s.observe(now - stream.last_token_s)
 
     def observe_start(self, output: RequestOutput) -> None:
-        """With a sequence's first token, which says where the time until it went."""
+        """Observes what a sequence's first token says of the time until it."""
         self.queue_time_s.observe(output.queue_s)
         self.prefill_time_s.observe(output.prefill_s)
 

@@ -123,7 +123,7 @@ class ModelFacts:
     defaults: SamplingDefaults
     tokenizer_config: Mapping[str, Any]
     num_rows: int | None = None
-    """Of its table of tokens, where config.json states it."""
+    """The size of its table of tokens, where config.json states it."""
     model_type: str = ""
 
 

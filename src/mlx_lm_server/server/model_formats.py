@@ -42,8 +42,8 @@ class ModelFormats:
     def of(
         cls, config: ModelConfig, template: ChatTemplate | str, tokens: Collection[str] = ()
     ) -> ModelFormats:
-        """As the flags name them, else as the chat template writes them, else as its words or the
-        special `tokens` of the vocabulary tell."""
+        """Returns the formats that the flags name, else those that the chat template writes, else
+        those that its words or the special `tokens` of the vocabulary tell of."""
         if isinstance(template, str):
             template = ChatTemplate(template, {})
         calls_by, thinks_by = config.tool_call_parser, config.reasoning_parser

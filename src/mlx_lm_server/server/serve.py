@@ -141,8 +141,8 @@ class Server:
             stopped.cancel()
 
     async def _drain(self, services: Services) -> int:
-        """After the first signal: no new work, the running work has `--drain-s`. A second signal
-        ends it at once."""
+        """Takes no new work after the first signal, and gives the running work `--drain-s`. A
+        second signal ends it at once."""
         self._stop.clear()
         services.admission.is_draining = True
         drain_s = self._config.server.drain_s

@@ -58,7 +58,7 @@ class Services:
 
     @property
     def served_tokens(self) -> int | None:
-        """Of prompt and answer together; None while the model loads."""
+        """The most tokens of prompt and answer together; None while the model loads."""
         return self._model.bounds.served_tokens if self._model else None
 
     def model(self) -> ServedModel:

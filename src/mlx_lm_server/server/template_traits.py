@@ -328,9 +328,8 @@ def _shows(text: str, takes_objects: bool) -> bool:
 
 
 def _common_start(one: str, other: str) -> str:
-    place = 0
-    while place < min(len(one), len(other)) and one[place] == other[place]:
-        place += 1
+    pairs = enumerate(zip(one, other, strict=False))
+    place = next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
     return one[:place]
 
 

@@ -117,7 +117,8 @@ async def test_rounds_of_two_targets_are_interleaved_and_ask_the_same(server: Fa
 async def test_a_server_beside_itself_is_asked_new_prompts_of_the_same_lengths(
     server: FakeServer, model: str
 ) -> None:
-    """With the same ones it would have B's cached: the ratios would be those of its cache."""
+    """A server that was given the same prompts twice would have B's in its cache, and the ratios
+    would be those of the cache."""
     again = Target(f"{server.url}/v1/".replace("127.0.0.1", "localhost"), model)
     session = Session([server.target("a"), again], settings("single", "mixed"), Log())
     await session.run()

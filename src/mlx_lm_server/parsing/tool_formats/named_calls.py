@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,9 @@ from mlx_lm_server.parsing.tool_formats.format import ToolFormat, ToolSchemas, d
 from mlx_lm_server.parsing.tool_formats.json_calls import json_arguments, json_call
 
 MAX_NAME_CHARS = 256
+# Reads what stands between the mark that begins a call and its arguments: its name, and its id
+# where it has one.
+ReadHead = Callable[[Reader], Script[tuple[str, str | None]]]
 
 
 @dataclass(frozen=True)
@@ -40,26 +43,47 @@ class NamedCalls:
     def read(
         self, reader: Reader, out: MessageBuilder, _schemas: ToolSchemas, start: str
     ) -> Script[None]:
-        yield from reader.skip_space()
-        if start != self.open:
-            yield from reader.expect(self.open)
-        while True:
-            name = yield from name_until(reader, self.middle)
-            yield from reader.skip_space()
-            out.begin_call(name)
-            yield from json_arguments(reader, out)
-            yield from reader.skip_space()
-            if self.close:
-                yield from reader.accept(self.close)
-                yield from reader.skip_space()
-            if not (yield from reader.accept(self.open)):
-                break
-        if self.block[1]:
-            yield from reader.accept(self.block[1])
+        closes, ends = _marks(self.close), _marks(self.block[1])
+        yield from read_calls(reader, out, start, self.open, self._head, closes, ends)
+
+    def _head(self, reader: Reader) -> Script[tuple[str, str | None]]:
+        return (yield from name_until(reader, self.middle)), None
 
     def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         texts = [f"{self.open}{n}{self.middle}{dump(dict(a))}{self.close}" for n, a in calls]
         return self.block[0] + "".join(texts) + self.block[1]
+
+
+def _marks(mark: str) -> tuple[str, ...]:
+    return (mark,) if mark else ()
+
+
+def read_calls(
+    reader: Reader,
+    out: MessageBuilder,
+    start: str,
+    begin: str,
+    read_head: ReadHead,
+    closes: Sequence[str],
+    ends: Sequence[str],
+) -> Script[None]:
+    """Reads calls that each begin with a mark, which may be the `start` that was read. `closes` are
+    marks that end a call, `ends` one of which ends all; any may be missing."""
+    yield from reader.skip_space()
+    if start != begin:
+        yield from reader.expect(begin)
+    while True:
+        name, id = yield from read_head(reader)
+        yield from reader.skip_space()
+        out.begin_call(name, id)
+        yield from json_arguments(reader, out)
+        yield from reader.skip_space()
+        for close in closes:
+            yield from reader.accept(close)
+            yield from reader.skip_space()
+        if not (yield from reader.accept(begin)):
+            break
+    yield from reader.accept(*ends)
 
 
 def name_until(reader: Reader, mark: str) -> Script[str]:
@@ -117,27 +141,16 @@ def _deepseek(
     reader: Reader, out: MessageBuilder, _schemas: ToolSchemas, start: str
 ) -> Script[None]:
     """Reads V3's and R1's `function<sep>name ```json {…} ```​` and V3.1's `name<sep>{…}`."""
+    closes = ("```", CALL_END)
+    yield from read_calls(reader, out, start, CALL_BEGIN, _deepseek_head, closes, (CALLS_END,))
+
+
+def _deepseek_head(reader: Reader) -> Script[tuple[str, str | None]]:
+    name = yield from name_until(reader, SEPARATOR)
     yield from reader.skip_space()
-    if start != CALL_BEGIN:
-        yield from reader.expect(CALL_BEGIN)
-    while True:
-        name = yield from name_until(reader, SEPARATOR)
-        yield from reader.skip_space()
-        is_fenced = (yield from reader.next_of("{")) is None
-        if is_fenced:
-            name = yield from name_until(reader, "```json")
-            yield from reader.skip_space()
-        out.begin_call(name)
-        yield from json_arguments(reader, out)
-        yield from reader.skip_space()
-        if is_fenced:
-            yield from reader.accept("```")
-            yield from reader.skip_space()
-        yield from reader.accept(CALL_END)
-        yield from reader.skip_space()
-        if not (yield from reader.accept(CALL_BEGIN)):
-            break
-    yield from reader.accept(CALLS_END)
+    if (yield from reader.next_of("{")) is None:
+        name = yield from name_until(reader, "```json")
+    return name, None
 
 
 KIMI_BEGIN, KIMI_END = "<|tool_call_begin|>", "<|tool_call_end|>"
@@ -148,24 +161,17 @@ KIMI_SECTIONS = (
 )
 
 
-def _kimi(reader: Reader, out: MessageBuilder, schemas: ToolSchemas, start: str) -> Script[None]:
+def _kimi(reader: Reader, out: MessageBuilder, _schemas: ToolSchemas, start: str) -> Script[None]:
     """Reads `<|tool_call_begin|>functions.name:0<|tool_call_argument_begin|>{…}`, within a section
     or without one."""
-    yield from reader.skip_space()
-    if start != KIMI_BEGIN:
-        yield from reader.expect(KIMI_BEGIN)
-    while True:
-        id = (yield from name_until(reader, KIMI_ARGUMENTS)).strip()
-        yield from reader.skip_space()
-        name, _, number = id.rpartition(":")
-        out.begin_call(name if name and number.isdecimal() else id, id)
-        yield from json_arguments(reader, out)
-        yield from reader.skip_space()
-        yield from reader.accept(KIMI_END)
-        yield from reader.skip_space()
-        if not (yield from reader.accept(KIMI_BEGIN)):
-            break
-    yield from reader.accept(*(end for _, end in KIMI_SECTIONS))
+    ends = [end for _, end in KIMI_SECTIONS]
+    yield from read_calls(reader, out, start, KIMI_BEGIN, _kimi_head, (KIMI_END,), ends)
+
+
+def _kimi_head(reader: Reader) -> Script[tuple[str, str | None]]:
+    id = (yield from name_until(reader, KIMI_ARGUMENTS)).strip()
+    name, _, number = id.rpartition(":")
+    return (name if name and number.isdecimal() else id), id
 
 
 SOLAR_BEGIN, SOLAR_NAME = "<|tool_call:begin|>", "<|tool_call:name|>"
@@ -174,21 +180,13 @@ SOLAR_ARGUMENTS, SOLAR_END = "<|tool_call:args|>", "<|tool_call:end|>"
 
 def _solar(reader: Reader, out: MessageBuilder, _schemas: ToolSchemas, start: str) -> Script[None]:
     """Reads `<|tool_call:begin|>id<|tool_call:name|>name<|tool_call:args|>{…}<|tool_call:end|>`."""
-    yield from reader.skip_space()
-    if start != SOLAR_BEGIN:
-        yield from reader.expect(SOLAR_BEGIN)
-    while True:
-        id = (yield from name_until(reader, SOLAR_NAME)).strip()
-        name = yield from name_until(reader, SOLAR_ARGUMENTS)
-        yield from reader.skip_space()
-        out.begin_call(name, id)
-        yield from json_arguments(reader, out)
-        yield from reader.skip_space()
-        yield from reader.accept(SOLAR_END)
-        yield from reader.skip_space()
-        if not (yield from reader.accept(SOLAR_BEGIN)):
-            break
-    yield from reader.accept("<|calls|>")
+    closes, ends = (SOLAR_END,), ("<|calls|>",)
+    yield from read_calls(reader, out, start, SOLAR_BEGIN, _solar_head, closes, ends)
+
+
+def _solar_head(reader: Reader) -> Script[tuple[str, str | None]]:
+    id = (yield from name_until(reader, SOLAR_NAME)).strip()
+    return (yield from name_until(reader, SOLAR_ARGUMENTS)), id
 
 
 RECIPIENT = ">>>"

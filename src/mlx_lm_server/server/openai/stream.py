@@ -252,7 +252,8 @@ def completion_response(
 
 
 def _of_prompt(answer: Answer, tokenizer: TokenBytes) -> dict[str, Any]:
-    """As vLLM has it: of a chat beside the choices, of completions in each of them."""
+    """Returns what is told of a prompt, which vLLM has beside the choices of a chat and in each
+    choice of completions."""
     found: dict[str, Any] = {}
     if answer.prompt_tokens is not None:
         found["prompt_logprobs"] = prompt_logprobs(answer.prompt_tokens, tokenizer)

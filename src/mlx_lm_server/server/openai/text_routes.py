@@ -121,7 +121,7 @@ def _template_of(request: Body) -> str | None:
 
 
 def _pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
-    """As llama.cpp writes them: half a character is the list of its bytes."""
+    """Returns pieces as llama.cpp writes them: half a character is the list of its bytes."""
     return [{"id": token_id, "piece": _piece(tokenizer.bytes_of(token_id))} for token_id in ids]
 
 
