@@ -27,6 +27,11 @@ def cache_folder() -> Path:
     return found / NAME if found is not None else _temporary_folder()
 
 
+def nearest_existing(folder: Path) -> Path:
+    """Returns the folder, or the first of those around it that is there."""
+    return next(path for path in (folder, *folder.parents) if os.path.exists(path))
+
+
 def expanded(path: str) -> Path:
     """`~` as the shell reads it. Raises ConfigError where no home is known."""
     found = os.path.expanduser(path)
@@ -63,7 +68,7 @@ def _home_of_entry() -> str | None:
 def _can_be_written(folder: Path) -> bool:
     """Whether it is there, or can be made, and so with what goes into it."""
     folder = folder / NAME
-    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    nearest = nearest_existing(folder)
     return os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
 
 

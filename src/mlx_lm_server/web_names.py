@@ -52,7 +52,12 @@ def host_fault(text: str) -> str | None:
     if text == "*":
         return None
     host = f"[{text}]" if text.count(":") > 1 else text
-    reason = "it is written in lower case" if text != text.lower() else _host_reason(host)
+    if text != text.lower():
+        reason: str | None = "it is written in lower case"
+    elif text.endswith("."):
+        reason = "the dot at its end is left out"
+    else:
+        reason = _host_reason(host)
     if reason is None:
         return None
     return f"is no host: {reason}; give a name or an address without scheme and port, or `*`"

@@ -82,7 +82,7 @@ USER = {"role": "user", "content": "Do it."}
 @cache
 def model_of(name: str) -> Any:
     template = ChatTemplate(FAMILIES[name].template, {"bos_token": "<s>"})
-    tokenizer = SimpleNamespace(template=template, has_chat_template=True)
+    tokenizer = SimpleNamespace(template=template)
 
     async def render_chat(messages: Any, variables: Any, tools: Any = None, **more: Any) -> str:
         return template.render(messages, variables, tools, **more)
@@ -195,5 +195,7 @@ def test_an_answer_that_is_sent_back_is_taken(
     request = parse_chat(body)
     prompt = chat_prompt(model, request.messages, None, tools=request.tools)
     rendered = asyncio.run(prompt.render(model))
+    if not end % 2:
+        assert len(message["tool_calls"]) == len(calls[: family.max_calls])
     for call in message["tool_calls"]:
         assert call["function"]["name"] in rendered

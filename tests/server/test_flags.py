@@ -255,6 +255,21 @@ def test_a_unix_socket_that_was_left_behind_is_replaced(
     assert server.chat("x", max_tokens=1).status_code == 200
 
 
+@pytest.mark.parametrize("kind", [socket.SOCK_DGRAM, socket.SOCK_STREAM])
+def test_a_unix_socket_of_another_program_stays(
+    start: Callable[..., Any], tmp_path: Path, kind: socket.SocketKind
+) -> None:
+    path = str(tmp_path / "s.sock")
+    with socket.socket(socket.AF_UNIX, kind) as others:
+        others.bind(path)
+        if kind is socket.SOCK_STREAM:
+            others.listen()
+        server = start(wait=False, flags={"--uds": path})
+        assert server.process.wait(10) == 1
+        assert f"cannot listen on {path}" in server.output()
+        assert Path(path).exists()
+
+
 @pytest.mark.parametrize(
     ("path", "reason"), [("file", "no socket"), ("none/s", "No such file"), ("x" * 200, "too long")]
 )

@@ -89,7 +89,8 @@ def test_what_is_a_host(host: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["", "http://llm", "llm:8000", "*.example", "LLM", "llm/", "[fd00::1]", "a b", "1.2.3"]
+    "host",
+    ["", "http://llm", "llm:8000", "*.example", "LLM", "llm/", "[fd00::1]", "a b", "1.2.3", "llm."],
 )
 def test_what_is_no_host(host: str) -> None:
     assert host_fault(host) is not None

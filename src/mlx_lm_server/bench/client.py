@@ -19,9 +19,9 @@ import msgspec
 
 from mlx_lm_server.bench import sse
 from mlx_lm_server.bench.trace import Trace
+from mlx_lm_server.web_names import is_loopback
 
 ERROR_TEXT_LIMIT = 300
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 # A timer that comes this late says that this process was held up, not that the server is silent.
 HELD_UP_S = 0.5
 
@@ -57,7 +57,7 @@ class Target:
 
     @property
     def _address(self) -> tuple[bool, str, int, str]:
-        host = "localhost" if self.host in LOOPBACK else self.host
+        host = "localhost" if is_loopback(self.host) else self.host
         return self.is_tls, host, self.port, self.base_path
 
 

@@ -86,7 +86,7 @@ class Session:
     async def run(self) -> None:
         """Raises TargetUnusableError before the first round."""
         self.targets = tuple([await settle_model(target, self.settings) for target in self.targets])
-        for target in self.targets:
+        for target in dict.fromkeys(self.targets):
             self._calibrations[target] = await calibrate(target, self.settings)
         for workload in self.settings.workloads:
             outcomes = [

@@ -194,6 +194,7 @@ def _measured(
         "weights": loaded.weights,
         "batching": runner.batching,
         "kv": runner.kv_format,
+        "adapter": order.adapter_path or "",
     }
     path = profile_path(Path(order.model_path), facts)
     known = load_profile(path) if order.keeps_profile else None

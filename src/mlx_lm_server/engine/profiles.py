@@ -2,7 +2,7 @@
 
 A profile is of one shape of model (its configuration and the sizes of its files), held in one way,
 on one device with so many cores, with these versions: anything else is measured anew. It is kept
-only where the measurement was steady and the machine quiet, and serving corrects what it says.
+only where no two runs of one thing differed and the machine was quiet, and serving corrects it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def load_profile(path: Path) -> Measured | None:
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         log.warning("the profile %s cannot be read and is measured anew: %s", path, error)
         return None
 
@@ -66,9 +66,10 @@ def save_profile(path: Path, measured: Measured) -> None:
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(about, file)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            whole = Path(scratch) / path.name
+            whole.write_text(json.dumps(about))
+            os.replace(whole, path)
     except OSError as error:
         log.info("the profile is not kept: %s", error)
 

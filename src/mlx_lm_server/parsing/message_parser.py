@@ -189,14 +189,17 @@ class MessageParser:
         reader.remember(marker)
         trial = self._ends_with_calls(tools, marker)
         is_last = False
-        while end not in reader.remembered + reader.text:
+        recent = marker + reader.text
+        while end not in recent:
             try:
                 next(trial)
             except StopIteration as stop:
-                is_last = stop.value and end not in reader.remembered
+                is_last = stop.value
                 break
             if not reader.is_at_end:
+                recent, num_unread = recent[-len(end) :], len(reader.text)
                 yield
+                recent += reader.text[num_unread:]
         reader.unread(reader.recall())
         reader.take(len(marker))
         if is_last:

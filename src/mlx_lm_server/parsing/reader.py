@@ -167,11 +167,6 @@ class Reader:
             self._taken.clear()
         return text
 
-    @property
-    def remembered(self) -> str:
-        """What was read since the last `remember`."""
-        return "".join(self._taken[self._begins[-1] :])
-
     def recall_all(self) -> str:
         """Returns what was read since the first `remember`; all of them end."""
         del self._begins[1:]

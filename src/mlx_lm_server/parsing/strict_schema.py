@@ -59,7 +59,7 @@ class StrictSchema:
         if not isinstance(schema, Mapping) or depth == 0:
             return
         if "$ref" in schema:
-            self._check(value, self._resolve(schema["$ref"]), place, depth - 1)
+            self._check(value, at(self._root, str(schema["$ref"])), place, depth - 1)
         if "anyOf" in schema and not any(
             self._fits(value, option, place, depth) for option in schema["anyOf"]
         ):
@@ -91,12 +91,15 @@ class StrictSchema:
                 raise UnparsableError(f"{place}.{name} is unknown")
             self._check(item, properties.get(name, others), f"{place}.{name}", depth - 1)
 
-    def _resolve(self, reference: Any) -> Any:
-        node: Any = self._root
-        for part in str(reference).removeprefix("#").strip("/").split("/"):
-            if part:
-                node = node.get(part) if isinstance(node, Mapping) else None
-        return node
+
+def at(root: Mapping[str, Any], reference: str) -> Any:
+    """Returns what a reference within a schema points to (RFC 6901); None where nothing is."""
+    node: Any = root
+    for part in reference.removeprefix("#").strip("/").split("/"):
+        if part:
+            part = part.replace("~1", "/").replace("~0", "~")
+            node = node.get(part) if isinstance(node, Mapping) else None
+    return node
 
 
 def _check_kind(value: Any, schema: Mapping[str, Any], place: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mlx_lm_server.parsing.reader import UnparsableError
-from mlx_lm_server.parsing.strict_schema import StrictSchema
+from mlx_lm_server.parsing.strict_schema import StrictSchema, at
 
 MAX_REFERENCES = 16
 NAMESPACE = "functions."
@@ -149,17 +149,8 @@ def _resolved(schema: Any, root: Mapping[str, Any]) -> Mapping[str, Any]:
         reference = schema.get("$ref")
         if not isinstance(reference, str):
             return schema
-        schema = _at(root, reference)
+        schema = at(root, reference)
     return {}
-
-
-def _at(root: Mapping[str, Any], reference: str) -> Any:
-    node: Any = root
-    for part in reference.removeprefix("#").strip("/").split("/"):
-        if part:
-            part = part.replace("~1", "/").replace("~0", "~")
-            node = node.get(part) if isinstance(node, dict) else None
-    return node
 
 
 def kind_of(value: Any) -> str:

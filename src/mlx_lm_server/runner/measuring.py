@@ -35,7 +35,7 @@ FIRST_COPIED_BYTES_PER_S = 4e9
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """`is_steady`: what was run twice took the same time twice."""
+    """`is_steady`: what there was time to run twice took the same time twice."""
 
     num_threads: int | None
     costs: StepCosts
@@ -128,9 +128,8 @@ class Measurer:
         return min(first_s, second_s)
 
     def _run(self, plan: StepPlan) -> float:
-        num_ids = len(plan.decodes) + plan.num_prefill_tokens
         begun = time.perf_counter()
-        outcome = self._forward.run(plan, mx.ones((num_ids,), mx.int32))
+        outcome = self._forward.run(plan, mx.ones((plan.num_tokens,), mx.int32))
         mx.eval(outcome.result, *outcome.beside)
         return time.perf_counter() - begun
 

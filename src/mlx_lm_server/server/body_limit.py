@@ -5,6 +5,7 @@ how much of all of them is held at once. Compressed ones are inflated here, with
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +20,7 @@ from mlx_lm_server.server.content_coding import ACCEPT_ENCODING, CODINGS, IDENTI
 from mlx_lm_server.server.generation import ClientGoneError
 from mlx_lm_server.server.headers import has_body, header
 from mlx_lm_server.server.http_errors import HttpError
+from mlx_lm_server.server.large_work import run_large
 
 # So many of the largest bodies are held at once, from their first byte to the end of the answer.
 MAX_LARGEST_HELD = 8
@@ -122,7 +124,7 @@ class _InflatingReceive:
         if self._body.is_complete:
             return await self._body()
         data = await read_all(self._body)
-        whole = await asyncio.to_thread(inflate, data, self._coding, self._body.max_bytes)
+        whole = await run_large(partial(inflate, data, self._coding, self._body.max_bytes))
         self._body.keep(len(whole))
         return {"type": "http.request", "body": whole, "more_body": False}
 

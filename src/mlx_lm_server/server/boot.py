@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -102,7 +101,7 @@ def _disk_tier(config: TierConfig) -> DiskTier:
         folder = folders.cache_folder() / "kv-cache"
     else:
         folder = folders.expanded(config.ssd_cache_dir).absolute()
-    nearest = next(path for path in (folder, *folder.parents) if os.path.exists(path))
+    nearest = folders.nearest_existing(folder)
     if not nearest.is_dir():
         raise ConfigError(f"--ssd-cache-dir {folder}: {nearest} is no folder")
     return DiskTier(

@@ -114,15 +114,11 @@ class ChatTemplate:
 
     def try_out(self) -> None:
         """Finds out now what requests will ask of its names and traits."""
-        self.traits.try_out(self.names)
+        self.traits.try_out()
 
     def reads(self, name: str) -> bool:
         """Tells whether a variable has a meaning here."""
         return name in self.names.variables
-
-    def with_source(self, source: str) -> ChatTemplate:
-        """Returns another template with the same variables. Raises ModelError."""
-        return ChatTemplate(source, self._variables)
 
     def render(
         self,

@@ -55,7 +55,7 @@ class _Inflater:
                 raise RequestTooLargeError(
                     f"the inflated request body has more than {self._max_bytes} bytes, the limit"
                 )
-            piece = self._member.unconsumed_tail or self._member.unused_data
+            piece = self._member.unused_data  # all else was inflated, or was too much
             if self._member.eof:
                 self._member = None
 

@@ -14,9 +14,10 @@ import string
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
-from mlx_lm_server.parsing.tool_formats.format import ToolFormat
+from mlx_lm_server.parsing.reader import UnparsableError
+from mlx_lm_server.parsing.tool_formats.format import ToolFormat, dump, finite, refuse
 from mlx_lm_server.server.template_traits import ABSENT, Ids, TemplateTraits
 
 Message = dict[str, Any]
@@ -202,7 +203,10 @@ class _CallIds:
         given = message.get("tool_call_id")
         if given is None and not self._waiting:
             return
-        id, name = self._waiting[0] if given is None else self._given.get(given, (given, ""))
+        if given is None:
+            id, name = self._waiting[0]
+        else:
+            id, name = self._given.get(given) or (self._taken(given), "")
         self._waiting = [one for one in self._waiting if one[0] != id]
         if given is not None or self._traits.calls.ids is not Ids.ANY:
             message["tool_call_id"] = id
@@ -216,6 +220,11 @@ class _CallIds:
             case Ids.SHORT:
                 return short_id(given or f"{name}:{self._num_calls}")
         return given if given is not None else f"call_{self._num_calls}"
+
+    def _taken(self, given: str) -> str:
+        """Returns the id of a result whose call is not in the conversation, as far as a template
+        minds."""
+        return short_id(given) if self._traits.calls.ids is Ids.SHORT else given
 
 
 def short_id(id: str) -> str:
@@ -237,13 +246,14 @@ def object_of(arguments: str) -> dict[str, Any]:
     is an empty one."""
     for text in _readings(arguments):
         try:
-            value = json.loads(text, parse_constant=_refuse, strict=False)
-        except (ValueError, RecursionError):
+            value = json.loads(text, parse_constant=refuse, parse_float=finite, strict=False)
+            if not isinstance(value, dict):
+                return {}
+            if not _is_too_deep(value):
+                dump(value)  # half of a character can be read, but not written
+                return value
+        except (ValueError, RecursionError, UnparsableError):
             continue
-        if not isinstance(value, dict):
-            return {}
-        if not _is_too_deep(value):
-            return value
     return {}
 
 
@@ -329,7 +339,3 @@ def _closers(brackets: _Brackets) -> str:
         mark, brackets = brackets
         found += mark
     return found
-
-
-def _refuse(word: str) -> NoReturn:
-    raise ValueError(word)

@@ -64,6 +64,7 @@ def _unix_socket(path: str) -> Iterator[socket.socket]:
         mask = os.umask(ONLY_MINE)
         try:
             _bind(bound, path, path)
+            bound.listen()  # from here on it is seen to be in use
         finally:
             os.umask(mask)
         try:
@@ -91,10 +92,12 @@ def _remove_unused(path: str) -> None:
             probe.connect(path)
         except PermissionError as error:
             raise ServerError(f"cannot listen on {path}: it is another user's") from error
-        except OSError:
+        except (ConnectionRefusedError, FileNotFoundError):
             with suppress(OSError):  # binding will fail then, and say why
                 Path(path).unlink()
             return
+        except OSError as error:  # a socket of another kind, say
+            raise ServerError(f"cannot listen on {path}: {error.strerror}") from error
     raise ServerError(f"cannot listen on {path}: another server does")
 
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from mlx_lm_server.config import ServerConfig
-from mlx_lm_server.config_loading import listens_to_the_network
 from mlx_lm_server.errors import InvalidRequestError
 from mlx_lm_server.server.api_keys import ApiKeys
 from mlx_lm_server.server.headers import has_body, header, headers
 from mlx_lm_server.server.http_errors import HttpError
-from mlx_lm_server.web_names import is_loopback_name, split_authority, split_origin
+from mlx_lm_server.web_names import is_loopback, is_loopback_name, split_authority, split_origin
 
 # Such requests change nothing; what they read, no other page is shown.
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -31,7 +30,7 @@ class PageGuard:
     def __init__(self, app: ASGIApp, server: ServerConfig, keys: ApiKeys) -> None:
         self._app = app
         self._keys = keys
-        self._is_local = server.uds is None and not listens_to_the_network(server)
+        self._is_local = server.uds is None and is_loopback(server.host)
         self._hosts = frozenset(server.allowed_hosts)
         self._origins = frozenset(server.cors_origins)
 
@@ -54,8 +53,9 @@ class PageGuard:
         if not is_loopback_name(name) and self._hosts.isdisjoint((name, "*")):
             raise HttpError(
                 403,
-                f"the header Host: {host} names no host of this server, which answers to localhost "
-                f"only: `--allowed-hosts {name or 'NAME'}` allows it",
+                f"the header Host: {host} names no host of this server, which answers to "
+                f"{', '.join(('localhost', *sorted(self._hosts)))} only: "
+                f"`--allowed-hosts {name or 'NAME'}` allows it",
                 "host_not_allowed",
             )
 

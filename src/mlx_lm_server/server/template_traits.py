@@ -102,11 +102,11 @@ class TemplateTraits:
     def __init__(self, template: Renders) -> None:
         self._template = template
 
-    def try_out(self, names: TemplateNames) -> None:
+    def try_out(self) -> None:
         """Answers what the first conversations will ask."""
         for role in ("system", "user", "assistant"):
             self.needs_parts(role)
-        if "tool_calls" in names.attributes:
+        if "tool_calls" in self._template.names.attributes:
             _ = self.calls, self.shows_calls_beside_text, self.refuses_thought_beside_text
 
     @cached_property

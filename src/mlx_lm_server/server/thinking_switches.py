@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from mlx_lm_server.errors import InvalidRequestError
@@ -90,7 +91,9 @@ def _given_variables(
     return found
 
 
-def _switched(name: str, thinks: bool, template: ChatTemplate, can_think: bool) -> dict[str, Any]:
+def _switched(
+    name: str, thinks: bool, template: ChatTemplate, can_think: bool
+) -> Mapping[str, Any]:
     """Raises InvalidRequestError where the template has no such switch."""
     switch = switch_of(template, thinks)
     if switch is not None:
@@ -105,9 +108,10 @@ def _switched(name: str, thinks: bool, template: ChatTemplate, can_think: bool) 
     )
 
 
+@lru_cache(maxsize=64)
 def switch_of(
-    template: ChatTemplate, thinks: bool, names: Sequence[str] = SWITCHES
-) -> dict[str, Any] | None:
+    template: ChatTemplate, thinks: bool, names: tuple[str, ...] = SWITCHES
+) -> Mapping[str, Any] | None:
     """Returns the variable that turns thinking on or off: the first of those that a template reads
     whose value makes a difference to the prompt. None where there is none."""
     for name in names:
@@ -135,7 +139,8 @@ def _value(name: str, thinks: bool, template: ChatTemplate) -> Any:
     return None if is_word else thinks
 
 
-def _of_effort(effort: str, template: ChatTemplate) -> dict[str, Any]:
+@lru_cache(maxsize=64)
+def _of_effort(effort: str, template: ChatTemplate) -> Mapping[str, Any]:
     """Returns the variables for an effort; empty where the template has none, or not this word."""
     found: dict[str, Any] = {}
     for name in EFFORT_NAMES:
@@ -153,7 +158,7 @@ def _of_effort(effort: str, template: ChatTemplate) -> dict[str, Any]:
     if template.reads(SWITCH):
         found[SWITCH] = effort != "none"
     if not found:
-        others = [name for name in SWITCHES if name not in EFFORT_NAMES]
+        others = tuple(name for name in SWITCHES if name not in EFFORT_NAMES)
         found |= switch_of(template, effort != "none", others) or {}
     return found
 

@@ -168,7 +168,10 @@ class Tokenizer:
     ) -> list[int]:
         # A batch of one: only the batch call lets go of the GIL.
         backend = backend or self._backend
-        [encoding] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        try:
+            [encoding] = backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except TypeError as error:
+            raise InvalidRequestError("the text is no valid Unicode") from error
         ids: list[int] = encoding.ids
         num = len(self.leading_ids) if add_special_tokens else 0
         return ids[num:] if num and ids[num : 2 * num] == self.leading_ids else ids

@@ -110,7 +110,7 @@ def _model(path: Path, facts: ModelFacts) -> Vocabulary:
     """A `.model` is SentencePiece's or tiktoken's."""
     data = path.read_bytes()
     if byte_ranks.looks_like_ranks(data):
-        return _tiktoken(path, facts)
+        return _ranked(data, path, facts)
     try:
         model = SentencePieceModel.parse(data)
     except ValueError as error:
@@ -131,7 +131,11 @@ def _model(path: Path, facts: ModelFacts) -> Vocabulary:
 
 
 def _tiktoken(path: Path, facts: ModelFacts) -> Vocabulary:
-    ranks, folder = byte_ranks.read_ranks(path.read_bytes()), path.parent
+    return _ranked(path.read_bytes(), path, facts)
+
+
+def _ranked(data: bytes, path: Path, facts: ModelFacts) -> Vocabulary:
+    ranks, folder = byte_ranks.read_ranks(data), path.parent
     kind = _class(facts)
     pattern = byte_ranks.pattern_of_code(folder)
     if pattern is None and kind in LLAMA3_CLASSES:

@@ -43,6 +43,8 @@ def test_a_profile_is_of_one_model_machine_and_version(tmp_path: Path) -> None:
     [
         lambda found: {},
         lambda found: [],
+        lambda found: {**found, "costs": []},
+        lambda found: {**found, "costs": None},
         lambda found: {**found, "num_threads": -1},
         lambda found: {**found, "num_threads": "many"},
         lambda found: {**found, "costs": {"base_s": 0}},

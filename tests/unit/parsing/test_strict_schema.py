@@ -57,6 +57,16 @@ def test_a_schema_that_refers_to_itself_ends() -> None:
     StrictSchema({"$ref": "#"}).check({})
 
 
+def test_a_reference_may_name_a_key_with_a_slash() -> None:
+    schema = {
+        "$defs": {"a/b~c": {"type": "integer"}},
+        "properties": {"x": {"$ref": "#/$defs/a~1b~0c"}},
+    }
+    StrictSchema(schema).check({"x": 1})
+    with pytest.raises(UnparsableError, match="x must be of type integer"):
+        StrictSchema(schema).check({"x": "no"})
+
+
 def test_keywords_that_are_not_checked_are_found() -> None:
     assert unknown_keyword(SCHEMA) is None
     assert unknown_keyword({"properties": {"a": {"minLength": 1}}}) == "minLength"

@@ -175,23 +175,37 @@ def test_whatever_a_model_wrote_is_an_object_in_the_history(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "what"),
+    ("arguments", "shown"),
     [
-        ('{"a":' + "[" * 100_000, "cut"),
-        ('{"a":' * 3000, "cut"),
-        ('{"a":' + "[" * 2000 + "]" * 2000 + "}", "whole"),
+        ('{"a":' + "[" * 100_000, '{"a": [[['),
+        ('{"a":' * 3000, '{"a": {"a": {"a"'),
+        ('{"a":' + "[" * 2000 + "]" * 2000 + "}", '{"a": [[['),
     ],
 )
-def test_what_a_model_nested_without_end_can_be_sent_back(arguments: str, what: str) -> None:
-    found = object_of(arguments)
-    assert list(found) == ["a"], what
-    assert json.loads(json.dumps(found)) == found
+def test_what_a_model_nested_without_end_can_be_sent_back(arguments: str, shown: str) -> None:
     template = ChatTemplate(EACH + CALLS + "{% endfor %}{% endfor %}", {})
     said = calling()
     said["tool_calls"][0]["function"]["arguments"] = arguments
-    assert "[[[" in template.render(for_template([USER, said], template.traits, None), {}) or (
-        arguments.startswith('{"a":{')
+    text = template.render(for_template([USER, said], template.traits, None), {})
+    assert shown in text
+    assert json.loads(text.removeprefix("f ")) == object_of(arguments)
+
+
+@pytest.mark.parametrize("arguments", ['{"a": 1e999}', '{"a": NaN}', '{"a": "\\ud800"}'])
+def test_what_json_or_unicode_cannot_say_is_not_sent_back(arguments: str) -> None:
+    assert object_of('{"b": 1, ' + arguments[1:]) == {"b": 1}
+    written = TOOL_FORMATS["hermes"].write
+    assert written is not None
+    assert written([("f", object_of(arguments))])
+
+
+def test_the_id_of_a_result_without_its_call_is_one_that_the_template_takes() -> None:
+    source = (
+        EACH + CALLS + "{% if c.id | length != 9 %}{{ raise_exception('id') }}{% endif %}"
+        "{% endfor %}{% if m.role == 'tool' %}{% if m.tool_call_id | length != 9 %}"
+        "{{ raise_exception('id') }}{% endif %}{{ m.tool_call_id }}{% endif %}{% endfor %}"
     )
+    assert rendered(source, result("call_123456")) == short_id("call_123456")
 
 
 def test_arguments_as_long_as_a_file_take_memory_in_proportion_to_them() -> None:

@@ -58,7 +58,7 @@ def dump(value: Any) -> str:
 def load(text: str) -> Any:
     """Returns the value of JSON text. Raises UnparsableError, also for NaN and Infinity."""
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
+        return json.loads(text, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise UnparsableError(str(error)) from error
 
@@ -71,12 +71,14 @@ def load_object(text: str) -> dict[str, Any]:
     return value
 
 
-def _finite(text: str) -> float:
+def finite(text: str) -> float:
+    """Reads a number of JSON. Raises ValueError for one that is too large."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text[:100]} is too large a number")
     return number
 
 
-def _refuse(word: str) -> NoReturn:
+def refuse(word: str) -> NoReturn:
+    """Raises ValueError for NaN and Infinity, which are no JSON."""
     raise ValueError(f"{word} is no JSON number")

@@ -51,7 +51,6 @@ class JsonCalls:
     name_key: str = "name"
     argument_key: str = "arguments"
     is_list: bool = False
-    id_letters: int = 0
 
     def format(self, name: str) -> ToolFormat:
         return ToolFormat(
@@ -63,7 +62,6 @@ class JsonCalls:
             dropped=self.dropped,
             marks=(*self.starts, *self.ends, *self.dropped),
             write=self.write,
-            id_letters=self.id_letters,
         )
 
     def read(

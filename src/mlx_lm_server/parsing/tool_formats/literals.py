@@ -46,9 +46,9 @@ class Dialect:
 class LiteralReader:
     """Reads one text from front to back; `place` is how far it is."""
 
-    def __init__(self, text: str, dialect: Dialect, place: int = 0) -> None:
+    def __init__(self, text: str, dialect: Dialect) -> None:
         self.text = text
-        self.place = place
+        self.place = 0
         self._dialect = dialect
 
     def skip_space(self) -> None:

@@ -20,42 +20,33 @@ ReadHead = Callable[[Reader], Script[tuple[str, str | None]]]
 
 @dataclass(frozen=True)
 class NamedCalls:
-    """`open` name `middle` {arguments} `close`, one or several within `block`. The end marks may be
-    missing, and the block's first where `open` is a mark of its own."""
+    """`open` name `middle` {arguments} `close`, one or several; `close` may be missing."""
 
     open: str
     middle: str
     close: str = ""
-    block: tuple[str, str] = ("", "")
 
     def format(self, name: str) -> ToolFormat:
-        starts = tuple(mark for mark in (self.block[0], self.open) if mark)
-        if self.block[0].startswith(self.open) or self.open.startswith(self.block[0] or "\0"):
-            starts = starts[:1]
         return ToolFormat(
             name,
             self.read,
-            starts=starts,
-            marks=(*starts, self.open, self.middle, self.close, self.block[1]),
+            starts=(self.open,),
+            marks=(self.open, self.middle, self.close),
             write=self.write,
         )
 
     def read(
         self, reader: Reader, out: MessageBuilder, _schemas: ToolSchemas, start: str
     ) -> Script[None]:
-        closes, ends = _marks(self.close), _marks(self.block[1])
-        yield from read_calls(reader, out, start, self.open, self._head, closes, ends)
+        closes = (self.close,) if self.close else ()
+        yield from read_calls(reader, out, start, self.open, self._head, closes, ())
 
     def _head(self, reader: Reader) -> Script[tuple[str, str | None]]:
         return (yield from name_until(reader, self.middle)), None
 
     def write(self, calls: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         texts = [f"{self.open}{n}{self.middle}{dump(dict(a))}{self.close}" for n, a in calls]
-        return self.block[0] + "".join(texts) + self.block[1]
-
-
-def _marks(mark: str) -> tuple[str, ...]:
-    return (mark,) if mark else ()
+        return "".join(texts)
 
 
 def read_calls(

@@ -15,6 +15,7 @@ import html
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from mlx_lm_server.parsing.message import MessageBuilder
@@ -280,15 +281,9 @@ def _goes_on(rest: str, options: Sequence[str]) -> bool | None:
     return None if any(option.startswith(rest) for option in options) else False
 
 
+@lru_cache(maxsize=64)
 def _markers(texts: tuple[str, ...]) -> Markers:
-    if texts not in _KNOWN_MARKERS:
-        if len(_KNOWN_MARKERS) > 64:
-            _KNOWN_MARKERS.clear()
-        _KNOWN_MARKERS[texts] = Markers(texts)
-    return _KNOWN_MARKERS[texts]
-
-
-_KNOWN_MARKERS: dict[tuple[str, ...], Markers] = {}
+    return Markers(texts)
 
 
 def _told_kinds(attributes: str) -> frozenset[str]:

@@ -33,13 +33,13 @@ class ChatPrompt:
     async def render(self, model: ServedModel, *, add_generation_prompt: bool = True) -> str:
         """Returns the prompt; a template that refuses tools gets them with the fields that were
         left out. Raises InvalidRequestError where it refuses the messages."""
-        complete = self if self.tools is None else _with_complete_tools(self, self.tools)
         try:
             return await self._rendered(model, add_generation_prompt)
         except InvalidRequestError:
-            if complete == self:
+            tools = [_complete(tool) for tool in self.tools or ()]
+            if tools == (self.tools or []):
                 raise
-        return await complete._rendered(model, add_generation_prompt)
+        return await replace(self, tools=tools)._rendered(model, add_generation_prompt)
 
     async def _rendered(self, model: ServedModel, add_generation_prompt: bool) -> str:
         messages = _with_mark(self.messages) if self.continues else self.messages
@@ -82,17 +82,14 @@ def chat_prompt(
     )
 
 
-def _with_complete_tools(prompt: ChatPrompt, tools: Sequence[dict[str, Any]]) -> ChatPrompt:
-    return replace(prompt, tools=[_complete(tool) for tool in tools])
-
-
 def _complete(tool: dict[str, Any]) -> dict[str, Any]:
     """Returns a tool with all fields that templates read without asking."""
     function = tool["function"]
     schema = {"type": "object", "properties": {}, **(function.get("parameters") or {})}
+    given = schema["properties"] if isinstance(schema["properties"], dict) else {}
     properties = {
         name: {"description": "", **one} if isinstance(one, dict) else one
-        for name, one in schema["properties"].items()
+        for name, one in given.items()
     }
     schema = {**schema, "properties": properties, "required": schema.get("required") or []}
     return {**tool, "function": {"description": "", **function, "parameters": schema}}

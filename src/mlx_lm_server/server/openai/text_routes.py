@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,10 @@ from mlx_lm_server.server.endpoint import ANY_REQUEST, Endpoint
 from mlx_lm_server.server.openai import answer_schema, text_schema
 from mlx_lm_server.server.openai.adapter import check_ids
 from mlx_lm_server.server.openai.chat_prompt import chat_prompt
-from mlx_lm_server.server.openai.schema import Body
 from mlx_lm_server.server.request_body import parsed_body
 from mlx_lm_server.server.served_model import ServedModel
 from mlx_lm_server.server.services import Services
-from mlx_lm_server.server.tokenizer import Tokenizer
+from mlx_lm_server.server.tokenizer import MAX_INLINE_TOKENS, Tokenizer
 
 GROUP = "Text"
 ERRORS = (*ANY_REQUEST, 404, 503)
@@ -65,7 +65,7 @@ class TextRoutes:
 
     async def tokenize(self, http: Request) -> Response:
         request = await parsed_body(http, text_schema.parse_tokenize)
-        model = await self._model(request.model, _template_of(request))
+        model = await self._model(request.model, request.chat_template)
         text = request.text
         if request.messages is not None:
             text = await _rendered(request, model, http)
@@ -77,22 +77,26 @@ class TextRoutes:
         found: dict[str, Any] = {
             "count": len(ids),
             "max_model_len": model.bounds.served_tokens,
-            "tokens": _pieces(ids, model.tokenizer) if request.with_pieces else ids,
+            "tokens": ids,
         }
+        if request.with_pieces:
+            found["tokens"] = await _pieces(ids, model.tokenizer)
         if request.return_token_strs:
             found["token_strs"] = await model.tokenizer.tokens_of(ids)
-        return _json(found)
+        if len(ids) <= MAX_INLINE_TOKENS:
+            return _json(found)
+        return await asyncio.to_thread(_json, found)
 
     async def detokenize(self, http: Request) -> Response:
         request = await parsed_body(http, text_schema.parse_detokenize)
-        model = await self._model(request.model, _template_of(request))
+        model = await self._model(request.model)
         check_ids(request.tokens, model, "tokens")
         text = await model.tokenizer.decode(request.tokens)
         return _json({"prompt": text, "content": text})
 
     async def apply_template(self, http: Request) -> Response:
         request = await parsed_body(http, text_schema.parse_apply_template)
-        model = await self._model(request.model, _template_of(request))
+        model = await self._model(request.model, request.chat_template)
         return _json({"prompt": await _rendered(request, model, http)})
 
     async def _model(self, name: str | None, template: str | None = None) -> ServedModel:
@@ -116,11 +120,13 @@ async def _rendered(request: text_schema.Rendering, model: ServedModel, http: Re
     )
 
 
-def _template_of(request: Body) -> str | None:
-    return request.chat_template if isinstance(request, text_schema.Rendering) else None
+async def _pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+    if len(ids) <= MAX_INLINE_TOKENS:
+        return _pieces_now(ids, tokenizer)
+    return await asyncio.to_thread(_pieces_now, ids, tokenizer)
 
 
-def _pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
+def _pieces_now(ids: Sequence[int], tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Returns pieces as llama.cpp writes them: half a character is the list of its bytes."""
     return [{"id": token_id, "piece": _piece(tokenizer.bytes_of(token_id))} for token_id in ids]
 
