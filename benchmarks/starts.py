@@ -7,7 +7,10 @@ Writes results/starts-PART.json.
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from time import process_time
@@ -20,6 +23,9 @@ from mlx_lm_server.config import ModelConfig
 from mlx_lm_server.server.model_files import NANO_FOLDER, read_facts
 from mlx_lm_server.server.model_formats import ModelFormats
 from mlx_lm_server.server.tokenizer import load_tokenizer
+
+# Starts that may measure until one of them is quiet enough to keep what it measured.
+MAX_TRIES = 4
 
 
 def loading(effort: Effort) -> Findings:
@@ -47,16 +53,42 @@ def _time_loading(folder: Path) -> tuple[float, float]:
 
 
 def ready(effort: Effort) -> Findings:
-    """From the command to ready, 411 M parameters: measuring, and with what was measured before,
-    as far as the machine was quiet enough to keep it."""
+    """From the command to ready, 411 M parameters: at first, measuring anew, and with a profile."""
     model = str(ensure_large_model())
-    times: dict[str, list[float]] = {"measuring anew": [], "with a profile": []}
-    for _ in range(effort.rounds):
-        for name, options in (("measuring anew", ("--no-profile",)), ("with a profile", ())):
-            with processes.running(processes.ours(model, *options)) as server:
-                times[name].append(server.start_to_ready_s)
-                console.print(f"  {name:16} {server.start_to_ready_s:6.1f} s")
+    times: dict[str, list[float]] = {"the first time": [], "measuring anew": []}
+    with _empty_cache() as cache:
+        times["the first time"].append(_start_s(model, "--no-profile"))
+        for _ in range(effort.rounds):
+            times["measuring anew"].append(_start_s(model, "--no-profile"))
+        for _ in range(MAX_TRIES):
+            if list(cache.glob("*/profiles/*.json")):
+                times["with a profile"] = [_start_s(model) for _ in range(effort.rounds)]
+                break
+            _start_s(model)
+        else:
+            console.print("  no profile was kept: the machine was not quiet")
+    for name, seconds in times.items():
+        console.print(f"  {name:16} {'  '.join(f'{s:.1f}' for s in seconds)} s")
     return [Claim(f"ready, {name}", median(s), unit="s") for name, s in times.items()], times
+
+
+def _start_s(model: str, *options: str) -> float:
+    with processes.running(processes.ours(model, *options)) as server:
+        return server.start_to_ready_s
+
+
+@contextmanager
+def _empty_cache() -> Iterator[Path]:
+    """Gives the servers a folder of their own for compiled code and profiles."""
+    name = "XDG_CACHE_HOME"
+    before = os.environ.get(name)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ[name] = folder
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.pop(name)
+            os.environ.update({} if before is None else {name: before})
 
 
 PARTS = {"loading": loading, "ready": ready}
