@@ -65,7 +65,7 @@ def step(model: str, context: str, repeats: str) -> dict[str, list[float]]:
     import mlx.core as mx
 
     from mlx_lm_server.core.kv_layout import capacity_for
-    from mlx_lm_server.core.plan import CreateSlab, DecodeRow, StepPlan
+    from mlx_lm_server.core.plan import CreateSlab, RowWork, StepPlan
     from mlx_lm_server.protocol import LoadModel
     from mlx_lm_server.runner import host_memory, loader
     from mlx_lm_server.runner.forwards import PackedForward
@@ -88,8 +88,8 @@ def step(model: str, context: str, repeats: str) -> dict[str, list[float]]:
         forwards[bits] = PackedForward(loaded.lm, state, storage, kernel)
     found: dict[str, list[float]] = {str(bits): [] for bits in forwards}
     for index in range(int(repeats) + 2):
-        rows = tuple(DecodeRow(row, SLAB, row, length + index) for row in range(STEP_ROWS))
-        plan = StepPlan(0, (), (), (), rows, ())
+        rows = tuple(RowWork(row, SLAB, row, length + index) for row in range(STEP_ROWS))
+        plan = StepPlan(0, decodes=rows)
         ids = mx.arange(300, 300 + STEP_ROWS)
         for bits, forward in forwards.items():
             begun = process_time()
@@ -161,15 +161,15 @@ def _logits(loaded: Any, storage: Any, prompt: list[int], answer: list[int]) -> 
     """`[len(answer), vocab]`: of each token of the answer, prompt and answer read as one chunk."""
     import mlx.core as mx
 
-    from mlx_lm_server.core.plan import CreateSlab, DropSlab, PrefillChunk, StepPlan
+    from mlx_lm_server.core.plan import CreateSlab, DropSlab, RowWork, StepPlan
     from mlx_lm_server.runner.forwards import PackedForward
     from mlx_lm_server.runner.kernels import choose_kernel
 
     ids = prompt + answer[:-1]
     storage.apply(CreateSlab(SLAB, 1, len(ids)))
     forward = PackedForward(loaded.lm, loaded.state, storage, choose_kernel(loaded.kv_dtype))
-    chunk = PrefillChunk(0, SLAB, 0, 0, tuple(ids), samples=True)
-    plan = StepPlan(0, (), (), (), (), (chunk,))
+    chunk = RowWork(0, SLAB, 0, 0, tuple(ids), yields=1)
+    plan = StepPlan(0, chunks=(chunk,))
     outcome = forward.run(plan, mx.array(ids, mx.int32), kept=[0])
     logits: mx.array = loaded.lm.head(outcome.hidden[0][-len(answer) :])
     mx.eval(logits)

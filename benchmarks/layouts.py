@@ -21,7 +21,7 @@ from benchmarks.claims import Claim
 from benchmarks.models import ensure_models
 from benchmarks.parts import Effort, Findings, console, run_parts
 from mlx_lm_server.core.kv_layout import capacity_for
-from mlx_lm_server.core.plan import CreateSlab, DecodeRow, PrefillChunk, StepPlan
+from mlx_lm_server.core.plan import CreateSlab, RowWork, StepPlan
 from mlx_lm_server.protocol import LoadModel
 from mlx_lm_server.runner import blas
 
@@ -67,7 +67,7 @@ class Candidates:
 
     def _places(
         self, lengths: tuple[int, ...]
-    ) -> tuple[tuple[DecodeRow, ...], tuple[DecodeRow, ...], tuple[PrefillChunk, ...]]:
+    ) -> tuple[tuple[RowWork, ...], tuple[RowWork, ...], tuple[RowWork, ...]]:
         """Decode rows in shared slabs, the same in a slab each, and the chunk."""
         self._storage.slabs.clear()
         capacities = sorted({capacity_for(n + 1) for n in lengths})
@@ -77,18 +77,18 @@ class Candidates:
         shared = []
         for slab, (capacity, rows) in enumerate(by_capacity.items()):
             self._storage.apply(CreateSlab(slab, len(rows), capacity))
-            shared += [DecodeRow(r, slab, slot, lengths[r]) for slot, r in enumerate(rows)]
+            shared += [RowWork(r, slab, slot, lengths[r]) for slot, r in enumerate(rows)]
         alone = []
         for row, length in enumerate(lengths):
             self._storage.apply(CreateSlab(1000 + row, 1, capacity_for(length + 1)))
-            alone.append(DecodeRow(row, 1000 + row, 0, length))
+            alone.append(RowWork(row, 1000 + row, 0, length))
         self._storage.apply(CreateSlab(999, 1, 512))
-        chunk = PrefillChunk(len(lengths), 999, 0, 256, (1,) * CHUNK_TOKENS, samples=True)
+        chunk = RowWork(len(lengths), 999, 0, 256, (1,) * CHUNK_TOKENS, yields=1)
         return tuple(shared), tuple(alone), (chunk,)
 
-    def _forward(self, decodes: tuple[DecodeRow, ...], chunks: tuple[PrefillChunk, ...]) -> None:
+    def _forward(self, decodes: tuple[RowWork, ...], chunks: tuple[RowWork, ...]) -> None:
         plan = StepPlan(0, (), (), (), decodes, chunks)
-        ids = self._mx.ones((len(decodes) + plan.num_prefill_tokens,), self._mx.int32)
+        ids = self._mx.ones((len(decodes) + plan.num_chunk_tokens,), self._mx.int32)
         self._mx.eval(self._packed.run(plan, ids).result)
 
     def _padded(self, lengths: tuple[int, ...]) -> Timed:

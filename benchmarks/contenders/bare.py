@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from benchmarks.contenders.load import Load
 from mlx_lm_server.core.kv_layout import capacity_for
-from mlx_lm_server.core.plan import CreateSlab, DecodeRow, DropSlab, PrefillChunk, StepPlan
+from mlx_lm_server.core.plan import CreateSlab, DropSlab, RowWork, StepPlan
 from mlx_lm_server.protocol import LoadModel
 from mlx_lm_server.runner import host_memory, loader
 from mlx_lm_server.runner.blas import Blas
@@ -48,7 +48,7 @@ class BareLoop:
         yield rows
         for step in range(load.output_tokens - 1):
             decodes = tuple(
-                DecodeRow(row, SLAB, row, length + step)
+                RowWork(row, SLAB, row, length + step)
                 for row, length in enumerate(load.prompt_tokens)
             )
             before, tokens = tokens, self._forward(decodes, (), tokens)
@@ -63,11 +63,11 @@ class BareLoop:
 
     def prefill(self, row: int, ids: list[int], start: int = 0) -> mx.array:
         """The token after these, which come after `start` others."""
-        chunk = PrefillChunk(row, SLAB, row, start, tuple(ids), samples=True)
+        chunk = RowWork(row, SLAB, row, start, tuple(ids), yields=1)
         return self._forward((), (chunk,), mx.array(ids, mx.int32))[-1:]
 
     def _forward(
-        self, decodes: tuple[DecodeRow, ...], chunks: tuple[PrefillChunk, ...], ids: mx.array
+        self, decodes: tuple[RowWork, ...], chunks: tuple[RowWork, ...], ids: mx.array
     ) -> mx.array:
         plan = StepPlan(0, (), (), (), decodes, chunks)
         logits = self._packed.run(plan, ids).result

@@ -11,6 +11,7 @@ from statistics import median
 import mlx.core as mx
 import msgspec
 
+from mlx_lm_server.core.proposer import Proposer
 from mlx_lm_server.engine.assembly import assemble
 from mlx_lm_server.engine.engine_core import EngineCore
 from mlx_lm_server.protocol import (
@@ -37,10 +38,12 @@ def random_prompts(seed: int, lengths: Sequence[int], vocab_size: int) -> list[l
 class EngineDriver:
     """An engine core with its outputs collected by request."""
 
-    def __init__(self, model: Path, **order: object) -> None:
+    def __init__(self, model: Path, proposer: Proposer | None = None, **order: object) -> None:
         message = msgspec.structs.replace(LoadModel(str(model)), **order)
         self.core: EngineCore
-        self.core, self.ready = assemble(message, Blas("test"), lambda _stage, _fraction: None)
+        self.core, self.ready = assemble(
+            message, Blas("test"), lambda _stage, _fraction: None, proposer=proposer
+        )
         self.tokens: dict[str, list[int]] = {}
         self.reasons: dict[str, list[str]] = {}
         self.logprobs: dict[str, list[TokenLogprobs]] = {}

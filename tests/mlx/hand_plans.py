@@ -9,10 +9,9 @@ from pathlib import Path
 
 from mlx_lm_server.core.plan import (
     CreateSlab,
-    DecodeRow,
     JoinedRow,
     LoadState,
-    PrefillChunk,
+    RowWork,
     SaveState,
     StepPlan,
 )
@@ -32,7 +31,7 @@ TAKE_BACK_EVERY = 3
 class Turn:
     """What a row does in one step."""
 
-    work: DecodeRow | PrefillChunk
+    work: RowWork
     saves: tuple[SaveState, ...] = ()
     loads: tuple[LoadState, ...] = ()
 
@@ -77,7 +76,7 @@ class HandPlans:
         place = (number, row.slab_id, row.slot)
         for start in range(0, len(row.prompt), row.chunk):
             part = tuple(row.prompt[start : start + row.chunk])
-            yield Turn(PrefillChunk(*place, start, part, start + len(part) == len(row.prompt)))
+            yield Turn(RowWork(*place, start, part, int(start + len(part) == len(row.prompt))))
         num_wrong = 0
         while len(row.tokens) < num_tokens:
             position = len(row.prompt) + len(row.tokens) - 1
@@ -85,16 +84,16 @@ class HandPlans:
                 num_wrong = num_wrong % RING_SPARE + 1
                 yield from self._wrong_then_right(place, position, num_wrong, row.tokens[-1])
             else:
-                yield Turn(DecodeRow(*place, position))
+                yield Turn(RowWork(*place, position))
 
     def _wrong_then_right(
         self, place: tuple[int, int, int], position: int, num_wrong: int, token: int
     ) -> Iterator[Turn]:
         state = (place[0], *place, position)
         others = ((token + 1) % VOCAB_SIZE,) * num_wrong
-        wrong = PrefillChunk(*place, position, others, samples=False)
+        wrong = RowWork(*place, position, others, yields=0)
         yield Turn(wrong, saves=(SaveState(*state),) if self._has_state else ())
-        right = PrefillChunk(*place, position, (token,), samples=True)
+        right = RowWork(*place, position, (token,), yields=1)
         yield Turn(right, loads=(LoadState(*state),) if self._has_state else ())
 
     def _step(
@@ -105,7 +104,7 @@ class HandPlans:
         newcomers: range,
     ) -> None:
         work = [turn.work for turn in turns]
-        decodes = [one for one in work if isinstance(one, DecodeRow)]
+        decodes = [one for one in work if one.token_ids is None]
         plan = StepPlan(
             step=0,
             left_rows=left,
@@ -114,12 +113,10 @@ class HandPlans:
             ),
             kv_ops=SLABS if 0 in newcomers else (),
             decodes=tuple(sorted(decodes, key=lambda one: (one.slab_id, one.slot))),
-            prefills=tuple(one for one in work if isinstance(one, PrefillChunk)),
+            chunks=tuple(one for one in work if one.token_ids is not None),
             saves=tuple(save for turn in turns for save in turn.saves),
             loads=tuple(load for turn in turns for load in turn.loads),
         )
-        self.runner.execute(plan)
-        self.runner.submit()
-        self.runner.sample()
-        for number, token in zip(plan.sampling_rows, self.runner.read(), strict=True):
-            rows[number].tokens.append(token)
+        for result in self.runner.submit(plan).collect():
+            for number, given in result.items():
+                rows[number].tokens += given.token_ids

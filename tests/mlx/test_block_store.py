@@ -17,6 +17,8 @@ from mlx_lm_server.runner.kv_storage import KVStorage, LayerShape
 from mlx_lm_server.runner.row_states import RowStates
 from mlx_lm_server.tier import Record
 
+from .kept_records import KeptRecords
+
 BLOCK, WINDOW, ROW = 4, 20, 3
 LAYERS = [LayerShape(2, 8, 8, window=WINDOW), LayerShape(2, 8, 8)]
 PART = RecurrentState((ArrayShape((5,), mx.float32),))
@@ -31,8 +33,11 @@ class Cache:
         states = RowStates([PART])
         states.put([ROW], [SimpleNamespace(cache=[mx.ones((1, 5), dtype)])])
         self.blocks = BlockStore(self.storage, states, BLOCK)
-        self.records: list[Record] = []
-        self.blocks.offload = self.records.append
+        self.blocks.tier = self.kept = KeptRecords()
+
+    @property
+    def records(self) -> list[Record]:
+        return self.kept.all
 
     def save(self, num_tokens: int) -> None:
         self.blocks.save(SaveState(0, ROW, 0, 1, num_tokens))

@@ -74,14 +74,14 @@ def most(plans: list[StepPlan], count: Callable[[StepPlan], int]) -> int:
 def test_a_step_is_as_large_as_it_may_be(folder: Path) -> None:
     lengths = [40] * 12
     plans = plans_of(engine(folder, batching=BatchingConfig(max_batch_size=5)), lengths)
-    assert most(plans, lambda plan: len(plan.sampling_rows)) == 5
+    assert most(plans, lambda plan: len(plan.sampling)) == 5
     batching = BatchingConfig(max_num_batched_tokens=64)
     plans = plans_of(engine(folder, batching=batching), lengths)
-    assert most(plans, lambda plan: plan.num_prefill_tokens + len(plan.decodes)) == 64
+    assert most(plans, lambda plan: plan.num_chunk_tokens + len(plan.decodes)) == 64
     plans = plans_of(engine(folder, batching=BatchingConfig(prefill_batch_size=2)), lengths)
-    assert most(plans, lambda plan: len(plan.prefills)) == 2
+    assert most(plans, lambda plan: len(plan.chunks)) == 2
     plans = plans_of(engine(folder, batching=BatchingConfig(prefill_step_size=16)), lengths)
-    assert most(plans, lambda plan: max((len(c.token_ids) for c in plan.prefills), default=0)) == 16
+    assert most(plans, lambda plan: max((c.num_tokens for c in plan.chunks), default=0)) == 16
 
 
 @observes("BatchingConfig.itl_goal_ms")

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_lm_server.core.plan import PrefillChunk, StepPlan
+from mlx_lm_server.core.plan import RowWork, StepPlan
 from mlx_lm_server.runner.forwards import AloneForward
 from mlx_lm_server.runner.language_model import LanguageModel
 
@@ -35,8 +35,8 @@ class LanguageModelOfOneLayer:
 def test_a_row_that_leaves_takes_its_cache_with_it() -> None:
     lm = LanguageModelOfOneLayer()
     forward = AloneForward(cast(LanguageModel, lm))
-    chunks = tuple(PrefillChunk(row, 0, row, 0, (1, 2), samples=True) for row in (0, 1))
-    forward.run(StepPlan(1, (), (), (), (), chunks), mx.zeros((4,), mx.int32))
+    chunks = tuple(RowWork(row, 0, row, 0, (1, 2), yields=1) for row in (0, 1))
+    forward.run(StepPlan(1, chunks=chunks), mx.zeros((4,), mx.int32))
     forward.forget([1])
     gc.collect()
     assert [cache() is not None for cache in lm.caches] == [True, False]

@@ -9,11 +9,10 @@ from mlx_lm_server.core.block import Place
 from mlx_lm_server.core.plan import (
     CreateSegment,
     CreateSlab,
-    DecodeRow,
     DropSlab,
     MoveRow,
-    PrefillChunk,
     ResizeSlab,
+    RowWork,
     SaveBlocks,
     StepPlan,
 )
@@ -63,13 +62,14 @@ def forward(
     return cache.attend(q, DIM**-0.5)
 
 
-def plan_of(*parts: DecodeRow | PrefillChunk) -> StepPlan:
-    decodes = tuple(p for p in parts if isinstance(p, DecodeRow))
-    return StepPlan(1, (), (), (), decodes, tuple(p for p in parts if isinstance(p, PrefillChunk)))
+def plan_of(*parts: RowWork) -> StepPlan:
+    decodes = tuple(part for part in parts if part.token_ids is None)
+    chunks = tuple(part for part in parts if part.token_ids is not None)
+    return StepPlan(1, decodes=decodes, chunks=chunks)
 
 
-def chunk(slab: int, slot: int, start: int, length: int) -> PrefillChunk:
-    return PrefillChunk(slot, slab, slot, start, (0,) * length, samples=True)
+def chunk(slab: int, slot: int, start: int, length: int) -> RowWork:
+    return RowWork(slot, slab, slot, start, (0,) * length, yields=1)
 
 
 def plain_attention(q: mx.array, k: mx.array, v: mx.array) -> mx.array:
@@ -108,7 +108,7 @@ def test_a_row_cut_into_chunks_and_single_tokens_attends_as_a_whole(
     outputs.append(both[:90])
     for position in range(290, 300):
         one = slice(position, position + 1)
-        plan = plan_of(DecodeRow(2, 0, 2, position))
+        plan = plan_of(RowWork(2, 0, 2, position))
         outputs.append(forward(storage, kernel, plan, k[one], v[one], q[one]))
     assert mx.allclose(mx.concatenate(outputs), plain_attention(q, k, v), atol=1e-5)
     assert mx.allclose(both[90:], plain_attention(other_q, other_k, other_v), atol=1e-5)
@@ -137,7 +137,7 @@ def test_a_chunk_of_its_own_is_written_beside_decoding_rows_without_a_copy(
     mx.eval(storage.keys_and_values(0, 0), k, v, q)
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    decoded = forward(storage, kernel, plan_of(DecodeRow(0, 0, 0, 0)), k[30:], v[30:], q[30:])
+    decoded = forward(storage, kernel, plan_of(RowWork(0, 0, 0, 0)), k[30:], v[30:], q[30:])
     cache = ChunkCache(0, storage, kernel)
     cache.begin(chunk(0, 1, 10, 20))
     new = [x[10:30, :, 0].swapaxes(0, 1)[None] for x in (k, v, q)]
@@ -165,7 +165,7 @@ def test_what_nobody_attends_to_is_written_all_the_same(kernel: AttentionKernel)
     storage = storage_with(CreateSlab(0, 2, 64))
     k, v, _ = random_tokens(9)
     cache = LayerCache(0, storage, kernel)
-    cache.begin(layout_of(plan_of(DecodeRow(0, 0, 0, 5), chunk(0, 1, 0, 8)), {0: 64}))
+    cache.begin(layout_of(plan_of(RowWork(0, 0, 0, 5), chunk(0, 1, 0, 8)), {0: 64}))
     cache.update_and_fetch(k, v)
     cache.write_unattended()
     cache.end()
@@ -209,7 +209,7 @@ def test_decode_steps_write_in_place_and_peak_memory_stays_flat(kernel: Attentio
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     for step in range(20):
-        plan = plan_of(*(DecodeRow(row, 0, row, 100 + step) for row in range(8)))
+        plan = plan_of(*(RowWork(row, 0, row, 100 + step) for row in range(8)))
         mx.eval(forward(storage, kernel, plan, k, v, q))
     assert mx.get_peak_memory() - before < slab_bytes / 4
 
@@ -280,7 +280,7 @@ def test_sinks_and_windows_give_the_same_on_both_kernels(start: int, window: int
         for kernel in (CpuKernel(), plain_cpu_kernel(), FusedKernel())
     ]
     assert all(mx.allclose(out, whole[-1], atol=1e-5) for out in whole)
-    group = layout_of(plan_of(DecodeRow(0, 0, 0, keys - 1)), {0: keys})
+    group = layout_of(plan_of(RowWork(0, 0, 0, keys - 1)), {0: keys})
     view = group.view_of(group.decodes[0], window, None)
     for kernel, chunk_out in zip(
         (CpuKernel(), plain_cpu_kernel(), FusedKernel()), whole, strict=True

@@ -37,7 +37,7 @@ def test_the_ledger_counts_what_slabs_and_states_hold(family: str, tmp_path: Pat
     assert engine.core.stats().kv_used_bytes == held
     assert runner.state_held_bytes == 3 * runner.geometry.bytes_per_row
     engine.finish()
-    engine.core.step()
+    engine.step()
     assert runner.kv_held_bytes == runner.state_held_bytes == engine.core.stats().kv_used_bytes == 0
 
 

@@ -8,7 +8,7 @@ from random import Random
 import mlx.core as mx
 import pytest
 
-from mlx_lm_server.core.plan import CreateSlab, DecodeRow, DropSlab, PrefillChunk, StepPlan
+from mlx_lm_server.core.plan import CreateSlab, DropSlab, RowWork, StepPlan
 from mlx_lm_server.protocol import LoadModel
 from mlx_lm_server.runner import loader, native_products, probe, replays
 from mlx_lm_server.runner.forwards import PackedForward
@@ -69,15 +69,15 @@ class Rows:
         self._lengths = dict.fromkeys(PLACES, 0)
 
     def plan(self, decoding: tuple[int, ...], chunks: dict[int, int], samples: bool) -> StepPlan:
-        decodes = tuple(DecodeRow(row, *PLACES[row], self._grow(row, 1)) for row in decoding)
+        decodes = tuple(RowWork(row, *PLACES[row], self._grow(row, 1)) for row in decoding)
         prefills = tuple(
-            PrefillChunk(row, *PLACES[row], self._grow(row, n), self._ids(n), samples)
+            RowWork(row, *PLACES[row], self._grow(row, n), self._ids(n), int(samples))
             for row, n in chunks.items()
         )
         return StepPlan(0, (), (), (), decodes, prefills)
 
     def ids_of(self, plan: StepPlan) -> mx.array:
-        known = [token for chunk in plan.prefills for token in chunk.token_ids]
+        known = [token for chunk in plan.chunks for token in chunk.token_ids]
         return mx.array([*self._ids(len(plan.decodes)), *known], mx.int32)
 
     def _grow(self, row: int, num_tokens: int) -> int:

@@ -34,6 +34,8 @@ from mlx_lm_server.runner.record_bytes import read_array
 from mlx_lm_server.runner.stages import ends_of
 from mlx_lm_server.tier import Record
 
+from .kept_records import KeptRecords
+
 BLOCK, SLOTS = 4, 3
 
 
@@ -45,8 +47,7 @@ class Cache:
     ) -> None:
         self.storage = KVStorage([LayerShape(2, dim, dim, quantisation=quantisation)] * 2)
         self.blocks = BlockStore(self.storage, None, BLOCK)
-        self.records: list[Record] = []
-        self.blocks.offload = self.records.append
+        self.blocks.tier = self.kept = KeptRecords()
         self.storage.apply(CreateSlab(0, SLOTS, capacity))
         self.storage.stages.run()
         for planes in self.storage.slabs[0].planes:
@@ -54,6 +55,10 @@ class Cache:
                 mx.random.randint(0, 1 << 20, plane.shape).astype(plane.dtype) for plane in planes
             ]
         mx.eval(self.planes)
+
+    @property
+    def records(self) -> list[Record]:
+        return self.kept.all
 
     @property
     def planes(self) -> list[mx.array]:
@@ -166,16 +171,15 @@ def test_restored_blocks_are_moved_with_what_came_back(
     wanted = [cache.tokens(2, 0, 4), cache.tokens(2, 12, 16)]
     cache.blocks.save(OffloadTokens(0, (2, 2), (0, 3), (label(0), label(1))))
     cache.storage.stages.run()
-    records = tuple(cache.records)
-    cache.records.clear()
+    names = tuple(record.name for record in cache.records)
     for segment_id in range(2):
         cache.blocks.save(CreateSegment(segment_id, 3))
     came, moved = (Place(0, 1), Place(0, 2)), (Place(1, 0), Place(0, 0))
-    cache.blocks.save(RestoreBlocks(came, records))
+    cache.blocks.save(RestoreBlocks(came, names))
     cache.blocks.save(MoveBlocks(tuple(zip(came, moved, strict=True))))
     cache.blocks.save(OffloadBlocks(moved, (label(2), label(3))))
     cache.storage.stages.run()
-    cache.check(*wanted)
+    cache.check(*wanted, *wanted)
 
 
 @pytest.mark.parametrize("is_in_host_memory", [True, False])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scheduler_sim import FakeTier, Simulation, expected_output
+from toy_proposer import ToyProposer
 
 from mlx_lm_server.core.block import Block
 from mlx_lm_server.core.cost_model import CostModel, StepCosts
@@ -51,7 +52,7 @@ class Arrival:
             ),
             priority=self.priority,
             cache_salt=self.salt,
-            state_points={self.num_shared},
+            message_ends=(self.num_shared,),
         )
 
 
@@ -106,10 +107,22 @@ caches = st.builds(
     ),
     keeps_holes=st.booleans(),
     copied_token_s=st.sampled_from([1e-6, 1e-3, 1.0]),
+    guesses=st.booleans(),
 )
 def test_requests_get_their_tokens_whatever_they_share(
-    arrivals, limits, cache, kind, limit_bytes, max_slab_tokens, tier, keeps_holes, copied_token_s
+    arrivals,
+    limits,
+    cache,
+    kind,
+    limit_bytes,
+    max_slab_tokens,
+    tier,
+    keeps_holes,
+    copied_token_s,
+    guesses,
 ):
+    if guesses:
+        limits = replace(limits, max_guesses=0 if GEOMETRIES[kind].bytes_per_row else 5)
     sim = Simulation(
         limits,
         limit_bytes,
@@ -118,6 +131,7 @@ def test_requests_get_their_tokens_whatever_they_share(
         cache=cache,
         geometry=GEOMETRIES[kind],
         tier=tier,
+        proposer=ToyProposer(0.7) if guesses else None,
         keeps_holes=keeps_holes,
     )
     aborted = set()
@@ -140,8 +154,9 @@ def test_requests_get_their_tokens_whatever_they_share(
         else:
             assert tokens == expected
     assert not sim.layout.num_rows
-    assert sim.layout.cached_bytes == sim.runner.pool.held_bytes == sim.cache.store.used_bytes
+    assert sim.layout.cached_bytes == sim.runner.pool.held_bytes == sim.cache._store.used_bytes
     check_references(sim)
+    assert not sim.cache._chains, "something is known of requests that have ended"
 
 
 def check_references(sim: Simulation) -> None:
@@ -149,22 +164,22 @@ def check_references(sim: Simulation) -> None:
     cache: PrefixCache = sim.cache
     index = cache._index
     held: dict[bytes, set[int]] = {}
-    for row, request in cache._request_in.items():
-        assert request.row == row
-        for number in range(request.num_named_blocks):
-            held.setdefault(request.name_of_block(number), set()).add(row)
+    for row, chain in cache._in_row.items():
+        assert chain.request.row == row
+        for number in range(chain.num_named_blocks):
+            held.setdefault(chain.name_of_block(number), set()).add(row)
     for name, block in index._blocks.items():
         assert set(block.rows) == held.pop(name, set())
         assert block.rows or block.place, "a block without bytes"
-        assert (block.place is not None) == (block in cache.store._lru)
+        assert (block.place is not None) == (block in cache._store._lru)
     assert not held
     places = [b.place for b in index._blocks.values() if b.place]
-    assert len(places) == len(set(places)) == cache.store.num_blocks
-    stored = [e for e in cache.store._lru if isinstance(e, Block)]
+    assert len(places) == len(set(places)) == cache._store.num_blocks
+    stored = [e for e in cache._store._lru if isinstance(e, Block)]
     assert all(index.block(block.name) is block for block in stored)
-    for entry in cache.store._offloads._due:
+    for entry in cache._store._offloads._due:
         is_there = isinstance(entry, Block) and index.block(entry.name) is entry
-        assert is_there or entry in cache.store._states, "kept for what is gone"
+        assert is_there or entry in cache._store._states, "kept for what is gone"
 
 
 @pytest.mark.parametrize("writes_through", [None, False, True])
@@ -199,16 +214,16 @@ def test_memory_stays_within_its_account_over_ten_thousand_steps(kind, writes_th
         if step % 500 == 0:
             check_references(sim)
     sim.run()
-    assert sim.cache.num_hit_tokens > 0.2 * sim.cache.num_queried_tokens
+    assert sim.cache.numbers.num_hit_tokens > 0.2 * sim.cache.numbers.num_queried_tokens
     assert number > 500
     if tier is not None:
-        assert sim.cache.restores.num_restored > 100
+        assert sim.cache._restores.num_restored > 100
         check_end(sim, tier)
 
 
 def check_end(sim: Simulation, tier: FakeTier) -> None:
     """Nobody waits, nothing is being read, and at the end the tier has all that memory has."""
-    restores = sim.cache.restores
+    restores = sim.cache._restores
     assert not len(restores)
     tier._is_flaky = False
     for _ in range(10):
@@ -218,5 +233,5 @@ def check_end(sim: Simulation, tier: FakeTier) -> None:
     sim.scheduler.offload_all()
     while sim.scheduler.has_offloads:
         sim.step()
-    for entry in sim.cache.store._lru:
+    for entry in sim.cache._store._lru:
         assert tier.has(Label.of(entry).name)

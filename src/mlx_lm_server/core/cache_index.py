@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import islice
 
 from mlx_lm_server.core.block import Block, State, num_common
-from mlx_lm_server.core.request import Request
+from mlx_lm_server.core.chain import Chain
 
 # Children of one block that are compared with a prompt, the newest first.
 MAX_COMPARED_CHILDREN = 64
@@ -64,40 +64,38 @@ class CacheIndex:
         """Whether there is a checkpoint right after these tokens."""
         return any(state.tail == tail for state in self._states.get(parent, ()))
 
-    def state_at(self, request: Request, num_tokens: int) -> State | None:
-        """The checkpoint after exactly so many tokens of the request."""
+    def state_at(self, chain: Chain, num_tokens: int) -> State | None:
+        """Returns the checkpoint after exactly so many tokens of a request."""
         num_blocks = num_tokens // self._block_size
-        tail = request.known_ids(num_blocks * self._block_size, num_tokens)
-        for state in self._states.get(request.name_of_block(num_blocks - 1), ()):
+        tail = chain.known_ids(num_blocks * self._block_size, num_tokens)
+        for state in self._states.get(chain.name_of_block(num_blocks - 1), ()):
             if state.tail == tail:
                 return state
         return None
 
     # ---- how far it carries
 
-    def walk(self, request: Request, start: int, stop: int) -> list[Block]:
+    def walk(self, chain: Chain, start: int, stop: int) -> list[Block]:
         """The blocks that hold tokens `start` to `stop - 1`, or as many as there are: whole ones
         from the one that token `start` is in."""
-        return list(self._chain(request, start // self._block_size, stop))
+        return list(self._follow(chain, start // self._block_size, stop))
 
-    def _chain(self, request: Request, first: int, stop: int) -> Iterator[Block]:
+    def _follow(self, chain: Chain, first: int, stop: int) -> Iterator[Block]:
         size = self._block_size
         for index in range(first, stop // size):
-            block = self._blocks.get(request.name_of_block(index))
+            block = self._blocks.get(chain.name_of_block(index))
             if block is None:
                 return
-            if block.token_ids != request.known_ids(index * size, (index + 1) * size):
+            if block.token_ids != chain.known_ids(index * size, (index + 1) * size):
                 return
             yield block
 
-    def nearest_child(
-        self, request: Request, num_blocks: int, stop: int
-    ) -> tuple[Block | None, int]:
-        """After `num_blocks` blocks of the request: the block that goes on most like it, and for
+    def nearest_child(self, chain: Chain, num_blocks: int, stop: int) -> tuple[Block | None, int]:
+        """After `num_blocks` blocks of a request: the block that goes on most like it, and for
         how many tokens, up to token `stop`."""
         start = num_blocks * self._block_size
-        wanted = request.known_ids(start, min(stop, start + self._block_size))
-        children = self._children.get(request.name_of_block(num_blocks - 1), {})
+        wanted = chain.known_ids(start, min(stop, start + self._block_size))
+        children = self._children.get(chain.name_of_block(num_blocks - 1), {})
         best, most = None, 0
         for block in islice(reversed(children.values()), MAX_COMPARED_CHILDREN):
             num_tokens = num_common(block.token_ids, wanted)
@@ -114,14 +112,14 @@ class CacheIndex:
             ids += block.token_ids
         return ids[:count]
 
-    def newest_state(self, request: Request, start: int, stop: int) -> State | None:
-        """The checkpoint of most tokens of the request, more than `start`, at most `stop`."""
+    def newest_state(self, chain: Chain, start: int, stop: int) -> State | None:
+        """Returns the checkpoint of most tokens of a request, more than `start`, at most `stop`."""
         size = self._block_size
         for num_blocks in range(stop // size, start // size - 1, -1):
-            states = self._states.get(request.name_of_block(num_blocks - 1))
+            states = self._states.get(chain.name_of_block(num_blocks - 1))
             if not states:
                 continue
-            ids = request.known_ids(num_blocks * size, min(stop, (num_blocks + 1) * size))
+            ids = chain.known_ids(num_blocks * size, min(stop, (num_blocks + 1) * size))
             fitting = [
                 state
                 for state in states

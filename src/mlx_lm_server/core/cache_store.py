@@ -25,7 +25,7 @@ from mlx_lm_server.core.plan import (
     SaveOp,
     SaveState,
 )
-from mlx_lm_server.core.tier import NoTier, Payload, Tier
+from mlx_lm_server.core.tier import Label, NoTier, Tier
 
 # Checkpoints may take this share of the memory for K and V.
 MAX_STATE_SHARE = 0.25
@@ -177,7 +177,7 @@ class CacheStore:
             self._saves.append(SaveBlocks(slab_id, slot, first, num_tokens, tuple(places)))
         self._offloads.note_kept(block for _, block in blocks if block.place)
 
-    def restore_block(self, block: Block, payload: Payload) -> bool:
+    def restore_block(self, block: Block) -> bool:
         """Put a block in the pool that came back from the tier; False where there is no room."""
         self.pin([block])
         place = self._find_place(block)
@@ -187,9 +187,9 @@ class CacheStore:
         self._lru[block] = None
         last = self._saves[-1] if self._saves else None
         if isinstance(last, RestoreBlocks):
-            self._saves[-1] = RestoreBlocks((*last.places, place), (*last.payloads, payload))
+            self._saves[-1] = RestoreBlocks((*last.places, place), (*last.names, block.name))
         else:
-            self._saves.append(RestoreBlocks((place,), (payload,)))
+            self._saves.append(RestoreBlocks((place,), (block.name,)))
         return True
 
     def _find_place(self, block: Block) -> Place | None:
@@ -214,14 +214,12 @@ class CacheStore:
             self._offloads.note_kept([state])
         return state
 
-    def restore_state(
-        self, parent: bytes, tail: tuple[int, ...], num_tokens: int, payload: Payload
-    ) -> bool:
+    def restore_state(self, label: Label) -> bool:
         """Keep a state that came back from the tier; False where there is no room."""
-        state = self._make_state(parent, tail, num_tokens)
+        state = self._make_state(label.parent, label.token_ids, label.num_tokens)
         if state is not None:
             self.pin([state])
-            self._saves.append(RestoreState(state.state_id, num_tokens, payload))
+            self._saves.append(RestoreState(state.state_id, label.num_tokens, label.name))
         return state is not None
 
     def _make_state(self, parent: bytes, tail: tuple[int, ...], num_tokens: int) -> State | None:

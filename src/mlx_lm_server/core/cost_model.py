@@ -23,7 +23,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from mlx_lm_server.core.plan import PrefillChunk, StepPlan
+from mlx_lm_server.core.plan import StepPlan
 
 FORGETTING_PER_SCALE, MAX_FORGETTING = 0.3, 0.3
 PRIOR_WEIGHT = 0.1  # in observations
@@ -38,9 +38,10 @@ MIN_STEP_S, MIN_COPIED_TOKEN_S = 1e-6, 1e-9
 class StepFeatures(NamedTuple):
     """What a step's time depends on. `kv_tokens` is the K and V that are read, once for each
     decoding row and once for each chunk; `prefill_pairs` is what the prefill tokens attend to, one
-    by one. Without the reading, a chunk over a long context costs several milliseconds that do not
-    shrink with it; a model that knows nothing of them takes them for a cost of decoding.
-    `copied_tokens` are those whose K and V rows are given before the forward."""
+    by one; guesses count as a chunk after their row's token. Without the reading, a chunk over a
+    long context costs several milliseconds that do not shrink with it; a model that knows nothing
+    of them takes them for a cost of decoding. `copied_tokens` are those whose K and V rows are
+    given before the forward."""
 
     prefill_tokens: int = 0
     rows: int = 0
@@ -50,14 +51,17 @@ class StepFeatures(NamedTuple):
 
     @classmethod
     def of(cls, plan: StepPlan) -> StepFeatures:
-        return cls(
-            prefill_tokens=plan.num_prefill_tokens,
-            rows=len(plan.decodes),
-            kv_tokens=sum(decode.position + 1 for decode in plan.decodes)
-            + sum(chunk.start + len(chunk.token_ids) for chunk in plan.prefills),
-            prefill_pairs=sum(_pairs_of(chunk) for chunk in plan.prefills),
+        tried = [work for work in plan.chunks if work.guesses]
+        rows = [*plan.decodes, *tried]
+        step = cls(
+            rows=len(rows),
+            kv_tokens=sum(work.start + 1 for work in rows),
             copied_tokens=plan.num_copied_tokens,
         )
+        for work in plan.chunks:
+            num_tokens = len(work.guesses) or work.num_tokens
+            step = step.with_chunk(work.end - num_tokens, num_tokens)
+        return step
 
     def with_chunk(self, start: int, num_tokens: int) -> StepFeatures:
         """This step and one more prefill chunk."""
@@ -71,10 +75,6 @@ class StepFeatures(NamedTuple):
 def prefill_pairs(start: int, num_tokens: int) -> float:
     """How many (query, key) pairs a chunk has that starts after `start` tokens."""
     return num_tokens * start + num_tokens * (num_tokens + 1) / 2
-
-
-def _pairs_of(chunk: PrefillChunk) -> float:
-    return prefill_pairs(chunk.start, len(chunk.token_ids))
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.prefix_cache import PrefixCache
-from mlx_lm_server.core.request import Request
+from mlx_lm_server.core.request import Request, RequestStatus
 
 
 @dataclass(slots=True)
@@ -26,7 +26,7 @@ class Departures:
     def __init__(self, cache: PrefixCache, layout: KVLayout, step_bytes: int) -> None:
         self._cache = cache
         self._layout = layout
-        self._step_blocks = cache.store.blocks_in(step_bytes)
+        self._step_blocks = cache.blocks_in(step_bytes)
         self._leaving: deque[_Leaving] = deque()
 
     def __len__(self) -> int:
@@ -62,4 +62,6 @@ class Departures:
         self._cache.keep(request)
         self._layout.release(row)
         request.row = None
+        if request.status is RequestStatus.FINISHED:
+            self._cache.forget(request)
         return row

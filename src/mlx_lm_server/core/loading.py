@@ -5,7 +5,7 @@ up its neighbours."""
 from __future__ import annotations
 
 from mlx_lm_server.core.cost_model import CostModel, StepFeatures
-from mlx_lm_server.core.prefix_cache import Hit
+from mlx_lm_server.core.hit import Hit
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler_limits import SchedulerLimits
 

@@ -14,10 +14,14 @@ Blocks of tokens that no row holds any more lie in the *pool*, in segments: per 
 one array `[num_blocks, kv_heads, block_size, head_dim]`. Checkpoints of state that is not kept by
 token (recurrent state, windows) lie beside them, one by one.
 
-A row goes on from where its work says: a `position` or `start` before the end of what the row holds
-takes the tokens from there on back. Layers with a window allow that for `RING_SPARE` tokens
+A row goes on from where its work says: a `start` before the end of what the row holds takes the
+tokens from there on back. Layers with a window allow that for `RING_SPARE` tokens
 (runner/kv_storage.py); recurrent state has to be saved before such tokens and loaded after them. A
 row that runs alone gives nothing back.
+
+A plan consists of values only: it can be sent to other processes, which execute it with shards of
+the same model (`encode_plan`, `decode_plan`). What the tier holds is therefore named, never
+carried.
 
 All operations of a plan are executed before its forward, in this order: `saves` (what rows leave
 behind, from where they lay until now; what goes to the tier and comes from it), `kv_ops` (slabs and
@@ -26,35 +30,37 @@ slots), `loads` (what rows need not compute).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+
+import msgspec
 
 from mlx_lm_server.core.block import Place
-from mlx_lm_server.core.tier import Label, Payload
+from mlx_lm_server.core.tier import Label
 from mlx_lm_server.protocol import SamplingParams, TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class CreateSlab:
+class Operation(msgspec.Struct, frozen=True, array_like=True, tag=True, gc=False):
+    """Base of what the core orders to be done to slabs, pool and rows."""
+
+
+class CreateSlab(Operation, frozen=True):
     slab_id: int
     num_slots: int
     capacity: int
 
 
-@dataclass(frozen=True, slots=True)
-class ResizeSlab:
+class ResizeSlab(Operation, frozen=True):
     """Give the slab another number of slots; the content of the slots that stay is kept."""
 
     slab_id: int
     num_slots: int
 
 
-@dataclass(frozen=True, slots=True)
-class DropSlab:
+class DropSlab(Operation, frozen=True):
     slab_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class MoveRow:
+class MoveRow(Operation, frozen=True):
     """Copy the first `num_tokens` tokens of a slot to a slot of the same or another slab."""
 
     from_slab: int
@@ -67,19 +73,16 @@ class MoveRow:
 KVOp = CreateSlab | ResizeSlab | DropSlab | MoveRow
 
 
-@dataclass(frozen=True, slots=True)
-class CreateSegment:
+class CreateSegment(Operation, frozen=True):
     segment_id: int
     num_blocks: int
 
 
-@dataclass(frozen=True, slots=True)
-class DropSegment:
+class DropSegment(Operation, frozen=True):
     segment_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class MoveBlocks:
+class MoveBlocks(Operation, frozen=True):
     """Copy blocks within the pool, from places to other places."""
 
     moves: tuple[tuple[Place, Place], ...]
@@ -88,8 +91,7 @@ class MoveBlocks:
 PoolOp = CreateSegment | DropSegment | MoveBlocks
 
 
-@dataclass(frozen=True, slots=True)
-class SaveBlocks:
+class SaveBlocks(Operation, frozen=True):
     """Copy blocks of a slot to the pool: `places[i]` gets block `first_block + i` of the slot.
     Only `num_tokens` tokens of the slot are filled; the last block may end there."""
 
@@ -100,8 +102,7 @@ class SaveBlocks:
     places: tuple[Place, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class SaveState:
+class SaveState(Operation, frozen=True):
     """Keep the state of a row, which has seen `num_tokens` tokens, as `state_id`."""
 
     state_id: int
@@ -111,21 +112,18 @@ class SaveState:
     num_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class DropState:
+class DropState(Operation, frozen=True):
     state_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class OffloadBlocks:
+class OffloadBlocks(Operation, frozen=True):
     """Give the tier copies of blocks in the pool."""
 
     places: tuple[Place, ...]
     labels: tuple[Label, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class OffloadTokens:
+class OffloadTokens(Operation, frozen=True):
     """Give the tier copies of full blocks in slots of a slab: of `slots[i]` that which is block
     number `numbers[i]` of its row."""
 
@@ -135,37 +133,34 @@ class OffloadTokens:
     labels: tuple[Label, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class OffloadState:
+class OffloadState(Operation, frozen=True):
     """Give the tier a copy of a kept state."""
 
     state_id: int
     label: Label
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreBlocks:
-    """Put what came back from the tier in the pool."""
+class RestoreBlocks(Operation, frozen=True):
+    """Put records that came back from the tier, by their names, in the pool."""
 
     places: tuple[Place, ...]
-    payloads: tuple[Payload, ...]
+    names: tuple[bytes, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreState:
-    """Keep what came back from the tier as `state_id`: the state after `num_tokens` tokens."""
+class RestoreState(Operation, frozen=True):
+    """Keep the record of this name, which came back from the tier, as `state_id`: the state after
+    `num_tokens` tokens."""
 
     state_id: int
     num_tokens: int
-    payload: Payload
+    name: bytes
 
 
 TierOp = OffloadBlocks | OffloadTokens | OffloadState | RestoreBlocks | RestoreState
 SaveOp = PoolOp | SaveBlocks | SaveState | DropState | TierOp
 
 
-@dataclass(frozen=True, slots=True)
-class LoadBlocks:
+class LoadBlocks(Operation, frozen=True):
     """Tokens `start` to `stop - 1` of a slot come from the pool; the first of `places` holds the
     block that token `start` is in."""
 
@@ -176,8 +171,7 @@ class LoadBlocks:
     places: tuple[Place, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class CopyTokens:
+class CopyTokens(Operation, frozen=True):
     """Tokens `start` to `stop - 1` of a slot come from the same places of another slot."""
 
     from_slab: int
@@ -188,8 +182,7 @@ class CopyTokens:
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
-class LoadState:
+class LoadState(Operation, frozen=True):
     """The row begins with a kept state, taken after `num_tokens` tokens."""
 
     state_id: int
@@ -202,8 +195,7 @@ class LoadState:
 LoadOp = LoadBlocks | CopyTokens | LoadState
 
 
-@dataclass(frozen=True, slots=True)
-class JoinedRow:
+class JoinedRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A request that gets row number `row` with this plan (first admission or after preemption).
 
     `output_ids` are the tokens it had sampled before it was preempted; the draw of the next token
@@ -217,65 +209,79 @@ class JoinedRow:
     sampling: SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class DecodeRow:
-    """One token of a row: the one it sampled last, which may still be on the device only.
+class RowWork(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What one row computes in a forward: tokens at positions `start`, `start + 1`, …
 
-    `position` is where its K and V go, which is also how many tokens the row holds before.
-    """
+    `token_ids` None stands for the one token that the row sampled last, which may still be on the
+    device only; known ones are a chunk of a prompt, or the last token and guesses of what follows.
 
-    row: int
-    slab_id: int
-    slot: int
-    position: int
+        yields   0       nothing: a chunk before the end of what is known
+                 1       the token after the last position
+                 1 + k   the last k ids are guesses, tried against what the row draws there: as many
+                         tokens as guesses were right, and one more
 
-
-@dataclass(frozen=True, slots=True)
-class PrefillChunk:
-    """Known tokens of a row, written at `start`, `start + 1`, …
-
-    `samples` is true where the chunk ends the row's known tokens, so that its last position gives
-    the next token.
+    `is_awaited` says that somebody waits for the token more than for the next, since an answer
+    begins or is known to end with it.
     """
 
     row: int
     slab_id: int
     slot: int
     start: int
-    token_ids: tuple[int, ...]
-    samples: bool
+    token_ids: tuple[int, ...] | None = None
+    yields: int = 1
+    is_awaited: bool = False
+
+    @property
+    def num_tokens(self) -> int:
+        return 1 if self.token_ids is None else len(self.token_ids)
 
     @property
     def end(self) -> int:
-        return self.start + len(self.token_ids)
+        return self.start + self.num_tokens
+
+    @property
+    def known_ids(self) -> tuple[int, ...]:
+        """Returns the ids of work whose tokens the host knows."""
+        assert self.token_ids is not None, "its token is pending"
+        return self.token_ids
+
+    @property
+    def guesses(self) -> tuple[int, ...]:
+        """Returns the ids that are only tried."""
+        return self.known_ids[1 - self.yields :] if self.yields > 1 else ()
 
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """One forward. `decodes` are ordered by (slab_id, slot). Rows that sample, in the order in
-    which the runner returns their tokens: every decode, then the prefills with `samples`."""
+class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One forward. `decodes` are the rows whose token is pending, `chunks` those with known ids,
+    each ordered by (slab_id, slot); the forward packs them in this order."""
 
     step: int
-    left_rows: tuple[int, ...]
-    joined_rows: tuple[JoinedRow, ...]
-    kv_ops: tuple[KVOp, ...]
-    decodes: tuple[DecodeRow, ...]
-    prefills: tuple[PrefillChunk, ...]
+    left_rows: tuple[int, ...] = ()
+    joined_rows: tuple[JoinedRow, ...] = ()
+    kv_ops: tuple[KVOp, ...] = ()
+    decodes: tuple[RowWork, ...] = ()
+    chunks: tuple[RowWork, ...] = ()
     saves: tuple[SaveOp, ...] = ()
     loads: tuple[LoadOp, ...] = ()
 
     @property
-    def num_prefill_tokens(self) -> int:
-        return sum(len(chunk.token_ids) for chunk in self.prefills)
+    def works(self) -> tuple[RowWork, ...]:
+        return (*self.decodes, *self.chunks)
+
+    @property
+    def num_chunk_tokens(self) -> int:
+        return sum(work.num_tokens for work in self.chunks)
 
     @property
     def num_tokens(self) -> int:
         """Tokens that the forward computes."""
-        return self.num_prefill_tokens + len(self.decodes)
+        return self.num_chunk_tokens + len(self.decodes)
 
     @property
     def num_copied_tokens(self) -> int:
-        """Whose K and V rows are given before the forward: from the cache, or in a larger slot."""
+        """Tokens whose K and V rows are given before the forward: from the cache, or in a larger
+        slot."""
         loaded = (op.stop - op.start for op in self.loads if not isinstance(op, LoadState))
         moved = (op.num_tokens for op in self.kv_ops if isinstance(op, MoveRow))
         return sum(loaded) + sum(moved)
@@ -287,14 +293,33 @@ class StepPlan:
         return any(isinstance(op, made) for op in (*self.kv_ops, *self.saves))
 
     @property
-    def sampling_rows(self) -> tuple[int, ...]:
-        return tuple(d.row for d in self.decodes) + tuple(p.row for p in self.prefills if p.samples)
+    def sampling(self) -> tuple[RowWork, ...]:
+        """Returns the works that yield tokens, in the order in which the forward packs them."""
+        return tuple(work for work in self.works if work.yields)
 
 
-@dataclass(frozen=True, slots=True)
-class RowLogprobs:
-    """What a row that asked for logprobs gets with a token: the token's, and with its first token
-    those of its prompt from the second token on."""
+def encode_plan(plan: StepPlan) -> bytes:
+    """Returns the plan as msgpack."""
+    return _encoder.encode(plan)
 
-    token: TokenLogprobs | None
-    prompt: list[TokenLogprobs] | None = None
+
+def decode_plan(data: bytes) -> StepPlan:
+    """Returns the plan that `encode_plan` wrote. Raises msgspec.DecodeError."""
+    return _decoder.decode(data)
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(StepPlan)
+
+
+class RowResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What a row's work yielded: its tokens, and where they were asked for logprobs of each, and
+    with its first token those of its prompt from the second token on."""
+
+    token_ids: tuple[int, ...]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+# By row; rows whose work yields nothing are not in it.
+StepResult = Mapping[int, RowResult]

@@ -13,7 +13,8 @@ long prompt beside decoding rows starts small and grows by at most half from ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from mlx_lm_server.core.cost_model import CostModel, StepFeatures
 from mlx_lm_server.core.request import Request
@@ -21,6 +22,8 @@ from mlx_lm_server.core.scheduler_limits import SchedulerLimits
 
 OLDEST_PROMPT_SHARE = 0.25
 MAX_TAIL_SHARE = 0.25
+
+NO_ENDS: Mapping[Request, int] = MappingProxyType({})
 
 
 class PrefillPlan:
@@ -42,11 +45,16 @@ class PrefillPlan:
         self._ramp_tokens = ramp_tokens
         self._features = decode._replace(copied_tokens=copied_tokens)  # and what is granted so far
         self._decode_step_s = cost_model.forecast_s(decode)
-        self._tokens_left = limits.max_num_batched_tokens - decode.rows
+        self._tokens_left = limits.max_num_batched_tokens - decode.rows - decode.prefill_tokens
         self._granted: dict[Request, int] = {}
+        self._ends: Mapping[Request, int] = {}
 
-    def share_out(self, prefilling: Sequence[Request]) -> list[tuple[Request, int]]:
-        """Token counts per request; `prefilling` comes with the most urgent first."""
+    def share_out(
+        self, prefilling: Sequence[Request], ends: Mapping[Request, int] = NO_ENDS
+    ) -> list[tuple[Request, int]]:
+        """Returns token counts per request; `prefilling` comes with the most urgent first. `ends`
+        says where the next chunk of a request has to end at the latest, if anywhere."""
+        self._ends = ends
         if not prefilling:
             return []
         self._prompts_per_row = len(prefilling) / max(1, self._num_decodes)
@@ -83,8 +91,8 @@ class PrefillPlan:
 
     def _wanted(self, request: Request) -> int:
         left = request.num_prefill_tokens_left
-        if request.chunk_limit is not None:
-            left = min(left, request.chunk_limit - request.num_computed_tokens)
+        if request in self._ends:
+            left = min(left, self._ends[request] - request.num_computed_tokens)
         return min(left, self._limits.prefill_step_size or left)
 
     def _affordable(self, request: Request, share: float) -> int:

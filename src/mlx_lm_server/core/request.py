@@ -1,4 +1,5 @@
-"""One request on its way through the engine. The scheduler owns it; nobody else writes to it.
+"""One request on its way through the engine. The scheduler owns it; it, the prefix cache (what of
+the row is computed) and the departures (the row) write to it, in the course of `schedule` only.
 
 tokens      prompt prompt prompt | out out out | pending
             └── num_computed_tokens ──┘             on the device, not read yet
@@ -11,8 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from mlx_lm_server.core.block import chain_name
-from mlx_lm_server.protocol import AddRequest, CacheReport, FinishReason, SamplingParams
+from mlx_lm_server.protocol import AddRequest, FinishReason, SamplingParams
 
 
 class RequestStatus(Enum):
@@ -30,12 +30,10 @@ class Request:
     `max_new_tokens` is `sampling.max_tokens`, or less where memory ends before. `prefill_until` is
     how many tokens were known when it got its row: below it the row prefills, from it on it
     decodes tokens that it sampled itself. `arrival_order` counts requests as they come.
+    `num_pending_tokens` is how many tokens the plans that are not read yet give at most.
 
-    For the prefix cache: `cache_root` is the name before its first block, `num_named_blocks` how
-    many blocks of its row others may take, `state_points` where, in tokens, its state is to be
-    kept, `chunk_limit` where its next chunk has to end for that, `wait_tokens_left` for how many
-    prefill tokens of others it still waits, at most, when one of them computes what it needs too.
-    `cache_report` says what it found when it got its first row.
+    What the prefix cache knows of it is the cache's (chain.py): `cache_salt` and `message_ends`
+    are what the client said for that.
     """
 
     req_id: str
@@ -57,14 +55,7 @@ class Request:
     admitted_s: float | None = None
     first_token_s: float | None = None
     cache_salt: str = ""
-    cache_root: bytes = b""
-    block_size: int = 0
-    block_names: list[bytes] = field(default_factory=list)
-    num_named_blocks: int = 0
-    state_points: set[int] = field(default_factory=set)
-    chunk_limit: int | None = None
-    wait_tokens_left: float | None = None
-    cache_report: CacheReport | None = None
+    message_ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self.max_new_tokens = self.max_new_tokens or self.sampling.max_tokens
@@ -78,7 +69,7 @@ class Request:
             priority=message.priority,
             client_key=message.client_key,
             cache_salt=message.cache_salt,
-            state_points=set(message.message_ends),
+            message_ends=tuple(message.message_ends),
             arrival_s=arrival_s,
         )
 
@@ -127,12 +118,3 @@ class Request:
     def num_held_tokens(self) -> int:
         """Tokens that are known and computed."""
         return min(self.num_computed_tokens, self.num_known_tokens)
-
-    def name_of_block(self, index: int) -> bytes:
-        """The chain name of its block `index`, all of whose tokens are known; the root's for -1."""
-        names = self.block_names
-        while len(names) <= index:
-            start = len(names) * self.block_size
-            parent = names[-1] if names else self.cache_root
-            names.append(chain_name(parent, self.known_ids(start, start + self.block_size)))
-        return names[index] if index >= 0 else self.cache_root

@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from mlx_lm_server.core.block import Block, chain_name
 from mlx_lm_server.core.cache_index import CacheIndex
 from mlx_lm_server.core.cache_store import CacheStore
+from mlx_lm_server.core.chain import Chain
 from mlx_lm_server.core.request import Request
-from mlx_lm_server.core.tier import Label, Payload, Tier
+from mlx_lm_server.core.tier import Label, Tier
 
 # Of one part; at least one record.
 MAX_PART_BYTES, MAX_PART_RECORDS = 4 << 20, 64
@@ -67,10 +68,10 @@ class Restores:
 
     # ---- a request comes and goes
 
-    def begin(self, request: Request, compute_s: ComputeS, now_s: float) -> bool:
+    def begin(self, chain: Chain, compute_s: ComputeS, now_s: float) -> bool:
         """Whether the request should wait for what is being read for it."""
         self._tier.look()
-        start, stop, missing = self._missing(request)
+        start, stop, missing = self._missing(chain)
         if not missing or stop - start < self._size:
             return False
         would_take_s = compute_s(start, stop)
@@ -81,6 +82,7 @@ class Restores:
             if self._tier.read_forecast_s(label.name for label in missing) >= would_take_s:
                 return False
             restore = self._start(missing)
+        request = chain.request
         restore.waiting[request] = now_s + max(MIN_WAIT_S, would_take_s)
         self._waits_for[request] = restore
         return True
@@ -100,10 +102,10 @@ class Restores:
     def take(self, now_s: float) -> list[Request]:
         """Put in the pool what has been read. Gives the requests whose wait is over."""
         released: list[Request] = []
-        for read, payloads in self._tier.poll():
+        for read, num_found in self._tier.poll():
             restore = self._reading.pop(read, None)
             if restore is not None:
-                released += self._take_part(restore, restore.in_flight.pop(read), payloads)
+                released += self._take_part(restore, restore.in_flight.pop(read), num_found)
         for request, restore in list(self._waits_for.items()):
             if restore.waiting[request] <= now_s:
                 del restore.waiting[request], self._waits_for[request]
@@ -131,39 +133,36 @@ class Restores:
                 return labels[:count], labels[count:]
         return labels, []
 
-    def _take_part(
-        self, restore: _Restore, part: Sequence[Label], payloads: Sequence[Payload]
-    ) -> list[Request]:
-        is_whole = len(payloads) == len(part)
+    def _take_part(self, restore: _Restore, part: Sequence[Label], num_found: int) -> list[Request]:
+        is_whole = num_found == len(part)
         if is_whole:
             self._fetch(restore)
-        if self._put(restore, part, payloads) and is_whole and restore.in_flight:
+        if self._put(restore, part[:num_found]) and is_whole and restore.in_flight:
             return []
         self._end(restore)
         # What lies at the tail goes first again.
         self._store.touch(reversed(restore.blocks))
         return self._release(restore)
 
-    def _put(self, restore: _Restore, labels: Sequence[Label], payloads: Sequence[Payload]) -> bool:
+    def _put(self, restore: _Restore, labels: Sequence[Label]) -> bool:
         """Whether all that came has found room."""
-        for label, payload in zip(labels, payloads, strict=False):
+        for label in labels:
             put = self._put_state if label.is_state else self._put_block
-            if not put(restore, label, payload):
+            if not put(restore, label):
                 return False
         return True
 
-    def _put_state(self, _: _Restore, label: Label, payload: Payload) -> bool:
-        parent, tail = label.parent, label.token_ids
-        if self._index.has_state(parent, tail):
+    def _put_state(self, _: _Restore, label: Label) -> bool:
+        if self._index.has_state(label.parent, label.token_ids):
             return True
         self.num_restored += 1
-        return self._store.restore_state(parent, tail, label.num_tokens, payload)
+        return self._store.restore_state(label)
 
-    def _put_block(self, restore: _Restore, label: Label, payload: Payload) -> bool:
+    def _put_block(self, restore: _Restore, label: Label) -> bool:
         if self._index.block(label.name) is not None:
             return True
         block = self._index.add(label.name, label.parent, label.token_ids, label.num_tokens)
-        if not self._store.restore_block(block, payload):
+        if not self._store.restore_block(block):
             return False
         restore.blocks.append(block)
         self.num_restored += 1
@@ -186,18 +185,18 @@ class Restores:
 
     # ---- what would help
 
-    def _missing(self, request: Request) -> tuple[int, int, list[Label]]:
+    def _missing(self, chain: Chain) -> tuple[int, int, list[Label]]:
         """From where to where, in tokens, the tier carries the request, and what has to be read
         for it: the first what makes the others useless."""
-        limit = request.num_known_tokens - 1
+        limit = chain.request.num_known_tokens - 1
         start, stop = 0, limit
         missing: list[Label] = []
         if self._has_blocks:
-            start, stop, missing = self._missing_blocks(request)
+            start, stop, missing = self._missing_blocks(chain)
         if self._has_state:
-            here = self._index.newest_state(request, 0, start if self._has_blocks else limit)
+            here = self._index.newest_state(chain, 0, start if self._has_blocks else limit)
             start = here.num_tokens if here else 0
-            state = self._newest_state(request, min(stop, limit), start)
+            state = self._newest_state(chain, min(stop, limit), start)
             if state is None:
                 return 0, 0, []
             stop = state.num_tokens
@@ -206,37 +205,37 @@ class Restores:
                 missing = [state, *missing]
         return start, min(stop, limit), missing
 
-    def _missing_blocks(self, request: Request) -> tuple[int, int, list[Label]]:
+    def _missing_blocks(self, chain: Chain) -> tuple[int, int, list[Label]]:
         """How far memory carries the request, how far memory and tier together, and what of that
         is in the tier only."""
-        known, size = request.num_known_tokens, self._size
+        known, size = chain.request.num_known_tokens, self._size
         missing: list[Label] = []
         start = None
         for index in range(known // size):
-            name = request.name_of_block(index)
+            name = chain.name_of_block(index)
             if self._index.block(name) is None:
                 if start is None:
                     start = index * size
                 if not self._tier.has(name):
                     break
-                parent, ids = request.name_of_block(index - 1), self._ids(request, index)
+                parent, ids = chain.name_of_block(index - 1), self._ids(chain, index)
                 missing.append(Label(name, parent, ids, (index + 1) * size))
         else:
             index = known // size
         stop = index * size
-        end = self._end_after(request, index)
+        end = self._end_after(chain, index)
         if end is not None:
             stop = end.num_tokens
             if self._index.block(end.name) is None:
                 missing.append(end)
         return stop if start is None else start, stop, missing
 
-    def _ids(self, request: Request, index: int) -> tuple[int, ...]:
-        return request.known_ids(index * self._size, (index + 1) * self._size)
+    def _ids(self, chain: Chain, index: int) -> tuple[int, ...]:
+        return chain.known_ids(index * self._size, (index + 1) * self._size)
 
-    def _end_after(self, request: Request, num_blocks: int) -> Label | None:
+    def _end_after(self, chain: Chain, num_blocks: int) -> Label | None:
         """The longest end of a sequence that goes on like the request for less than a block."""
-        parent, ids = request.name_of_block(num_blocks - 1), self._ids(request, num_blocks)
+        parent, ids = chain.name_of_block(num_blocks - 1), self._ids(chain, num_blocks)
         for length in range(min(len(ids), self._size - 1), 0, -1):
             name = chain_name(parent, ids[:length])
             if self._tier.has(name) or self._index.block(name) is not None:
@@ -244,21 +243,21 @@ class Restores:
                 return Label(name, parent, ids[:length], num_tokens)
         return None
 
-    def _newest_state(self, request: Request, stop: int, start: int) -> Label | None:
+    def _newest_state(self, chain: Chain, stop: int, start: int) -> Label | None:
         """The checkpoint of most tokens of the request, in memory or in the tier."""
-        for num_tokens in self._searched(request, stop):
+        for num_tokens in self._searched(chain, stop):
             if num_tokens <= start:
                 return None
             num_blocks = num_tokens // self._size
-            tail = request.known_ids(num_blocks * self._size, num_tokens)
-            label = Label.of_state(request.name_of_block(num_blocks - 1), tail, num_tokens)
+            tail = chain.known_ids(num_blocks * self._size, num_tokens)
+            label = Label.of_state(chain.name_of_block(num_blocks - 1), tail, num_tokens)
             if self._tier.has(label.name) or self._index.has_state(label.parent, tail):
                 return label
         return None
 
-    def _searched(self, request: Request, stop: int) -> Iterator[int]:
+    def _searched(self, chain: Chain, stop: int) -> Iterator[int]:
         densely = max(0, stop - NUM_SEARCHED_BLOCKS * self._size)
         yield from range(stop, densely, -1)
         ends: Iterable[int] = range(self._size, densely + 1, self._size)
-        points = {point for point in request.state_points if 0 < point <= densely}
+        points = {point for point in chain.state_points if 0 < point <= densely}
         yield from sorted(points.union(ends), reverse=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mlx_lm_server.core.cache_store import CacheStore
+from mlx_lm_server.core.hit import Hit
 from mlx_lm_server.core.kv_layout import KVLayout
-from mlx_lm_server.core.prefix_cache import Hit
+from mlx_lm_server.core.prefix_cache import PrefixCache
 from mlx_lm_server.core.request import Request
 
 
@@ -15,9 +15,9 @@ class RowRoom:
     """Owned by the scheduler. A row that is made gets room for `lookahead_tokens` of its answer, or
     for all of a shorter one, and so does one that grows where memory allows it."""
 
-    def __init__(self, layout: KVLayout, store: CacheStore, lookahead_tokens: int) -> None:
+    def __init__(self, layout: KVLayout, cache: PrefixCache, lookahead_tokens: int) -> None:
         self._layout = layout
-        self._store = store
+        self._cache = cache
         self._lookahead_tokens = lookahead_tokens
 
     def tokens_soon(self, request: Request) -> int:
@@ -26,16 +26,20 @@ class RowRoom:
 
     def find_place(self, num_tokens: int, hit: Hit | None) -> bool:
         """Whether a row fits, with what it is to go on from still in the cache."""
-        pinned = self._store.pin(hit.entries if hit else ())
+        pinned = self._cache.pin(hit)
         has_place = self._find(lambda: self._layout.can_place(num_tokens), could_fit=True)
         if not has_place:
-            self._store.unpin(pinned)
+            self._cache.unpin(pinned)
         return has_place
 
     def has_next(self, request: Request) -> bool:
         """Whether one more token of its row has a place at nobody's cost."""
         row, needed = request.held_row, request.num_computed_tokens + 1
         return needed <= self._layout.capacity(row) or self._layout.can_grow(row, needed)
+
+    def spare_tokens(self, request: Request) -> int:
+        """Returns for how many tokens beyond the next one its row has places."""
+        return self._layout.capacity(request.held_row) - request.num_computed_tokens - 1
 
     def find_next(self, request: Request) -> bool:
         """Have a place for one more token of its row; False where all that is not cached is taken
@@ -54,7 +58,7 @@ class RowRoom:
         they have to; the last in its slab first, so that no neighbour takes its place."""
         near = []
         for request in decoding:
-            num_spare = self._layout.capacity(request.held_row) - request.num_computed_tokens - 1
+            num_spare = self.spare_tokens(request)
             if num_spare < len(decoding) and num_spare < request.num_tokens_to_plan - 1:
                 near.append((num_spare, -self._layout.location(request.held_row).slot, request))
         if near:
@@ -74,6 +78,6 @@ class RowRoom:
     def _find(self, fits: Callable[[], bool], could_fit: bool) -> bool:
         """Whether memory is there, if need be at the cost of what is cached."""
         while not fits():
-            if not (could_fit and self._store.give_back()):
+            if not (could_fit and self._cache.give_back()):
                 return False
         return True

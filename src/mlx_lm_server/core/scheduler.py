@@ -5,7 +5,10 @@ The engine plans one step ahead of what it has read:
 
     schedule(1)  schedule(2)  update(1)  schedule(3)  update(2)  …
 
-so a row may be planned on a token that is still on the device (pending). Invariants:
+so a row may be planned on a token that is still on the device (pending). With a proposer each step
+is read before the next is planned, since how far its rows come decides where they go on.
+
+Invariants:
 
 - a row is never planned past `max_new_tokens`; it begins to leave with the plan after its last
   token;
@@ -16,8 +19,8 @@ so a row may be planned on a token that is still on the device (pending). Invari
 - the most urgent running request always goes on; when a row cannot grow, first the prefix cache
   gives back memory, then the least urgent request is preempted and later computes anew what of its
   tokens the cache has not kept, once nothing of it is pending;
-- a request does not compute what another one is about to compute: it waits for its blocks, but no
-  longer than computing them itself would take;
+- a request does not compute what another one is about to compute (prefix_waits.py);
+- a row whose guesses failed goes on from where they did: what was computed of them is overwritten;
 - a request for which the tier reads is not in the queue yet, so that others pass it; it waits no
   longer than computing what is read would take;
 - each request gets exactly one output with a finish reason.
@@ -26,20 +29,22 @@ so a row may be planned on a token that is still on the device (pending). Invari
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
-from types import MappingProxyType
 
 from mlx_lm_server.core.cost_model import CostModel, StepFeatures, prefill_pairs
 from mlx_lm_server.core.departures import Departures
 from mlx_lm_server.core.fair_queue import FairQueue
+from mlx_lm_server.core.hit import Hit
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.loading import LoadPlan
 from mlx_lm_server.core.memory_ledger import request_arithmetic
-from mlx_lm_server.core.plan import DecodeRow, JoinedRow, PrefillChunk, RowLogprobs, StepPlan
+from mlx_lm_server.core.plan import JoinedRow, RowResult, RowWork, StepPlan, StepResult
 from mlx_lm_server.core.prefill import PrefillPlan
-from mlx_lm_server.core.prefix_cache import Hit, PrefixCache
+from mlx_lm_server.core.prefix_cache import PrefixCache
+from mlx_lm_server.core.prefix_waits import PrefixWaits
+from mlx_lm_server.core.proposer import Proposer
 from mlx_lm_server.core.request import Request, RequestStatus
 from mlx_lm_server.core.row_room import RowRoom
 from mlx_lm_server.core.scheduler_limits import SchedulerLimits
@@ -48,10 +53,7 @@ from mlx_lm_server.protocol import EngineStats, FinishReason, RequestOutput
 
 __all__ = ["Scheduler", "SchedulerLimits"]
 
-# Who waits for another's prefix lets so many times its tokens be computed for others meanwhile.
-WAIT_MARGIN = 1.5
-
-NO_LOGPROBS: Mapping[int, RowLogprobs] = MappingProxyType({})
+Guesses = Mapping[Request, tuple[int, ...]]
 
 
 class Scheduler:
@@ -63,11 +65,14 @@ class Scheduler:
         layout: KVLayout,
         cost_model: CostModel,
         cache: PrefixCache,
+        proposer: Proposer | None = None,
     ) -> None:
         self._limits = limits
         self._layout = layout
         self._cache = cache
-        self._room = RowRoom(layout, cache.store, limits.lookahead_tokens)
+        self._room = RowRoom(layout, cache, limits.lookahead_tokens)
+        self._waits = PrefixWaits(cache)
+        self._proposer = proposer if limits.max_guesses else None
         self._cost_model = cost_model
         self._requests: dict[str, Request] = {}  # all unfinished ones
         self._queue = FairQueue()
@@ -75,7 +80,7 @@ class Scheduler:
         self._departures = Departures(cache, layout, limits.leaving_bytes)
         self._free_rows = list(reversed(range(limits.max_batch_size)))
         self._left_rows: list[int] = []  # given back by the plan in the making
-        self._in_flight: dict[int, tuple[Request, ...]] = {}
+        self._in_flight: dict[int, dict[int, Request]] = {}  # by step and row
         self._num_arrived = 0
         self._num_steps = 0
         self._num_preemptions = 0
@@ -100,8 +105,7 @@ class Scheduler:
         request.arrival_order = self._num_arrived
         self._num_arrived += 1
         self._requests[request.req_id] = request
-        self._cache.enter(request)
-        if not self._cache.restore(request, self._compute_s, request.arrival_s):
+        if not self._cache.enter(request, self._compute_s):
             self._queue.push(request)
 
     def abort(self, req_id: str) -> RequestOutput | None:
@@ -135,12 +139,15 @@ class Scheduler:
         if request.status is RequestStatus.RUNNING:
             self._running.remove(request)
             self._departures.add(request)
-        elif self._cache.restores.is_waiting(request):
-            self._cache.restores.drop(request)
+        elif self._cache.is_waiting(request):
+            self._cache.end_wait(request)
         elif request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED):
             self._queue.remove(request)
         request.status = RequestStatus.FINISHED
         request.finish_reason = reason
+        self._waits.forget(request)
+        if request.row is None:
+            self._cache.forget(request)
         del self._requests[request.req_id]
 
     # ---- plan a step
@@ -152,20 +159,21 @@ class Scheduler:
         self._free_rows += reversed(self._left_rows)
         self._left_rows = []
         self._cache.begin()
-        for request in self._cache.restores.take(now_s):
+        for request in self._cache.take_restored(now_s):
             self._queue.push(request)
         self._give_back_rows()
         num_preemptions = self._num_preemptions
         decoding = self._choose_decodes()
-        # Not in the step that preempts: the victim would take back what it just gave.
-        decode = _features_of(decoding)
+        guesses = self._guess(decoding)
+        decode = _features_of(decoding, guesses)
         loads = LoadPlan(self._limits, self._cost_model, decode)
         self._catch_up(loads)
+        # Not in the step that preempts: the victim would take back what it just gave.
         joined = self._admit(now_s, loads) if self._num_preemptions == num_preemptions else []
         chunks = self._choose_chunks(decode, loads)
         if not (self._left_rows or joined or decoding or chunks or self._cache.has_operations):
             return None
-        return self._make_plan(joined, decoding, chunks)
+        return self._make_plan(joined, self._decode_works(decoding, guesses), chunks)
 
     def _give_back_rows(self) -> None:
         """Rows of finished requests, and of those whose last token is planned."""
@@ -192,10 +200,30 @@ class Scheduler:
         for request in list(self._running):
             if request.row is None or request.is_prefilling:
                 continue
+            assert request.num_pending_tokens <= 1, "read guesses before the row goes on"
             if self._make_room(request):
                 decoding.append(request)
         self._room.grow_one_ahead(decoding)
         return decoding
+
+    @property
+    def plans_after_reading(self) -> bool:
+        """Whether the step in flight has to be read before the next one is planned."""
+        return self._proposer is not None
+
+    def _guess(self, decoding: Sequence[Request]) -> Guesses:
+        """Returns what is tried of rows that decode, where memory is there at nobody's cost."""
+        if self._proposer is None:
+            return {}
+        guesses = {}
+        tokens_left = self._limits.max_num_batched_tokens - len(decoding)
+        for request in decoding:
+            left = min(request.num_tokens_to_plan - 1, self._room.spare_tokens(request))
+            most = min(self._limits.max_guesses, left, tokens_left)
+            if most > 0 and (ids := self._proposer.propose(request, most)[:most]):
+                guesses[request] = ids
+                tokens_left -= len(ids)
+        return guesses
 
     def _make_room(self, request: Request) -> bool:
         """Have a place for one more token, if need be at the cost of less urgent requests; False
@@ -291,163 +319,149 @@ class Scheduler:
         self._cache.use(hit)
         return loads.cut(request, hit)
 
-    def _leader(
-        self, request: Request, prefilling: Sequence[Request]
-    ) -> tuple[Request, int] | None:
-        """Somebody who is about to compute tokens that the request needs too, and up to where."""
-        for other in prefilling:
-            is_ahead = (-other.num_computed_tokens, other.urgency) < (
-                -request.num_computed_tokens,
-                request.urgency,
-            )
-            if not is_ahead:
-                continue
-            num_shared = self._cache.num_shared(request, other)
-            if num_shared > other.num_computed_tokens:
-                return other, num_shared
-        return None
-
-    def _waits(self, request: Request, prefilling: Sequence[Request]) -> bool:
-        """Whether the request leaves computing to somebody else: at most until others have had
-        about as many tokens computed as it would have needed itself."""
-        found = self._leader(request, prefilling)
-        if found is None:
-            return False
-        leader, num_shared = found
-        leader.state_points.add(num_shared)
-        if request.wait_tokens_left is None:
-            request.wait_tokens_left = WAIT_MARGIN * (num_shared - request.num_computed_tokens)
-        return request.wait_tokens_left > 0
-
     def _choose_chunks(self, decode: StepFeatures, loads: LoadPlan) -> list[tuple[Request, int]]:
         prefilling = [r for r in self._running if r.is_prefilling and r not in loads.unfinished]
-        waiting = [r for r in prefilling if self._waits(r, prefilling)]
-        computing = [r for r in prefilling if r not in waiting]
-        for request in computing:
-            request.chunk_limit = self._cache.next_state_point(request)
+        computing = self._waits.computing(prefilling)
+        points = {request: self._cache.next_state_point(request) for request in computing}
+        ends = {request: point for request, point in points.items() if point is not None}
         costs, num_loaded = self._cost_model, loads.num_tokens
         plan = PrefillPlan(self._limits, costs, decode, self._ramp_tokens, num_loaded)
-        chunks = plan.share_out(computing)
-        for request in waiting:
-            assert request.wait_tokens_left is not None
-            request.wait_tokens_left -= sum(num_tokens for _, num_tokens in chunks)
-        had = sum(num_tokens for _, num_tokens in chunks) if decode.rows else 0
+        chunks = plan.share_out(computing, ends)
+        num_tokens = sum(num_tokens for _, num_tokens in chunks)
+        self._waits.others_compute(num_tokens)
+        self._num_prefill_tokens += num_tokens
+        had = num_tokens if decode.rows else 0
         self._ramp_tokens = max(self._limits.first_chunk_tokens, had + had // 2)
         return chunks
 
     def _make_plan(
         self,
         joined: Sequence[Request],
-        decoding: Sequence[Request],
+        decoding: Sequence[tuple[Request, tuple[int, ...] | None]],
         chunks: Sequence[tuple[Request, int]],
     ) -> StepPlan:
+        """`decoding` comes with the ids of rows whose last token is known, None for others."""
         kv_ops = self._layout.settle()
         saves, loads = self._cache.finish()
         self._num_steps += 1
+        works = [(request, self._decode_work(request, ids)) for request, ids in decoding]
+        works += [(request, self._chunk(request, num_tokens)) for request, num_tokens in chunks]
         plan = StepPlan(
             step=self._num_steps,
             left_rows=tuple(self._left_rows),
             joined_rows=tuple(_joined_row(request) for request in joined),
             kv_ops=kv_ops,
-            decodes=tuple(sorted(map(self._decode_row, decoding), key=_by_place)),
-            prefills=tuple(sorted((self._chunk(r, n) for r, n in chunks), key=_by_place)),
+            decodes=_by_place(work for _, work in works if work.token_ids is None),
+            chunks=_by_place(work for _, work in works if work.token_ids is not None),
             saves=saves,
             loads=loads,
         )
-        self._num_prefill_tokens += plan.num_prefill_tokens
-        self._advance(plan, [(request, 1) for request in decoding] + list(chunks))
+        self._in_flight[plan.step] = {w.row: request for request, w in works if w.yields}
+        for request, work in works:
+            self._advance(request, work)
         self._forecast_step_s = self._cost_model.forecast_s(StepFeatures.of(plan))
         return plan
 
-    def _decode_row(self, request: Request) -> DecodeRow:
-        row = request.held_row
-        place = self._layout.location(row)
-        return DecodeRow(row, place.slab_id, place.slot, request.num_computed_tokens)
+    def _decode_works(
+        self, decoding: Sequence[Request], guesses: Guesses
+    ) -> list[tuple[Request, tuple[int, ...] | None]]:
+        return [
+            (request, (*_last_token(request), *guesses[request]) if request in guesses else None)
+            for request in decoding
+        ]
 
-    def _chunk(self, request: Request, num_tokens: int) -> PrefillChunk:
-        row = request.held_row
-        place = self._layout.location(row)
+    def _decode_work(self, request: Request, token_ids: tuple[int, ...] | None) -> RowWork:
+        place = self._layout.location(request.held_row)
+        yields = 1 if token_ids is None else len(token_ids)
+        return RowWork(
+            row=request.held_row,
+            slab_id=place.slab_id,
+            slot=place.slot,
+            start=request.num_computed_tokens,
+            token_ids=token_ids,
+            yields=yields,
+            is_awaited=yields >= request.num_tokens_to_plan,
+        )
+
+    def _chunk(self, request: Request, num_tokens: int) -> RowWork:
+        place = self._layout.location(request.held_row)
         start = request.num_computed_tokens
-        return PrefillChunk(
-            row=row,
+        samples = start + num_tokens == request.prefill_until
+        return RowWork(
+            row=request.held_row,
             slab_id=place.slab_id,
             slot=place.slot,
             start=start,
             token_ids=request.known_ids(start, start + num_tokens),
-            samples=start + num_tokens == request.prefill_until,
+            yields=1 if samples else 0,
+            is_awaited=samples,
         )
 
-    def _advance(self, plan: StepPlan, scheduled: Sequence[tuple[Request, int]]) -> None:
-        """Count the plan's tokens as computed and its samples as pending."""
-        by_row = {request.held_row: request for request, _ in scheduled}
-        for request, num_tokens in scheduled:
-            request.num_computed_tokens += num_tokens
-            self._layout.set_num_tokens(request.held_row, request.num_computed_tokens)
+    def _advance(self, request: Request, work: RowWork) -> None:
+        """Count the work's tokens as computed and what it yields as pending."""
+        request.num_computed_tokens = work.end
+        request.num_pending_tokens += work.yields
+        self._layout.set_num_tokens(work.row, work.end)
+        if work.yields <= 1:  # else it may have to go back
             self._cache.computed(request)
-        sampling = tuple(by_row[row] for row in plan.sampling_rows)
-        for request in sampling:
-            request.num_pending_tokens += 1
-        self._in_flight[plan.step] = sampling
 
     # ---- read a step
 
-    def awaited(self, plan: StepPlan, sampled_tokens: Sequence[int]) -> set[str]:
-        """The requests that wait for these tokens of a plan, which `update` has not taken in yet,
-        more than for the next: an answer begins or ends with them."""
-        places = enumerate(zip(self._in_flight[plan.step], sampled_tokens, strict=True))
-        return {
-            request.req_id
-            for place, (request, token) in places
-            if request.status is not RequestStatus.FINISHED
-            and (place >= len(plan.decodes) or _finish_reason(request, token))
-        }
-
-    def update(
-        self,
-        plan: StepPlan,
-        sampled_tokens: Sequence[int],
-        step_s: float | None,
-        now_s: float,
-        logprobs: Mapping[int, RowLogprobs] = NO_LOGPROBS,
-    ) -> list[RequestOutput]:
-        """Take in the tokens of a plan, in the order of its `sampling_rows`. `step_s` is how long
-        the step took, None where that would teach nothing (a first, compiling step). `logprobs`
-        has those of the tokens whose requests asked, by place."""
-        if step_s is not None and (plan.decodes or plan.prefills):
-            self._cost_model.observe(StepFeatures.of(plan), step_s)
+    def update(self, plan: StepPlan, result: StepResult, now_s: float) -> list[RequestOutput]:
+        """Take in what rows of a plan yielded; each row comes once."""
+        in_flight = self._in_flight[plan.step]
+        planned = {work.row: work for work in plan.works if work.row in result}
         outputs = []
-        sampling = self._in_flight.pop(plan.step)
-        for place, (request, token) in enumerate(zip(sampling, sampled_tokens, strict=True)):
-            request.num_pending_tokens -= 1
+        for row, given in result.items():
+            request, work = in_flight.pop(row), planned[row]
+            request.num_pending_tokens -= work.yields
             if request.status is not RequestStatus.FINISHED:
-                scores = logprobs.get(place) if logprobs else None
-                outputs.append(self._append_token(request, token, now_s, scores))
+                num_taken = _num_taken(request, given.token_ids)
+                if work.yields > 1:
+                    self._go_back(request, work, work.yields - num_taken)
+                outputs.append(self._append_tokens(request, given, num_taken, now_s))
         return outputs
 
-    def _append_token(
-        self, request: Request, token: int, now_s: float, scores: RowLogprobs | None
+    def end_step(self, plan: StepPlan, step_s: float | None) -> None:
+        """Every row of the plan has come. `step_s` is how long the step took, None where that
+        would teach nothing (a first, compiling step)."""
+        assert not self._in_flight.pop(plan.step), "a row of the plan has not come"
+        if step_s is not None and plan.works:
+            self._cost_model.observe(StepFeatures.of(plan), step_s)
+
+    def _go_back(self, request: Request, work: RowWork, num_tokens: int) -> None:
+        """Take back so many tokens at the end of what the row computed, if it has it still."""
+        if request.row == work.row and request.num_computed_tokens == work.end:
+            request.num_computed_tokens -= num_tokens
+            self._layout.set_num_tokens(work.row, request.num_computed_tokens)
+            self._cache.computed(request)
+
+    def _append_tokens(
+        self, request: Request, given: RowResult, num_tokens: int, now_s: float
     ) -> RequestOutput:
+        """Take the first tokens that a row yielded; the others come after the request's end."""
         queue_s = prefill_s = 0.0
         report = None
         if not request.output_ids:
             request.first_token_s = now_s
-            report = request.cache_report
+            report = self._cache.report_of(request)
             admitted_s = now_s if request.admitted_s is None else request.admitted_s
             queue_s, prefill_s = admitted_s - request.arrival_s, now_s - admitted_s
-        reason = _finish_reason(request, token)
-        request.output_ids.append(token)
-        self._num_output_tokens += 1
-        self._queue.charge(request.client_key, output_tokens=1)
+        token_ids = list(given.token_ids[:num_tokens])
+        request.output_ids += token_ids
+        reason = _finish_reason(request)
+        self._num_output_tokens += num_tokens
+        self._queue.charge(request.client_key, output_tokens=num_tokens)
         if reason is not None:
             self._finish(request, reason)
         return RequestOutput(
             req_id=request.req_id,
-            token_ids=[token],
+            token_ids=token_ids,
             finish_reason=reason,
             queue_s=queue_s,
             cache=report,
-            logprobs=None if scores is None or scores.token is None else [scores.token],
-            prompt_logprobs=None if scores is None else scores.prompt,
+            logprobs=None if given.logprobs is None else given.logprobs[:num_tokens],
+            prompt_logprobs=given.prompt_logprobs,
             prefill_s=prefill_s,
             num_preemptions=request.num_preemptions,
         )
@@ -465,16 +479,16 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         """Unfinished requests, rows that leave, or something to give to the tier."""
-        return bool(self._requests or self._departures) or self._cache.store.has_offloads_due
+        return bool(self._requests or self._departures) or self._cache.has_offloads_due
 
     @property
     def waits_for_tier(self) -> bool:
         """All that there is to do is to wait for the tier."""
-        return 0 < len(self._requests) == len(self._cache.restores)
+        return 0 < len(self._requests) == self._cache.num_waiting
 
     @property
     def num_waiting(self) -> int:
-        return len(self._queue) + len(self._cache.restores)
+        return len(self._queue) + self._cache.num_waiting
 
     @property
     def num_running(self) -> int:
@@ -484,18 +498,19 @@ class Scheduler:
     @property
     def has_offloads(self) -> bool:
         """Whether something is meant for the tier, even where it has no room now."""
-        return self._cache.store.has_offloads
+        return self._cache.has_offloads
 
     @property
     def num_restored_tokens(self) -> int:
-        return self._cache.restores.num_restored_tokens
+        return self._cache.numbers.num_restored_tokens
 
     def offload_all(self) -> None:
         """Before the engine ends: give the tier what only memory has, in the plans that follow."""
-        self._cache.store.offload_all()
+        self._cache.offload_all()
 
     def stats(self, peak_memory_bytes: int = 0) -> EngineStats:
         decoding = [request for request in self._running if not request.is_prefilling]
+        cached = self._cache.numbers
         return EngineStats(
             num_running=self.num_running,
             num_waiting=self.num_waiting,
@@ -514,24 +529,31 @@ class Scheduler:
                 len(decoding), sum(request.num_computed_tokens for request in decoding)
             ),
             peak_memory_bytes=peak_memory_bytes,
-            kv_cached_bytes=self._cache.store.used_bytes,
-            num_cached_blocks=self._cache.store.num_blocks,
-            num_free_blocks=self._cache.store.num_free_places,
-            prefix_cache_queries_total=self._cache.num_queried_tokens,
-            prefix_cache_hits_total=self._cache.num_hit_tokens,
-            cache_evictions_total=self._cache.store.num_evictions,
+            kv_cached_bytes=cached.used_bytes,
+            num_cached_blocks=cached.num_blocks,
+            num_free_blocks=cached.num_free_blocks,
+            prefix_cache_queries_total=cached.num_queried_tokens,
+            prefix_cache_hits_total=cached.num_hit_tokens,
+            cache_evictions_total=cached.num_evictions,
             prefill_tokens_total=self._num_prefill_tokens,
-            num_deferred=len(self._cache.restores),
+            num_deferred=self._cache.num_waiting,
         )
 
 
-def _features_of(decoding: Sequence[Request]) -> StepFeatures:
+def _features_of(decoding: Sequence[Request], guesses: Guesses) -> StepFeatures:
     kv_tokens = sum(request.num_computed_tokens + 1 for request in decoding)
-    return StepFeatures(rows=len(decoding), kv_tokens=kv_tokens)
+    features = StepFeatures(rows=len(decoding), kv_tokens=kv_tokens)
+    for request, ids in guesses.items():
+        features = features.with_chunk(request.num_computed_tokens + 1, len(ids))
+    return features
 
 
-def _by_place(place: DecodeRow | PrefillChunk) -> tuple[int, int]:
-    return (place.slab_id, place.slot)
+def _by_place(works: Iterable[RowWork]) -> tuple[RowWork, ...]:
+    return tuple(sorted(works, key=lambda work: (work.slab_id, work.slot)))
+
+
+def _last_token(request: Request) -> tuple[int, ...]:
+    return request.known_ids(request.num_known_tokens - 1, request.num_known_tokens)
 
 
 def _joined_row(request: Request) -> JoinedRow:
@@ -544,10 +566,18 @@ def _joined_row(request: Request) -> JoinedRow:
     )
 
 
-def _finish_reason(request: Request, token: int) -> FinishReason | None:
-    """Why a request ends with its next token, if it does."""
-    if token in request.sampling.stop_token_ids:
+def _num_taken(request: Request, token_ids: Sequence[int]) -> int:
+    """How many of these tokens the request takes: up to its end."""
+    left = request.max_new_tokens - len(request.output_ids)
+    stops = request.sampling.stop_token_ids
+    ends = (n for n, token in enumerate(token_ids, 1) if token in stops)
+    return min(left, next(ends, len(token_ids)))
+
+
+def _finish_reason(request: Request) -> FinishReason | None:
+    """Why a request ends with its last token, if it does."""
+    if request.output_ids[-1] in request.sampling.stop_token_ids:
         return "stop"
-    if len(request.output_ids) + 1 >= request.max_new_tokens:
+    if len(request.output_ids) >= request.max_new_tokens:
         return "length"
     return None

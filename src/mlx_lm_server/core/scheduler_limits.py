@@ -26,7 +26,8 @@ class SchedulerLimits:
     tokens whole `token_tile`s: the last few of a tile cost next to nothing, and with fewer sizes
     forwards of one form come again (docs/adr/0009). A row gets room for `lookahead_tokens` of its
     answer when it joins. Of cached tokens a step loads at least `min_loaded_tokens`, whatever the
-    goal, and beside others it saves `leaving_bytes` of what rows leave behind.
+    goal, and beside others it saves `leaving_bytes` of what rows leave behind. `max_guesses` is how
+    many tokens of a row may be tried at once, as many as it can take back.
     """
 
     max_batch_size: int = 32
@@ -44,6 +45,7 @@ class SchedulerLimits:
     lookahead_tokens: int = 256
     leaving_bytes: int = 4 << 20  # copied in a millisecond or two
     min_loaded_tokens: int = 256
+    max_guesses: int = 0
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from mlx_lm_server.core.block import Block, State, chain_name
 
 
-@dataclass(frozen=True, slots=True)
-class Label:
+class Label(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a record in the tier holds: K and V of a block's tokens, or the state after them.
     `token_ids` are the record's own, `num_tokens` counts all from the first of the sequence."""
 
@@ -35,10 +35,6 @@ class Label:
     def of_state(cls, parent: bytes, tail: tuple[int, ...], num_tokens: int) -> Label:
         name = hashlib.sha256(b"state" + chain_name(parent, tail)).digest()
         return cls(name, parent, tail, num_tokens, is_state=True)
-
-
-# Bytes as the runner made them. The core only passes them on.
-Payload = object
 
 
 class Tier(Protocol):
@@ -73,8 +69,10 @@ class Tier(Protocol):
     def cancel(self, read: int) -> None:
         """Forget a read."""
 
-    def poll(self) -> list[tuple[int, Sequence[Payload]]]:
-        """Reads that have ended, each with what it found: as much as was asked, or its head."""
+    def poll(self) -> list[tuple[int, int]]:
+        """Returns the reads that have ended, each with how many of its records it found: all that
+        were asked for, or the first ones. The runner may take them, by their names, until the
+        next call."""
 
     def use(self, names: Sequence[bytes]) -> None:
         """These were used from memory, so they are worth keeping."""
@@ -109,7 +107,7 @@ class NoTier:
     def cancel(self, read: int) -> None:
         pass
 
-    def poll(self) -> list[tuple[int, Sequence[Payload]]]:
+    def poll(self) -> list[tuple[int, int]]:
         return []
 
     def use(self, names: Sequence[bytes]) -> None:

@@ -17,6 +17,7 @@ from mlx_lm_server.core.cost_model import CostModel, StepCosts
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.memory_ledger import MemoryLedger
 from mlx_lm_server.core.prefix_cache import CacheSettings, PrefixCache
+from mlx_lm_server.core.proposer import Proposer
 from mlx_lm_server.core.scheduler import Scheduler, SchedulerLimits
 from mlx_lm_server.engine.disk_cache import DiskCache, settings_of
 from mlx_lm_server.engine.engine_core import EngineCore
@@ -57,9 +58,13 @@ DIGESTS_FILE = "digests.json"
 
 
 def assemble(
-    order: LoadModel, blas: Blas, progress: Progress, clock: Callable[[], float] = time.monotonic
+    order: LoadModel,
+    blas: Blas,
+    progress: Progress,
+    clock: Callable[[], float] = time.monotonic,
+    proposer: Proposer | None = None,
 ) -> tuple[EngineCore, Ready]:
-    """A ready engine and the message that says so. Raises the classes of ModelError."""
+    """Returns a ready engine and the message that says so. Raises the classes of ModelError."""
     begun_s = time.monotonic()
     if _is_on_cpu():
         host_memory.keep_freed_blocks()
@@ -105,11 +110,13 @@ def assemble(
         order,
         max_step_tokens,
         ledger.kv_limit_bytes // max(1, geometry.bytes_per_token),
+        runner,
         _token_tile(loaded, runner),
     )
     settings = _cache_settings(order, runner.batching, ledger.kv_limit_bytes)
     disk = _disk_cache(order, loaded, runner) if settings.is_on else None
-    scheduler = Scheduler(limits, layout, CostModel(costs), PrefixCache(settings, layout, disk))
+    cache = PrefixCache(settings, layout, disk)
+    scheduler = Scheduler(limits, layout, CostModel(costs), cache, proposer)
     mx.reset_peak_memory()
     core = EngineCore(scheduler, runner, clock, mx.get_peak_memory, disk)
     ready = Ready(
@@ -176,7 +183,7 @@ def _disk_cache(order: LoadModel, loaded: LoadedModel, runner: ModelRunner) -> D
         return None
     about = {"model": order.model_path, "kv": runner.kv_format, "block_size": str(order.block_size)}
     disk = DiskCache(settings, Namespace(namespace_digest(parts), about), shapes.fits)
-    runner.blocks.offload = disk.save
+    runner.blocks.tier = disk
     return disk
 
 
@@ -216,7 +223,7 @@ def _token_tile(loaded: LoadedModel, runner: ModelRunner) -> int:
 
 
 def _limits(
-    order: LoadModel, max_step_tokens: int, kv_tokens: int, token_tile: int
+    order: LoadModel, max_step_tokens: int, kv_tokens: int, runner: ModelRunner, token_tile: int
 ) -> SchedulerLimits:
     lookahead = int(MAX_LOOKAHEAD_SHARE * kv_tokens) // order.max_batch_size
     return SchedulerLimits(
@@ -226,6 +233,7 @@ def _limits(
         prefill_batch_size=order.prefill_batch_size,
         itl_goal_s=order.itl_goal_s,
         token_tile=token_tile,
+        max_guesses=runner.max_guesses,
         lookahead_tokens=min(MAX_LOOKAHEAD, max(MIN_LOOKAHEAD, lookahead)),
     )
 

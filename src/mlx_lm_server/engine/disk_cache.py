@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from mlx_lm_server.core.tier import Label, Payload
+from mlx_lm_server.core.tier import Label
 from mlx_lm_server.protocol import DiskTier, TierStats
 from mlx_lm_server.tier import Namespace, Prefetched, Record, SsdStore, TierSettings, Wanted
 
@@ -35,6 +35,7 @@ class DiskCache:
         self._fits = fits
         self._num_reads = 0
         self._ended: list[Prefetched] = []
+        self._found: dict[bytes, Record] = {}  # by the last `poll`
         self.writes_through = settings.writes_through
         self.folder = str(settings.cache_dir / namespace.folder)
         self._num_refused = 0
@@ -79,15 +80,17 @@ class DiskCache:
     def cancel(self, read: int) -> None:
         self._store.abort(str(read))
 
-    def poll(self) -> list[tuple[int, Sequence[Payload]]]:
+    def poll(self) -> list[tuple[int, int]]:
         self.look()
         ended, self._ended = self._ended, []
-        return [(int(read.ticket.owner), self._fitting(read.records)) for read in ended]
+        found = [(int(read.ticket.owner), self._fitting(read.records)) for read in ended]
+        self._found = {record.name: record for _, records in found for record in records}
+        return [(read, len(records)) for read, records in found]
 
     def use(self, names: Sequence[bytes]) -> None:
         self._store.use(names)
 
-    def _fitting(self, records: Sequence[Record]) -> list[Payload]:
+    def _fitting(self, records: Sequence[Record]) -> list[Record]:
         """Up to the first that is not this model's."""
         for number, record in enumerate(records):
             if not self._fits(record):
@@ -99,6 +102,10 @@ class DiskCache:
 
     def save(self, record: Record) -> None:
         self._store.save(record)
+
+    def found(self, name: bytes) -> Record:
+        """Returns a record that the last `poll` has found."""
+        return self._found[name]
 
     def keep_late(self) -> None:
         """From now on the engine only stops: what waits for the disk is not dropped."""

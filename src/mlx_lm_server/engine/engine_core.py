@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
 
 from mlx_lm_server.core.kv_geometry import KVGeometry
-from mlx_lm_server.core.plan import RowLogprobs, StepPlan
+from mlx_lm_server.core.plan import StepPlan, StepResult
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import Scheduler
 from mlx_lm_server.engine.disk_cache import CLOSE_LIMIT_S, FLUSH_LIMIT_S, DiskCache
@@ -20,30 +21,33 @@ from mlx_lm_server.protocol import Abort, AddRequest, EngineStats, RequestOutput
 log = logging.getLogger(__name__)
 
 
+class Handle(Protocol):
+    """A plan on its way."""
+
+    def collect(self) -> Iterator[StepResult]:
+        """Waits for the plan. Gives what its rows yielded, each row once, in parts that are to be
+        told one by one; the first, which may be empty, as soon as the plan has ended."""
+
+
 class Runner(Protocol):
     """What executes plans; `runner.ModelRunner` is the real one."""
 
-    def execute(self, plan: StepPlan) -> None: ...
+    def submit(self, plan: StepPlan) -> Handle:
+        """Takes a plan, at most one ahead of the last that was collected."""
 
-    def submit(self) -> None: ...
 
-    @property
-    def submits_slowly(self) -> bool:
-        """Whether the next submission takes so long that who waits for a token would notice."""
-
-    def sample(self) -> None: ...
-
-    def read(self) -> list[int]: ...
-
-    def read_logprobs(self) -> Mapping[int, RowLogprobs]: ...
+@dataclass(slots=True)
+class _Running:
+    plan: StepPlan
+    handle: Handle
+    since_s: float  # when the plan before was read, if there was one
 
 
 class EngineCore:
     """Scheduler and runner, one step ahead of each other. Lives on the engine's main thread.
 
-    A step submits the draw for the forward that runs, plans and builds the next forward, and only
-    then waits for the drawn tokens: the device waits for the host no longer than it takes to
-    submit what is built.
+    A step plans and builds the next forward while one runs, and only then waits for the tokens of
+    that: the device waits for the host no longer than it takes to submit what is built.
     """
 
     def __init__(
@@ -59,10 +63,8 @@ class EngineCore:
         self._clock = clock
         self._peak_memory = peak_memory
         self._disk = disk
-        self._running: StepPlan | None = None
-        self._running_since_s = 0.0  # since the tokens of the plan before came, if there was one
+        self._running: _Running | None = None
         self._progress = PrefillProgress()
-        self._held: list[RequestOutput] = []  # to be told after the next submission
         self._step_tokens: list[int] = []
         self.took_memory = False  # whether the last plan made slabs or segments
 
@@ -119,7 +121,6 @@ class EngineCore:
                 case Abort():
                     ended = self._scheduler.abort(message.req_id)
                     outputs += [ended] if ended else []
-                    self._held = [o for o in self._held if o.req_id != message.req_id]
         self._progress.forget(outputs)
         return outputs
 
@@ -133,36 +134,42 @@ class EngineCore:
         return ()
 
     def step(self) -> list[RequestOutput]:
-        """One forward further; the outputs are those of the forward before. Where some of them
-        were told by themselves, the next call submits and gives the others."""
+        """Goes one forward further. Returns the outputs of the forward before."""
+        return [output for part in self.step_in_parts() for output in part]
+
+    def step_in_parts(self) -> Iterator[list[RequestOutput]]:
+        """Goes one forward further, as its outputs are told: part by part, each before what comes
+        next is submitted."""
         began_s = self._clock()
-        self._runner.submit()
-        if self._held:
-            held, self._held = self._held, []
-            return held
-        self._runner.sample()
+        if self._scheduler.plans_after_reading:
+            yield from self._read()
         plan = self._scheduler.schedule(self._clock())
-        if plan is not None:
-            self._runner.execute(plan)
         self.took_memory = plan is not None and plan.takes_memory
-        tokens = self._runner.read()
-        now_s = self._clock()
-        finished, self._running = self._running, plan
-        if finished is None:
-            self._running_since_s = began_s
-            self._runner.submit()
-            return []
-        awaited = self._scheduler.awaited(finished, tokens) if self._runner.submits_slowly else None
-        if not awaited:
-            self._runner.submit()
-        step_s, self._running_since_s = now_s - self._running_since_s, now_s
-        if finished.num_tokens:
-            self._step_tokens.append(finished.num_tokens)
-        logprobs = self._runner.read_logprobs()
-        outputs = self._scheduler.update(finished, tokens, step_s, now_s, logprobs)
-        outputs = self._progress.after(finished) + outputs
-        self._progress.forget(outputs)
-        if awaited and plan is not None:
-            self._held = [output for output in outputs if output.req_id not in awaited]
-            return [output for output in outputs if output.req_id in awaited]
-        return outputs
+        if plan is None:
+            yield from self._read()
+            return
+        handle = self._runner.submit(plan)
+        following = _Running(plan, handle, began_s)
+        if self._running is not None:
+            yield from self._read(following)
+        self._running = following
+
+    def _read(self, following: _Running | None = None) -> Iterator[list[RequestOutput]]:
+        """Wait for the forward under way, and take in what it gave."""
+        running, self._running = self._running, None
+        if running is None:
+            return
+        plan, read_s = running.plan, 0.0
+        more = self._progress.after(plan)
+        if plan.num_tokens:
+            self._step_tokens.append(plan.num_tokens)
+        for result in running.handle.collect():
+            now_s = self._clock()
+            read_s = read_s or now_s
+            outputs = more + self._scheduler.update(plan, result, now_s)
+            more = []
+            self._progress.forget(outputs)
+            yield outputs
+        if following is not None:
+            following.since_s = read_s
+        self._scheduler.end_step(plan, read_s - running.since_s)

@@ -99,16 +99,26 @@ class EngineLoop:
     def run(self, messages: Sequence[ToEngine]) -> None:
         """Until Shutdown. Raises LinkClosed."""
         while not any(isinstance(message, Shutdown) for message in messages):
-            outputs = self._core.handle([m for m in messages if isinstance(m, AddRequest | Abort)])
+            ended = self._core.handle([m for m in messages if isinstance(m, AddRequest | Abort)])
             if self._core.has_work:
-                outputs += self._core.step()
-                self._memory.after_step(took_memory=self._core.took_memory)
-            elif not messages:
-                self._memory.rest()
-            if outputs or not self._core.has_work or self._is_silent:
-                self._tell(outputs)
+                self._step(ended)
+            else:
+                if not messages:
+                    self._memory.rest()
+                self._tell(ended)
             messages = self._link.receive(self._wait_s())
         self._core.close()
+
+    def _step(self, ended: list[RequestOutput]) -> None:
+        """Goes one step further and tells each part of its outputs as it comes."""
+        is_told = False
+        for part in self._core.step_in_parts():
+            if outputs := ended + part:
+                self._tell(outputs)
+                ended, is_told = [], True
+        if not is_told and (ended or not self._core.has_work or self._is_silent):
+            self._tell(ended)
+        self._memory.after_step(took_memory=self._core.took_memory)
 
     @property
     def _is_silent(self) -> bool:

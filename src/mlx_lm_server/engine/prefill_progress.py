@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mlx_lm_server.core.plan import PrefillChunk, StepPlan
+from mlx_lm_server.core.plan import RowWork, StepPlan
 from mlx_lm_server.protocol import RequestOutput
 
 
@@ -13,7 +13,7 @@ class PrefillProgress:
 
     def __init__(self) -> None:
         self._watched: set[str] = set()
-        self._rows: dict[int, str] = {}  # of watched requests that have no token yet
+        self._rows: dict[int, str] = {}  # of watched requests that had no token when they joined
         self._num_own: dict[int, int] = {}  # tokens that these rows computed themselves
 
     def watch(self, req_id: str) -> None:
@@ -34,11 +34,13 @@ class PrefillProgress:
                 self._num_own[joined.row] = 0
         watched = self._watched
         return [
-            self._told(chunk) for chunk in plan.prefills if self._rows.get(chunk.row) in watched
+            self._told(chunk)
+            for chunk in plan.chunks
+            if self._rows.get(chunk.row) in watched and not chunk.guesses
         ]
 
-    def _told(self, chunk: PrefillChunk) -> RequestOutput:
-        self._num_own[chunk.row] += len(chunk.token_ids)
+    def _told(self, chunk: RowWork) -> RequestOutput:
+        self._num_own[chunk.row] += chunk.num_tokens
         return RequestOutput(
             self._rows[chunk.row],
             [],

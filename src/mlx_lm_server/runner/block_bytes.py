@@ -8,12 +8,14 @@ from itertools import groupby
 
 import mlx.core as mx
 
-from mlx_lm_server.core.plan import LoadBlocks, RestoreBlocks, SaveBlocks
+from mlx_lm_server.core.block import Place
+from mlx_lm_server.core.plan import LoadBlocks, SaveBlocks
 from mlx_lm_server.runner.block_planes import BlockPlanes, Planes
 from mlx_lm_server.runner.kv_storage import KVStorage
 from mlx_lm_server.runner.plane_spans import Span, copy_in
-from mlx_lm_server.runner.record_bytes import PlaneGroups, tensors_of
+from mlx_lm_server.runner.record_bytes import PlaneGroups
 from mlx_lm_server.runner.stages import unchanged
+from mlx_lm_server.tier import Record
 
 
 class BlockBytes:
@@ -48,9 +50,9 @@ class BlockBytes:
             slab, segment = self._planes_of(op.slab_id, segment_id)
             self._storage.copy_bytes(list(zip(segment, slab, strict=True)), spans)
 
-    def restore(self, op: RestoreBlocks) -> None:
+    def restore(self, places: Sequence[Place], records: Sequence[Record]) -> None:
         """Straight from the records to where the blocks lie."""
-        items = zip(op.places, map(tensors_of, op.payloads), strict=True)
+        items = zip(places, (record.tensors for record in records), strict=True)
         for segment_id, run in groupby(items, key=lambda item: item[0].segment_id):
             segment, restored = self._pool.segment(segment_id), list(run)
             for position, group in enumerate(self._groups):

@@ -9,11 +9,11 @@ from itertools import groupby
 import mlx.core as mx
 
 from mlx_lm_server.core.block import Place
-from mlx_lm_server.core.plan import LoadBlocks, RestoreBlocks, SaveBlocks
+from mlx_lm_server.core.plan import LoadBlocks, SaveBlocks
 from mlx_lm_server.runner.block_planes import BlockPlanes, Planes
 from mlx_lm_server.runner.kv_storage import KVStorage
-from mlx_lm_server.runner.record_bytes import PlaneGroups, read_array, tensors_of
-from mlx_lm_server.tier import Tensor
+from mlx_lm_server.runner.record_bytes import PlaneGroups, read_array
+from mlx_lm_server.tier import Record, Tensor
 
 Restored = tuple[Place, tuple[Tensor, ...]]
 
@@ -103,8 +103,8 @@ class BlockOperations:
 
     # ---- from the tier to the pool
 
-    def restore(self, op: RestoreBlocks) -> None:
-        items = zip(op.places, map(tensors_of, op.payloads), strict=True)
+    def restore(self, places: Sequence[Place], records: Sequence[Record]) -> None:
+        items = zip(places, (record.tensors for record in records), strict=True)
         for segment_id, run in groupby(items, key=lambda item: item[0].segment_id):
             # A block with fewer tokens than the others is put in place by itself.
             for num_tokens, alike in groupby(run, key=lambda item: item[1][0].shape[2]):

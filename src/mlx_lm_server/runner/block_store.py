@@ -8,13 +8,14 @@ What the core ordered is done literally and in order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Protocol
 
 import mlx.core as mx
 
+from mlx_lm_server.core.block import Place
 from mlx_lm_server.core.plan import (
     CopyTokens,
     CreateSegment,
@@ -45,11 +46,30 @@ from mlx_lm_server.runner.record_bytes import (
     copy_spans,
     read_array,
     stacked_bytes,
-    tensors_of,
 )
 from mlx_lm_server.runner.row_states import RowStates
 from mlx_lm_server.runner.stages import unchanged
 from mlx_lm_server.tier import Kind, Record, Tensor
+
+
+class TierRecords(Protocol):
+    """The tier, as far as bytes go."""
+
+    def save(self, record: Record) -> None:
+        """Takes what was offloaded."""
+
+    def found(self, name: bytes) -> Record:
+        """Returns a record that was read and that a plan names."""
+
+
+class NoRecords:
+    """Where what is offloaded goes without a tier."""
+
+    def save(self, record: Record) -> None:
+        pass
+
+    def found(self, name: bytes) -> Record:
+        raise LookupError(f"without a tier there is no record {name.hex()}")
 
 
 class BlockCopies(Protocol):
@@ -60,7 +80,7 @@ class BlockCopies(Protocol):
 
     def load(self, op: LoadBlocks) -> None: ...
 
-    def restore(self, op: RestoreBlocks) -> None: ...
+    def restore(self, places: Sequence[Place], records: Sequence[Record]) -> None: ...
 
 
 @dataclass(slots=True)
@@ -84,7 +104,7 @@ class BlockStore:
         self._windows = [n for n, layer in enumerate(storage.layers) if layer.ring is not None]
         self._states: dict[int, _KeptState] = {}
         self.shapes = RecordShapes(storage.layers, states.parts if states else (), block_size)
-        self.offload: Callable[[Record], object] = _nowhere
+        self.tier: TierRecords = NoRecords()
         self._pool = BlockPlanes(storage.layers, block_size)
         way = BlockBytes if storage.is_in_host_memory else BlockOperations
         self._copies: BlockCopies = way(storage, self._pool, self.shapes.plane_groups)
@@ -118,7 +138,7 @@ class BlockStore:
             case OffloadState():
                 self._offload_state(op)
             case RestoreBlocks():
-                self._copies.restore(op)
+                self._copies.restore(op.places, [self.tier.found(name) for name in op.names])
             case RestoreState():
                 self._restore_state(op)
 
@@ -201,12 +221,12 @@ class BlockStore:
     def _give(self, label: Label, tensors: Sequence[Tensor]) -> None:
         kind: Kind = "state" if label.is_state else "block"
         ids, num_tokens = label.token_ids, label.num_tokens
-        self.offload(Record(label.name, kind, label.parent, ids, num_tokens, tuple(tensors)))
+        self.tier.save(Record(label.name, kind, label.parent, ids, num_tokens, tuple(tensors)))
 
     def _restore_state(self, op: RestoreState) -> None:
         specs = self.shapes.of_state(op.num_tokens)
         arrays: dict[int, mx.array] = {}
-        tensors = tensors_of(op.payload)
+        tensors = self.tier.found(op.name).tensors
         for tensor, group in zip(tensors, self.shapes.grouped(specs), strict=True):
             arrays.update(zip(group, read_array(tensor), strict=True))
         flat = iter([mx.contiguous(arrays[number]) for number in range(len(specs))])
@@ -238,7 +258,3 @@ class BlockStore:
         self._storage.stages.add(written)
         if self._row_states:
             self._row_states.write(op.row, state.recurrent)
-
-
-def _nowhere(record: Record) -> None:
-    """Where what is offloaded goes without a tier."""

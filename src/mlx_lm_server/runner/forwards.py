@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from mlx_lm_server.core.plan import DecodeRow, PrefillChunk, StepPlan
+from mlx_lm_server.core.plan import RowWork, StepPlan
 from mlx_lm_server.protocol import Batching
 from mlx_lm_server.runner.attention import LayerCache
 from mlx_lm_server.runner.cache_kinds import ModelState
@@ -31,7 +31,8 @@ from mlx_lm_server.runner.step_layout import StepLayout, layout_of
 
 @dataclass(slots=True)
 class Outcome:
-    """`result` is `[rows that sample, vocab]` logits, or anything of the forward where none does;
+    """`result` is `[positions that sample, vocab]` logits, of the works that yield tokens in their
+    order, each as many as it yields; anything of the forward where none does;
     `beside` is to be computed with it, such as state that only the next step reads;
     `hidden` are the states `[L, 1, dim]` of the chunks that were asked for, by row."""
 
@@ -77,8 +78,8 @@ class PackedForward:
         result, hidden = self._build(layout, ids, positions)
         outcome = Outcome(result, self.storage.take_unread())
         end = len(plan.decodes)
-        for chunk in plan.prefills:
-            begin, end = end, end + len(chunk.token_ids)
+        for chunk in plan.chunks:
+            begin, end = end, end + chunk.num_tokens
             if chunk.row in kept:
                 outcome.hidden[chunk.row] = hidden[begin:end]
         return outcome
@@ -130,10 +131,10 @@ class SplitForward:
         end = len(plan.decodes)
         if plan.decodes:
             results.append(self._run_decodes(plan.decodes, ids[:end, None]))
-        for chunk in plan.prefills:
-            begin, end = end, end + len(chunk.token_ids)
+        for chunk in plan.chunks:
+            begin, end = end, end + chunk.num_tokens
             outputs, states = self._run_chunk(chunk, ids[None, begin:end])
-            (results if chunk.samples else beside).append(outputs)
+            (results if chunk.yields else beside).append(outputs)
             if chunk.row in kept:
                 hidden[chunk.row] = states.swapaxes(0, 1)
         beside += ends_of(self.states.arrays) + self._storage.take_unread()
@@ -144,8 +145,8 @@ class SplitForward:
     def forget(self, rows: Sequence[int]) -> None:
         self.states.drop(rows)
 
-    def _run_decodes(self, decodes: tuple[DecodeRow, ...], ids: mx.array) -> mx.array:
-        plan = StepPlan(0, (), (), (), decodes, ())
+    def _run_decodes(self, decodes: tuple[RowWork, ...], ids: mx.array) -> mx.array:
+        plan = StepPlan(0, decodes=decodes)
         layout = _layout(plan, self._storage)
         rows = [decode.row for decode in decodes]
         caches = self._state.nest(self._row_layers, self.states.take(rows))
@@ -154,12 +155,11 @@ class SplitForward:
         self.states.put(rows, self._state.recurrent_of(caches))
         return logits
 
-    def _run_chunk(self, chunk: PrefillChunk, ids: mx.array) -> tuple[mx.array, mx.array]:
+    def _run_chunk(self, chunk: RowWork, ids: mx.array) -> tuple[mx.array, mx.array]:
         states = self.states.take([chunk.row]) if chunk.start else self.states.fresh()
         caches = self._state.nest(self._chunk_layers, states)
-        positions = [ids.size - 1] if chunk.samples else []
         with _begun(self._chunk_layers, chunk):
-            outputs = self._lm.run(ids, caches, positions)
+            outputs = self._lm.run(ids, caches, _last_positions(chunk))
         self.states.put([chunk.row], self._state.recurrent_of(caches))
         return outputs
 
@@ -179,26 +179,24 @@ class AloneForward:
             one = ids[None, number : number + 1]
             results.append(self._lm(one, self._caches[decode.row]))
         end = len(plan.decodes)
-        for chunk in plan.prefills:
-            begin, end = end, end + len(chunk.token_ids)
+        for chunk in plan.chunks:
+            begin, end = end, end + chunk.num_tokens
             outputs, states = self._run_chunk(chunk, ids[None, begin:end])
-            (results if chunk.samples else beside).append(outputs)
+            (results if chunk.yields else beside).append(outputs)
             if chunk.row in kept:
                 hidden[chunk.row] = states.swapaxes(0, 1)
-        rows = {decode.row for decode in plan.decodes} | {chunk.row for chunk in plan.prefills}
-        for row in rows:
+        for row in {work.row for work in plan.works}:
             beside += ends_of(arrays_of(self._caches[row]))
         if not results:
             results.append(beside.pop(0))
         return Outcome(_joined(results), beside, hidden)
 
-    def _run_chunk(self, chunk: PrefillChunk, ids: mx.array) -> tuple[mx.array, mx.array]:
+    def _run_chunk(self, chunk: RowWork, ids: mx.array) -> tuple[mx.array, mx.array]:
         from mlx_lm.models.cache import make_prompt_cache
 
         if chunk.start == 0:
             self._caches[chunk.row] = make_prompt_cache(self._lm.model)
-        positions = [ids.size - 1] if chunk.samples else []
-        return self._lm.run(ids, self._caches[chunk.row], positions)
+        return self._lm.run(ids, self._caches[chunk.row], _last_positions(chunk))
 
     def forget(self, rows: Sequence[int]) -> None:
         for row in rows:
@@ -222,7 +220,7 @@ def arrays_of(caches: Sequence[Any]) -> list[mx.array]:
 class _begun:
     """A forward's caches between their `begin` and their `end`."""
 
-    def __init__(self, caches: Sequence[Any], what: StepLayout | PrefillChunk) -> None:
+    def __init__(self, caches: Sequence[Any], what: StepLayout | RowWork) -> None:
         self._caches = caches
         for cache in caches:
             cache.begin(what)
@@ -247,14 +245,18 @@ def _layout(plan: StepPlan, storage: KVStorage) -> StepLayout:
 
 
 def _sampling_positions(plan: StepPlan) -> list[int]:
-    """Where, among the packed tokens, the rows that sample have their last one."""
+    """Where, among the packed tokens, the rows that sample do so."""
     positions = list(range(len(plan.decodes)))
     end = len(plan.decodes)
-    for chunk in plan.prefills:
-        end += len(chunk.token_ids)
-        if chunk.samples:
-            positions.append(end - 1)
+    for chunk in plan.chunks:
+        end += chunk.num_tokens
+        positions += range(end - chunk.yields, end)
     return positions
+
+
+def _last_positions(chunk: RowWork) -> list[int]:
+    """Where, among its own tokens, a chunk samples."""
+    return list(range(chunk.num_tokens - chunk.yields, chunk.num_tokens))
 
 
 Candidate = Callable[[KVStorage], Forward]

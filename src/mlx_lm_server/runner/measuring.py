@@ -70,9 +70,9 @@ class Measurer:
     def _affordable_chunk(self) -> int:
         """Returns the largest chunk that takes no more than its share; also the warm-up."""
         size = SMALLEST_CHUNK
-        self._run(plan_of(prefills=[chunk_of(0, 0, size)]))
+        self._run(plan_of(chunks=[chunk_of(0, 0, size)]))
         while size < LARGEST_CHUNK:
-            taken_s = self._run(plan_of(prefills=[chunk_of(0, 0, size)]))
+            taken_s = self._run(plan_of(chunks=[chunk_of(0, 0, size)]))
             if 2 * taken_s > CHUNK_SHARE * self._limit_s:
                 break
             size *= 2
@@ -84,7 +84,7 @@ class Measurer:
 
         def time_s(num_threads: int) -> float:
             with_threads(num_threads)
-            return self._best_s(plan_of(prefills=[chunk_of(0, 0, self._chunk_tokens)]))
+            return self._best_s(plan_of(chunks=[chunk_of(0, 0, self._chunk_tokens)]))
 
         chosen = fastest_threads(most, time_s, lambda: self._has_time(THREADS_SHARE))
         with_threads(chosen)
@@ -95,9 +95,9 @@ class Measurer:
         chunk far from the start."""
         large, small = self._chunk_tokens, max(self._chunk_tokens // 4, 4)
         one_s = self._best_s(plan_of([decode_of(0, large)]))
-        large_s = self._best_s(plan_of(prefills=[chunk_of(0, 0, large)]))
-        small_s = self._best_s(plan_of(prefills=[chunk_of(0, 0, small)]))
-        far_s = self._best_s(plan_of(prefills=[chunk_of(0, FAR_CONTEXT, small)]))
+        large_s = self._best_s(plan_of(chunks=[chunk_of(0, 0, large)]))
+        small_s = self._best_s(plan_of(chunks=[chunk_of(0, 0, small)]))
+        far_s = self._best_s(plan_of(chunks=[chunk_of(0, FAR_CONTEXT, small)]))
         per_token_s = max(1e-7, (large_s - small_s) / (large - small))
         per_pair_s = max(per_token_s / 1e5, (far_s - small_s) / (small * FAR_CONTEXT))
         copied_bytes = self._storage.geometry.full_bytes_per_token
@@ -115,7 +115,7 @@ class Measurer:
         size = max(self._chunk_tokens, LARGEST_CHUNK // 4)
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        self._run(plan_of(prefills=[chunk_of(0, 0, size)]))
+        self._run(plan_of(chunks=[chunk_of(0, 0, size)]))
         return max(1, (mx.get_peak_memory() - before) // size)
 
     def _best_s(self, plan: StepPlan) -> float:

@@ -1,17 +1,17 @@
 """Executes step plans: one forward for all rows, one sampler.
 
-The host works one step ahead of the device:
+`submit(plan)` gives a handle, whose `collect()` gives the tokens. The host works one step ahead of
+the device:
 
-    sample()      submits the draw of a token for each sampling row of the forward that runs
-    execute(plan) builds the graph of the next forward, whose decode rows take those tokens as
-                  arrays that nobody has read yet
-    read()        waits for the tokens
-    submit()      does what the plan orders for slabs and pool, and submits that graph, so that the
-                  host digests the tokens while the device runs
+    submit(plan 2)      submits the draw of plan 1's tokens; builds the forward of plan 2, whose
+                        decode rows take those tokens as arrays that nobody has read yet
+    handle 1.collect()  waits for the tokens of plan 1; does what plan 2 orders for slabs and pool,
+                        and submits its forward: the host digests the tokens while that runs
 
-The graph is submitted only when the forward before has ended, because MLX decides at submission
+A forward is submitted only when the one before has ended, because MLX decides at submission
 whether a slab can be written in place, and an operation under way still holds the slab: submitted
-earlier, each step copied all slabs (docs/adr/0002).
+earlier, each step copied all slabs (docs/adr/0002). Where nothing is under way it is submitted at
+once. Where submitting takes long, tokens that somebody waits for are given before it.
 
 Invariants: everything here runs on the engine's main thread; `_last_tokens[row]` is the token that
 a row sampled last; no array of a slab is referenced across steps (see kv_storage).
@@ -19,39 +19,58 @@ a row sampled last; no array of a slab is referenced across steps (see kv_storag
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import cast
 
 import mlx.core as mx
 
-from mlx_lm_server.core.plan import JoinedRow, RowLogprobs, StepPlan
-from mlx_lm_server.protocol import Batching
+from mlx_lm_server.core.block import num_common
+from mlx_lm_server.core.plan import JoinedRow, RowResult, RowWork, StepPlan, StepResult
+from mlx_lm_server.protocol import Batching, TokenLogprobs
 from mlx_lm_server.runner import kv_quantisation, native_draw, probe
 from mlx_lm_server.runner.block_store import BlockStore
 from mlx_lm_server.runner.forwards import SplitForward
-from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.kv_storage import RING_SPARE, KVStorage
 from mlx_lm_server.runner.loader import LoadedModel
 from mlx_lm_server.runner.logprobs import PromptScores, RowScores
 from mlx_lm_server.runner.measuring import Measurer
 from mlx_lm_server.runner.sampler import Draw, RowSampling, Sampler, start_row
 
 DEFAULT_BLOCK_SIZE = 16
+# Beyond that, tokens that are tried at once are seldom right.
+MAX_GUESSES = 32
 
 
 @dataclass(slots=True)
-class _Running:
-    """A forward, or what was drawn from it. The result is `[len(rows), vocab]` logits, then
-    `[len(rows)]` tokens; where no row samples, something of the forward, only to be waited for.
-    `beside` is computed with it and let go when it has ended."""
+class _Step:
+    """A plan's forward, or what was drawn from it. `works` are those that yield tokens. The result
+    is `[positions, vocab]` logits, then `[positions]` tokens; where nothing is sampled, something
+    of the forward, only to be waited for; None where a plan has no forward. `beside` is computed
+    with it and let go when it has ended."""
 
-    result: mx.array
-    rows: tuple[int, ...]
+    works: tuple[RowWork, ...]
+    result: mx.array | None = None
     beside: list[mx.array] = field(default_factory=list)
     draw: Draw | None = None
     scores: RowScores | None = None
     prompts: list[PromptScores] = field(default_factory=list)
-    told: dict[int, PromptScores] = field(default_factory=dict)  # by place among `rows`
-    followers: dict[int, RowSampling] = field(default_factory=dict)  # by place among `rows`
+    told: dict[int, PromptScores] = field(default_factory=dict)  # by row
+    sampling: dict[int, RowSampling] = field(default_factory=dict)  # by row
+    is_drawn: bool = False
+
+
+class StepHandle:
+    """A plan on its way. `collect` is called once, in the order of the plans."""
+
+    def __init__(self, collect: Callable[[], Iterator[StepResult]]) -> None:
+        self._collect = collect
+
+    def collect(self) -> Iterator[StepResult]:
+        """Waits for the plan's forward. Gives what its rows yielded, each row once: as soon as it
+        has ended those that somebody waits for, and the others once the next is submitted."""
+        return self._collect()
 
 
 class ModelRunner:
@@ -85,11 +104,9 @@ class ModelRunner:
         self._sampler = Sampler(loaded.vocab_size, native_draw.load())
         self._sampling: dict[int, RowSampling] = {}
         self._last_tokens = mx.zeros((max_batch_size,), mx.int32)
-        self._forward: _Running | None = None
-        self._is_submitted = False
-        self._drawn: _Running | None = None
+        self._under_way: _Step | None = None
+        self._built: _Step | None = None  # to be submitted after that
         self._is_on_cpu = mx.default_device() == mx.Device(mx.cpu)
-        self._scores: dict[int, RowLogprobs] = {}
 
     @property
     def batching(self) -> Batching:
@@ -110,6 +127,14 @@ class ModelRunner:
     def passes_over_holes(self) -> bool:
         """Whether slots without a row cost attention nothing."""
         return not self._storage.needs_zeros
+
+    @property
+    def max_guesses(self) -> int:
+        """How many tokens a row can take back: as many guesses may fail at once."""
+        if self.batching == "alone" or self.geometry.bytes_per_row:
+            return 0
+        has_rings = any(layer.ring is not None for layer in self._storage.layers)
+        return RING_SPARE if has_rings else MAX_GUESSES
 
     @property
     def blocks(self) -> BlockStore:
@@ -142,9 +167,23 @@ class ModelRunner:
 
     # ---- a step
 
-    def execute(self, plan: StepPlan) -> None:
-        """Build the forward of a plan. The one before must have been sampled."""
-        assert self._forward is None, "sample the last forward before the next one"
+    def submit(self, plan: StepPlan) -> StepHandle:
+        """Builds the forward of a plan, and submits it as soon as none is under way."""
+        assert self._built is None, "collect the last plan but one before the next"
+        if self._under_way is not None:
+            self._draw(self._under_way)
+        self._order(plan)
+        if self._under_way is None:
+            self._storage.stages.start()  # and build the forward meanwhile
+        step = self._build(plan) if plan.works else _Step(())
+        if self._under_way is None:
+            self._start(step)
+        else:
+            self._built = step
+        return StepHandle(partial(self._collect, step))
+
+    def _order(self, plan: StepPlan) -> None:
+        """Prepare what a plan orders for rows, slabs and pool."""
         for save in plan.saves:
             self._blocks.save(save)
         for row in plan.left_rows:
@@ -156,32 +195,29 @@ class ModelRunner:
             self._storage.apply(op)
         for load in plan.loads:
             self._blocks.load(load)
-        if self._drawn is None:
-            self._storage.stages.start()  # and build the forward meanwhile
-        if plan.decodes or plan.prefills:
-            self._forward, self._is_submitted = self._build(plan), False
 
     def _join(self, joined: JoinedRow) -> None:
         self._sampling[joined.row] = start_row(
             joined.sampling, joined.prompt_ids, joined.output_ids, self._loaded.vocab_size
         )
 
-    def _build(self, plan: StepPlan) -> _Running:
+    def _build(self, plan: StepPlan) -> _Step:
         scored = {
             chunk.row: scores
-            for chunk in plan.prefills
+            for chunk in plan.chunks
             if (scores := self._sampling[chunk.row].prompt_scores) is not None
         }
         outcome = self._forward_of.run(plan, self._input_ids(plan), scored)
-        running = _Running(outcome.result, plan.sampling_rows, outcome.beside)
-        for chunk in plan.prefills:
+        step = _Step(plan.sampling, outcome.result, outcome.beside)
+        for chunk in plan.chunks:
             if (scores := scored.get(chunk.row)) is not None:
                 head = self._loaded.lm.head
-                running.beside += scores.take(outcome.hidden[chunk.row], chunk.start, head)
-                running.prompts.append(scores)
-                if chunk.samples:
-                    running.told[plan.sampling_rows.index(chunk.row)] = scores
-        return running
+                step.beside += scores.take(outcome.hidden[chunk.row], chunk.start, head)
+                step.prompts.append(scores)
+                if chunk.yields:
+                    step.told[chunk.row] = scores
+                    self._sampling[chunk.row].prompt_scores = None
+        return step
 
     def _input_ids(self, plan: StepPlan) -> mx.array:
         """The packed token ids `[T]`: of decode rows from the device, of chunks from the plan."""
@@ -189,73 +225,124 @@ class ModelRunner:
         if plan.decodes:
             rows = [decode.row for decode in plan.decodes]
             parts.append(self._last_tokens[mx.array(rows, mx.int32)])
-        known = [token for chunk in plan.prefills for token in chunk.token_ids]
+        known = [token for chunk in plan.chunks for token in chunk.known_ids]
         if known:
             parts.append(mx.array(known, mx.int32))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
-    def sample(self) -> None:
-        """Submit the draw for the forward executed last, if there is one."""
-        assert self._drawn is None, "read the last tokens before the next ones are drawn"
-        self._drawn, self._forward = self._forward, None
-        if self._drawn is None or not self._drawn.rows:
+    def _start(self, step: _Step) -> None:
+        """Do what the plan orders for slabs and pool, and submit its forward."""
+        self._storage.stages.run()
+        if step.result is not None:
+            mx.async_eval(step.result, *step.beside)
+        self._under_way = step
+
+    def _draw(self, step: _Step) -> None:
+        """Submit the draw of a token for each position that samples; once."""
+        if step.is_drawn:
             return
-        logits, rows = self._drawn.result, self._drawn.rows
-        sampling = [self._sampling[row] for row in rows]
-        wanted = [row.params.logprobs for row in sampling]
+        step.is_drawn = True
+        if not step.works or step.result is None:
+            return
+        step.sampling = {work.row: self._sampling[work.row] for work in step.works}
+        states = [
+            state for work in step.works for state in _states(step.sampling[work.row], work.guesses)
+        ]
+        wanted = [state.params.logprobs for state in states]
         if any(num is not None for num in wanted):
-            self._drawn.scores = RowScores(logits, wanted)
-        places = enumerate(sampling)
-        self._drawn.followers = {place: row for place, row in places if row.follows_tokens}
-        draw = self._sampler.start(logits, sampling)
-        self._last_tokens[mx.array(rows, mx.int32)] = draw.tokens
-        self._drawn.draw, self._drawn.result = draw, draw.tokens
-        scores = self._drawn.scores.take(draw.tokens) if self._drawn.scores else ()
+            step.scores = RowScores(step.result, wanted)
+        draw = self._sampler.start(step.result, states)
+        rows = [work.row for work in step.works if not work.guesses]
+        if len(rows) == len(states):
+            self._last_tokens[mx.array(rows, mx.int32)] = draw.tokens
+        elif rows:
+            places = [place for place, work in places_of(step.works) if not work.guesses]
+            picked = draw.tokens[mx.array(places, mx.int32)]
+            self._last_tokens[mx.array(rows, mx.int32)] = picked
+        step.draw, step.result = draw, draw.tokens
+        scores = step.scores.take(draw.tokens) if step.scores else ()
         draw.submit(self._last_tokens, *scores)
 
-    def submit(self) -> None:
-        """Do what the plan orders for slabs and pool, and submit the forward that `execute` built;
-        once."""
-        self._storage.stages.run()
-        if self._forward is not None and not self._is_submitted:
-            mx.async_eval(self._forward.result, *self._forward.beside)
-            self._is_submitted = True
+    def _collect(self, step: _Step) -> Iterator[StepResult]:
+        assert step is self._under_way, "plans are collected in their order"
+        self._draw(step)
+        result = self._read(step)
+        self._under_way = None
+        following, self._built = self._built, None
+        if following is None:
+            yield result
+            return
+        awaited = self._awaited(step, result) if self._submits_slowly else {}
+        yield awaited
+        self._start(following)
+        yield {row: given for row, given in result.items() if row not in awaited}
 
-    def read(self) -> list[int]:
-        """Wait for the forward that `sample` took; its tokens in the order of its plan's sampling
-        rows."""
-        drawn, self._drawn = self._drawn, None
-        self._scores = {}
-        if drawn is None:
-            return []
-        if drawn.draw is not None:
-            drawn.draw.finish()
-        mx.eval(drawn.result, *drawn.beside)
-        drawn.beside.clear()
-        self._scores = _read_scores(drawn)
-        if not drawn.rows:
-            return []
-        tokens = cast(list[int], drawn.result.tolist())
-        for place, row in drawn.followers.items():
-            row.follow(tokens[place])
-        return tokens
+    def _read(self, step: _Step) -> dict[int, RowResult]:
+        """Wait for the forward and what was drawn from it."""
+        if step.result is None:
+            return {}
+        if step.draw is not None:
+            step.draw.finish()
+        mx.eval(step.result, *step.beside)
+        step.beside.clear()
+        for prompt in step.prompts:
+            prompt.settle()
+        if not step.works:
+            return {}
+        drawn = cast(list[int], step.result.tolist())
+        scores = step.scores.read() if step.scores is not None else {}
+        return {
+            work.row: self._row_result(step, work, place, drawn, scores)
+            for place, work in places_of(step.works)
+        }
+
+    def _row_result(
+        self,
+        step: _Step,
+        work: RowWork,
+        place: int,
+        drawn: Sequence[int],
+        scores: Mapping[int, TokenLogprobs],
+    ) -> RowResult:
+        """What of the tokens from `place` on the row takes, which then goes on behind them."""
+        row, num_tokens = step.sampling[work.row], 1
+        if work.guesses:
+            num_tokens += num_common(work.guesses, drawn[place : place + work.yields])
+            row.take(drawn[place : place + num_tokens])
+            self._last_tokens[work.row] = drawn[place + num_tokens - 1]
+        elif row.follows_tokens:
+            row.follow(drawn[place])
+        told = step.told.get(work.row)
+        places = range(place, place + num_tokens)
+        return RowResult(
+            token_ids=tuple(drawn[place : place + num_tokens]),
+            logprobs=[scores[p] for p in places] if place in scores else None,
+            prompt_logprobs=told.read() if told is not None else None,
+        )
+
+    def _awaited(self, step: _Step, result: StepResult) -> dict[int, RowResult]:
+        """Those that begin or end an answer."""
+        found = {}
+        for work in step.works:
+            given, stops = result[work.row], step.sampling[work.row].params.stop_token_ids
+            if work.is_awaited or any(token in stops for token in given.token_ids):
+                found[work.row] = given
+        return found
 
     @property
-    def submits_slowly(self) -> bool:
-        """Whether `submit` takes as long as a forward, as MLX does on a CPU, or copies much."""
+    def _submits_slowly(self) -> bool:
+        """Whether submitting takes as long as a forward, as MLX does on a CPU, or copies much."""
         return self._is_on_cpu or not self._storage.stages.are_short
 
-    def read_logprobs(self) -> dict[int, RowLogprobs]:
-        """With the tokens read last, by their place among them, where they were asked for."""
-        return self._scores
+
+def places_of(works: Iterable[RowWork]) -> Iterator[tuple[int, RowWork]]:
+    """Each work with the place of its first position among all that sample."""
+    place = 0
+    for work in works:
+        yield place, work
+        place += work.yields
 
 
-def _read_scores(drawn: _Running) -> dict[int, RowLogprobs]:
-    for prompt in drawn.prompts:
-        prompt.settle()
-    tokens = drawn.scores.read() if drawn.scores is not None else {}
-    prompts = {place: scores.read() for place, scores in drawn.told.items()}
-    return {
-        place: RowLogprobs(tokens.get(place), prompts.get(place))
-        for place in tokens.keys() | prompts.keys()
-    }
+def _states(row: RowSampling, guesses: Sequence[int]) -> list[RowSampling]:
+    """Returns the states in which a row draws: its own, or one for each guess more."""
+    return row.ahead(guesses) if guesses else [row]

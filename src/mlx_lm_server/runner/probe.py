@@ -123,7 +123,8 @@ class _Reference:
         if row not in self._logits:
             from mlx_lm.models.cache import make_prompt_cache
 
-            length = 1 + max(p for plan in _probe_plans() for r, p in _ends(plan) if r == row)
+            works = [work for plan in _probe_plans() for work in plan.works]
+            length = max(work.end for work in works if work.row == row)
             ids = mx.array([[token_of(row, position) for position in range(length)]], mx.int32)
             self._logits[row] = self._lm(ids, make_prompt_cache(self._lm.model))
             mx.eval(self._logits[row])
@@ -134,13 +135,13 @@ def _differences(forward: Forward, reference: _Reference) -> Iterator[float]:
     """For each plan the largest difference of logits, in units of what is tolerated."""
     for plan in _probe_plans():
         ids = mx.array(
-            [token_of(d.row, d.position) for d in plan.decodes]
-            + [token for chunk in plan.prefills for token in chunk.token_ids],
+            [token_of(d.row, d.start) for d in plan.decodes]
+            + [token for chunk in plan.chunks for token in chunk.known_ids],
             mx.int32,
         )
         outcome = forward.run(plan, ids)
         mx.eval(outcome.result, *outcome.beside)
-        places = [place for place in _ends(plan) if place[0] in plan.sampling_rows]
+        places = _sampling_places(plan)
         if not places:
             continue
         ours, theirs = outcome.result, reference.logits(places)
@@ -151,26 +152,30 @@ def _differences(forward: Forward, reference: _Reference) -> Iterator[float]:
         yield error / (tolerance * spread) if error == error else float("inf")
 
 
-def _ends(plan: StepPlan) -> list[tuple[int, int]]:
-    """Rows and the positions of their last tokens in a plan, in its order."""
-    decodes = [(decode.row, decode.position) for decode in plan.decodes]
-    return decodes + [(c.row, c.start + len(c.token_ids) - 1) for c in plan.prefills]
+def _sampling_places(plan: StepPlan) -> list[tuple[int, int]]:
+    """Rows and positions whose logits a plan gives, in its order."""
+    return [
+        (work.row, position)
+        for work in plan.sampling
+        for position in range(work.end - work.yields, work.end)
+    ]
 
 
 def _probe_plans() -> Iterator[StepPlan]:
     """Chunks of several rows side by side and one after another, then rows of different lengths in
-    two slabs that decode together, beside chunks, with a row that sits out and one that joins."""
+    two slabs that decode together, beside chunks, with a row that sits out and one that joins, and
+    a row whose every token is asked for."""
     half = PROBE_TOKENS // 2
-    yield plan_of(prefills=[chunk_of(0, 0, half)])
-    yield plan_of(prefills=[chunk_of(0, half, 2), chunk_of(2, 0, 3)])
-    yield plan_of([decode_of(0, half + 2)], [chunk_of(1, 0, half - 1, samples=False)])
-    yield plan_of(prefills=[chunk_of(1, half - 1, 1)])
+    yield plan_of(chunks=[chunk_of(0, 0, half)])
+    yield plan_of(chunks=[chunk_of(0, half, 2), chunk_of(2, 0, 3)])
+    yield plan_of([decode_of(0, half + 2)], [chunk_of(1, 0, half - 1, yields=0)])
+    yield plan_of(chunks=[chunk_of(1, half - 1, 1)])
     for step in range(3):
         rows = [(0, half + 3 + step), (1, half + step), (2, 3 + step)]
         yield plan_of([decode_of(row, position) for row, position in rows if row != 1 or step != 1])
         if step == 1:
             yield plan_of([decode_of(1, half + 1)], [chunk_of(3, 0, 1)])
-    yield plan_of([decode_of(2, 6), decode_of(3, 1)])
+    yield plan_of([decode_of(3, 1)], [chunk_of(2, 6, 2, yields=2)])
 
 
 def check_replays(forward: Forward, storage: KVStorage) -> None:
@@ -179,7 +184,7 @@ def check_replays(forward: Forward, storage: KVStorage) -> None:
     if not isinstance(forward, PackedForward) or forward.replays is None:
         return
     plan = plan_of([decode_of(0, 3), decode_of(2, 5)])
-    ids = mx.array([token_of(d.row, d.position) for d in plan.decodes], mx.int32)
+    ids = mx.array([token_of(d.row, d.start) for d in plan.decodes], mx.int32)
     with scratch(storage, CreateSlab(SMALL_SLAB, 2, 64), CreateSlab(LARGE_SLAB, 2, 96)):
         forward.replays.traces_at_once = True
         built, replayed = (forward.run(plan, ids).result for _ in range(2))

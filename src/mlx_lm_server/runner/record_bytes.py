@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import mlx.core as mx
 
-from mlx_lm_server.core.tier import Payload
 from mlx_lm_server.native.memory import unwritten_bytes
 from mlx_lm_server.runner.cache_kinds import RecurrentState
 from mlx_lm_server.runner.kv_storage import LayerShape
@@ -128,11 +127,6 @@ def copy_spans(planes: Sequence[mx.array], spans: Sequence[Span]) -> list[Tensor
         Tensor(name, (len(planes), kv_heads, span.num_tokens, width), data)
         for span, data in zip(spans, copy_out(planes, spans), strict=True)
     ]
-
-
-def tensors_of(payload: Payload) -> tuple[Tensor, ...]:
-    """Of a record that the core has carried."""
-    return cast(Record, payload).tensors
 
 
 def read_array(tensor: Tensor) -> mx.array:

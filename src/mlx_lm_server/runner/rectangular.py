@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lm_server.core.plan import PrefillChunk
+from mlx_lm_server.core.plan import RowWork
 from mlx_lm_server.runner import span_attention
 from mlx_lm_server.runner.kernels import AttentionKernel
 from mlx_lm_server.runner.kv_storage import KVStorage, read
@@ -128,11 +128,11 @@ class ChunkCache(_FetchedCache):
         self._storage = storage
         self._kernel = kernel
         self._shape = storage.layers[layer]
-        self._chunk: PrefillChunk | None = None
+        self._chunk: RowWork | None = None
         self._unwritten: tuple[mx.array, mx.array] | None = None
         self.offset = 0
 
-    def begin(self, chunk: PrefillChunk) -> None:
+    def begin(self, chunk: RowWork) -> None:
         self._chunk = chunk
         self._fetched = None
         self.offset = chunk.start
@@ -214,7 +214,7 @@ class ChunkCache(_FetchedCache):
 
     def _attend_in_place(
         self,
-        chunk: PrefillChunk,
+        chunk: RowWork,
         queries: mx.array,
         start: int,
         scale: float,

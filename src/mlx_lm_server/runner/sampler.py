@@ -14,7 +14,8 @@ bias touch only the rows that have them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
@@ -62,6 +63,26 @@ class RowSampling:
             self.thinking.push(token)
         if self.bad_words is not None:
             self.bad_words.push(token)
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """Goes on behind tokens that the host knows, as if each had been drawn."""
+        self.next_index += len(tokens)
+        if self.output_counts is not None and tokens:
+            _count(self, mx.array(list(tokens), mx.int32))
+        for token in tokens:
+            self.follow(token)
+
+    def ahead(self, guesses: Sequence[int]) -> list[RowSampling]:
+        """Returns the states in which the row draws after none of the guesses, after one, … after
+        all of them."""
+        states = [self._copy()]
+        for token in guesses:
+            states.append(states[-1]._copy())
+            states[-1].take([token])
+        return states
+
+    def _copy(self) -> RowSampling:
+        return replace(self, thinking=copy(self.thinking), bad_words=copy(self.bad_words))
 
     @property
     def forbidden_tokens(self) -> Sequence[int]:

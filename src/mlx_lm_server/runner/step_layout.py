@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
-from mlx_lm_server.core.plan import DecodeRow, PrefillChunk, StepPlan
+from mlx_lm_server.core.plan import RowWork, StepPlan
 from mlx_lm_server.runner.span_attention import Span, Tell, told
 
 # Lengths of the KV read by decode rows are rounded up to this many tokens, so that the same
@@ -232,18 +232,18 @@ class StepLayout:
 
 def layout_of(plan: StepPlan, capacities: dict[int, int]) -> StepLayout:
     """`capacities` gives each slab's capacity in tokens."""
-    positions = [d.position for d in plan.decodes]
-    for chunk in plan.prefills:
-        positions.extend(range(chunk.start, chunk.start + len(chunk.token_ids)))
+    positions = [decode.start for decode in plan.decodes]
+    for chunk in plan.chunks:
+        positions.extend(range(chunk.start, chunk.end))
     return StepLayout(
         positions=tuple(positions),
         decodes=_decode_groups(plan.decodes, capacities),
-        chunks=_chunk_spans(plan.prefills, len(plan.decodes)),
+        chunks=_chunk_spans(plan.chunks, len(plan.decodes)),
     )
 
 
 def _decode_groups(
-    decodes: tuple[DecodeRow, ...], capacities: dict[int, int]
+    decodes: tuple[RowWork, ...], capacities: dict[int, int]
 ) -> tuple[DecodeGroup, ...]:
     groups = []
     first_token = 0
@@ -255,11 +255,11 @@ def _decode_groups(
 
 
 def _decode_group(
-    slab_id: int, rows: list[DecodeRow], first_token: int, capacity: int
+    slab_id: int, rows: list[RowWork], first_token: int, capacity: int
 ) -> DecodeGroup:
     last_positions = [-1] * (rows[-1].slot + 1)
     for d in rows:
-        last_positions[d.slot] = d.position
+        last_positions[d.slot] = d.start
     longest = max(last_positions) + 1
     length = min(capacity, -(-longest // LENGTH_STEP) * LENGTH_STEP)
     return DecodeGroup(slab_id, first_token, len(rows), length, tuple(last_positions))
@@ -280,10 +280,10 @@ def _view(group: DecodeGroup, window: int | None, ring: int | None) -> SlotsView
     return SlotsView(length, visible[:, None, None])
 
 
-def _chunk_spans(prefills: tuple[PrefillChunk, ...], first_token: int) -> tuple[ChunkSpan, ...]:
+def _chunk_spans(chunks: tuple[RowWork, ...], first_token: int) -> tuple[ChunkSpan, ...]:
     spans = []
-    for chunk in prefills:
-        num_tokens = len(chunk.token_ids)
+    for chunk in chunks:
+        num_tokens = chunk.num_tokens
         spans.append(ChunkSpan(chunk.slab_id, chunk.slot, first_token, num_tokens, chunk.start))
         first_token += num_tokens
     return tuple(spans)

@@ -5,24 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from mlx_lm_server.core.plan import CreateSlab, DecodeRow, DropSlab, PrefillChunk, StepPlan
+from mlx_lm_server.core.plan import CreateSlab, DropSlab, RowWork, StepPlan
 from mlx_lm_server.runner.kv_storage import KVStorage
 
 SMALL_SLAB, LARGE_SLAB = -2, -1
 
 
-def plan_of(decodes: Sequence[DecodeRow] = (), prefills: Sequence[PrefillChunk] = ()) -> StepPlan:
+def plan_of(decodes: Sequence[RowWork] = (), chunks: Sequence[RowWork] = ()) -> StepPlan:
     """Returns a plan of nothing but rows that decode and chunks."""
-    return StepPlan(0, (), (), (), tuple(decodes), tuple(prefills))
+    return StepPlan(0, decodes=tuple(decodes), chunks=tuple(chunks))
 
 
-def decode_of(row: int, position: int) -> DecodeRow:
-    return DecodeRow(row, *_slab_of(row), position)
+def decode_of(row: int, position: int) -> RowWork:
+    """Returns the work of a row whose token is pending."""
+    return RowWork(row, *_slab_of(row), position)
 
 
-def chunk_of(row: int, start: int, num_tokens: int, samples: bool = True) -> PrefillChunk:
+def chunk_of(row: int, start: int, num_tokens: int, yields: int = 1) -> RowWork:
+    """Returns the work of a row whose tokens are known."""
     ids = tuple(token_of(row, start + i) for i in range(num_tokens))
-    return PrefillChunk(row, *_slab_of(row), start, ids, samples)
+    return RowWork(row, *_slab_of(row), start, ids, yields)
 
 
 def token_of(row: int, position: int) -> int:

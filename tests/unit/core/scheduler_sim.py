@@ -34,16 +34,22 @@ from mlx_lm_server.core.plan import (
     ResizeSlab,
     RestoreBlocks,
     RestoreState,
+    RowResult,
+    RowWork,
     SaveBlocks,
     SaveOp,
     SaveState,
     StepPlan,
+    StepResult,
+    decode_plan,
+    encode_plan,
 )
 from mlx_lm_server.core.prefix_cache import CacheSettings, PrefixCache
+from mlx_lm_server.core.proposer import Proposer
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import Scheduler, SchedulerLimits
-from mlx_lm_server.core.tier import Label, NoTier, Payload, Tier
-from mlx_lm_server.protocol import RequestOutput, SamplingParams
+from mlx_lm_server.core.tier import Label, NoTier, Tier
+from mlx_lm_server.protocol import CacheReport, RequestOutput, SamplingParams
 
 ONE_BYTE = KVGeometry(1)
 CACHE_OFF = CacheSettings(is_on=False)
@@ -130,7 +136,7 @@ class SlabStore:
 
 
 class FakeTier(NoTier):
-    """A disk that answers some steps later, forgets and refuses at random. A payload is the token
+    """A disk that answers some steps later, forgets and refuses at random. A record holds the token
     ids of a block, or all that a state's row had seen."""
 
     def __init__(self, seed: int, *, writes_through: bool = False, is_flaky: bool = True) -> None:
@@ -139,6 +145,7 @@ class FakeTier(NoTier):
         self.writes_through = writes_through
         self.records: dict[bytes, tuple[Label, list[int]]] = {}
         self.reads: dict[int, Sequence[Label]] = {}
+        self.found: dict[bytes, list[int]] = {}  # by the last `poll`
         self.num_reads = 0
         self.num_refused = 0
 
@@ -175,21 +182,21 @@ class FakeTier(NoTier):
     def cancel(self, read: int) -> None:
         self.reads.pop(read, None)
 
-    def poll(self) -> list[tuple[int, Sequence[Payload]]]:
+    def poll(self) -> list[tuple[int, int]]:
+        self.found = {}
         if self.records and self._happens(0.05):
             del self.records[self._rng.choice(list(self.records))]
         ended = [read for read in self.reads if not self._happens(0.5)]
-        return [(read, self._found(self.reads.pop(read))) for read in ended]
+        return [(read, self._find(self.reads.pop(read))) for read in ended]
 
-    def _found(self, labels: Sequence[Label]) -> list[Payload]:
-        found: list[Payload] = []
-        for label in labels:
+    def _find(self, labels: Sequence[Label]) -> int:
+        for count, label in enumerate(labels):
             stored = self.records.get(label.name)
             if stored is None or self._happens(0.01):
-                break
+                return count
             assert stored[0].token_ids == label.token_ids
-            found.append(stored[1])
-        return found
+            self.found[label.name] = stored[1]
+        return len(labels)
 
 
 @dataclass
@@ -254,15 +261,14 @@ class PoolStore:
                     self.tier.save(label, block)
             case OffloadState(state_id, label):
                 self.tier.save(label, self.states[state_id])
-            case RestoreBlocks(places, payloads):
-                for place, payload in zip(places, payloads, strict=True):
-                    assert isinstance(payload, list)
-                    self.segments[place.segment_id][place.number] = list(payload)
-            case RestoreState(state_id, num_tokens, payload):
-                assert isinstance(payload, list)
-                assert len(payload) == num_tokens
+            case RestoreBlocks(places, names):
+                for place, name in zip(places, names, strict=True):
+                    self.segments[place.segment_id][place.number] = list(self.tier.found[name])
+            case RestoreState(state_id, num_tokens, name):
+                seen = self.tier.found[name]
+                assert len(seen) == num_tokens
                 assert state_id not in self.states
-                self.states[state_id] = list(payload)
+                self.states[state_id] = list(seen)
 
     def load(self, ops: tuple[LoadOp, ...], rows: dict[int, _Row]) -> None:
         for op in ops:
@@ -294,7 +300,7 @@ class _Row:
 
 
 class FakeRunner:
-    """Executes plans; `execute` gives the tokens that `Scheduler.update` is to get for the plan."""
+    """Executes plans; `execute` gives what `Scheduler.update` is to get for the plan."""
 
     def __init__(
         self,
@@ -310,13 +316,16 @@ class FakeRunner:
         self.store = SlabStore()
         self.pool = PoolStore(self.store, block_size, geometry, tier=tier or NoTier())
         self.num_computed = 0
+        self.max_guesses = limits.max_guesses
+        self.num_tried = self.num_accepted = 0
         self.rows: dict[int, _Row] = {}
         self.last_step = 0
 
     def execute(
         self, plan: StepPlan, row_at: dict[tuple[int, int], int] | None = None
-    ) -> list[int]:
+    ) -> StepResult:
         """`row_at` says which row lies in a slot."""
+        assert decode_plan(encode_plan(plan)) == plan
         assert plan.step == self.last_step + 1
         self.last_step = plan.step
         self._check_bounds(plan)
@@ -333,7 +342,7 @@ class FakeRunner:
         self._check_loads(plan, row_at or {})
         in_rows = self.held_bytes
         assert in_rows + self.pool.held_bytes <= self.limit_tokens
-        return self._decode(plan) + self._prefill(plan)
+        return self._decode(plan) | self._read_chunks(plan)
 
     @property
     def held_bytes(self) -> int:
@@ -374,41 +383,64 @@ class FakeRunner:
             held[: row.num_held] = row.tokens[: row.num_held]
 
     def _check_bounds(self, plan: StepPlan) -> None:
-        num_tokens = len(plan.decodes) + plan.num_prefill_tokens
+        num_tokens = len(plan.decodes) + plan.num_chunk_tokens
         assert num_tokens <= self.limits.max_num_batched_tokens
         places = [(d.slab_id, d.slot) for d in plan.decodes]
         assert places == sorted(places)
-        places += [(p.slab_id, p.slot) for p in plan.prefills]
+        places += [(p.slab_id, p.slot) for p in plan.chunks]
         assert len(places) == len(set(places))
+        prompts = [work for work in plan.chunks if not work.guesses]
         if self.limits.prefill_batch_size is not None:
-            assert len(plan.prefills) <= self.limits.prefill_batch_size
+            assert len(prompts) <= self.limits.prefill_batch_size
         if self.limits.prefill_step_size is not None:
-            assert all(len(p.token_ids) <= self.limits.prefill_step_size for p in plan.prefills)
+            assert all(p.num_tokens <= self.limits.prefill_step_size for p in prompts)
 
-    def _decode(self, plan: StepPlan) -> list[int]:
-        sampled = []
-        for decode in plan.decodes:
-            row = self.rows[decode.row]
-            assert decode.position == row.num_held == len(row.tokens) - 1
+    def _decode(self, plan: StepPlan) -> dict[int, RowResult]:
+        sampled = {}
+        for work in plan.decodes:
+            row = self.rows[work.row]
+            assert work.start == row.num_held == len(row.tokens) - 1
             assert len(row.tokens) > len(row.joined.prompt_ids) + len(row.joined.output_ids)
-            self._write(decode.slab_id, decode.slot, row, 1)
-            sampled.append(self._sample(row))
+            assert work.yields == 1
+            self._write(work.slab_id, work.slot, row, 1)
+            sampled[work.row] = RowResult((self._sample(row),))
         return sampled
 
-    def _prefill(self, plan: StepPlan) -> list[int]:
-        sampled = []
-        for chunk in plan.prefills:
-            row = self.rows[chunk.row]
-            end = chunk.start + len(chunk.token_ids)
-            self.num_computed += len(chunk.token_ids)
-            assert chunk.token_ids
-            assert chunk.start == row.num_held
-            assert list(chunk.token_ids) == row.tokens[chunk.start : end]
-            assert chunk.samples == (end == len(row.tokens))
-            self._write(chunk.slab_id, chunk.slot, row, len(chunk.token_ids))
-            if chunk.samples:
-                sampled.append(self._sample(row))
+    def _read_chunks(self, plan: StepPlan) -> dict[int, RowResult]:
+        sampled = {}
+        for work in plan.chunks:
+            row = self.rows[work.row]
+            assert work.known_ids
+            assert work.start == row.num_held
+            known = work.known_ids[: work.num_tokens - len(work.guesses)]
+            assert list(known) == row.tokens[work.start : work.end - len(work.guesses)]
+            assert bool(work.yields) == (work.start + len(known) == len(row.tokens))
+            if work.guesses:
+                sampled[work.row] = RowResult(self._try(work, row))
+                continue
+            self.num_computed += work.num_tokens
+            self._write(work.slab_id, work.slot, row, work.num_tokens)
+            if work.yields:
+                sampled[work.row] = RowResult((self._sample(row),))
         return sampled
+
+    def _try(self, work: RowWork, row: _Row) -> tuple[int, ...]:
+        """Writes all guesses; the row holds those that are right."""
+        assert self.max_guesses >= len(work.guesses)
+        assert len(work.known_ids) == work.yields
+        slot = self.store.slabs[work.slab_id][work.slot]
+        assert work.end <= len(slot)
+        slot[work.start : work.end] = work.known_ids
+        drawn = [self._sample(row)]
+        for guess in work.guesses:
+            if drawn[-1] != guess:
+                break
+            drawn.append(self._sample(row))
+        row.num_held = work.start + len(drawn)
+        assert slot[: row.num_held] == row.tokens[: row.num_held]
+        self.num_tried += len(work.guesses)
+        self.num_accepted += len(drawn) - 1
+        return tuple(drawn)
 
     def _write(self, slab_id: int, slot: int, row: _Row, num_tokens: int) -> None:
         end = row.num_held + num_tokens
@@ -437,6 +469,7 @@ class Simulation:
         cache: CacheSettings = CACHE_OFF,
         geometry: KVGeometry = ONE_BYTE,
         tier: Tier | None = None,
+        proposer: Proposer | None = None,
         *,
         keeps_holes: bool = False,
     ) -> None:
@@ -450,9 +483,9 @@ class Simulation:
         self.keeps_holes = keeps_holes
         self.cost_model = cost_model or CostModel()
         self.cache = PrefixCache(cache, self.layout, tier)
-        self.scheduler = Scheduler(limits, self.layout, self.cost_model, self.cache)
+        self.scheduler = Scheduler(limits, self.layout, self.cost_model, self.cache, proposer)
         self.runner = FakeRunner(limits, limit_tokens, geometry, cache.block_size, tier)
-        self.in_flight: deque[tuple[StepPlan, list[int]]] = deque()
+        self.in_flight: deque[tuple[StepPlan, StepResult]] = deque()
         self.outputs: dict[str, list[RequestOutput]] = {}
         self.plans: list[StepPlan] = []
         self.now_s = 0.0
@@ -468,7 +501,9 @@ class Simulation:
         return output is not None
 
     def step(self, *, read_at_once: bool = False) -> StepPlan | None:
-        """One turn of the engine: plan, execute, read the step before."""
+        """One turn of the engine: plan, execute, read the step before; or read it first."""
+        while self.in_flight and self.scheduler.plans_after_reading:
+            self.read()
         plan = self.scheduler.schedule(self.now_s)
         if plan is not None:
             self.plans.append(plan)
@@ -488,10 +523,11 @@ class Simulation:
         return {(place.slab_id, place.slot): row for row, place in settled}
 
     def read(self) -> None:
-        plan, tokens = self.in_flight.popleft()
+        plan, result = self.in_flight.popleft()
         self.now_s += 0.01
-        for output in self.scheduler.update(plan, tokens, 0.01, self.now_s):
+        for output in self.scheduler.update(plan, result, self.now_s):
             self.outputs[output.req_id].append(output)
+        self.scheduler.end_step(plan, 0.01)
 
     def run(self, max_steps: int = 10_000) -> None:
         """Until nothing is left to do."""
@@ -513,6 +549,14 @@ class Simulation:
                 assert sorted(slots) == list(range(len(slots)))
         assert self.layout.used_bytes == self.runner.held_bytes
         assert self.layout.cached_bytes == self.runner.pool.held_bytes
+
+    def report_of(self, req_id: str) -> CacheReport:
+        """What the request was told it had found."""
+        chain = next((c for r, c in self.cache._chains.items() if r.req_id == req_id), None)
+        told = [output.cache for output in self.outputs[req_id] if output.cache]
+        report = told[0] if told else chain and chain.report
+        assert report is not None
+        return report
 
     def tokens_of(self, req_id: str) -> list[int]:
         return [token for output in self.outputs[req_id] for token in output.token_ids]

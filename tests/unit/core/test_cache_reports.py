@@ -7,8 +7,9 @@ from itertools import takewhile
 import pytest
 from scheduler_sim import Simulation
 
+from mlx_lm_server.core.cache_reports import DIFFERS, ENDS, LACKS_ROOM
 from mlx_lm_server.core.kv_geometry import KVGeometry
-from mlx_lm_server.core.prefix_cache import DIFFERS, ENDS, LACKS_ROOM, CacheSettings
+from mlx_lm_server.core.prefix_cache import CacheSettings
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import SchedulerLimits
 from mlx_lm_server.protocol import CacheReport, SamplingParams
@@ -128,8 +129,7 @@ def test_a_prompt_that_goes_on_like_a_row_in_work(num_alike: int) -> None:
     other = Request(req_id="other", prompt_ids=prompt, sampling=sampling)
     sim.add(other)
     sim.step()
-    report = other.cache_report
-    assert report is not None
+    report = sim.report_of("other")
     assert report.num_cached_tokens == report.num_nearest_tokens == num_alike
     assert report.why == DIFFERS
     known = (*text, *first.output_ids)[num_alike:]
@@ -151,13 +151,14 @@ def test_what_was_found_and_left_to_later_steps_is_no_want_of_memory() -> None:
     prompt = tuple(range(100, 200))
     server.ask(prompt)
     request = Request(req_id="x", prompt_ids=prompt, sampling=SamplingParams(max_tokens=1, seed=1))
-    server.sim.cache.enter(request)
+    server.sim.cache.enter(request, lambda start, stop: 1.0)
     hit = server.sim.cache.find(request)
     assert hit is not None
     for num_tokens, words in ((32, "left to later steps"), (96, "less than a block")):
         server.sim.cache.note_admission(request, hit.within(num_tokens), 0.0)
-        assert request.cache_report is not None
-        assert words in request.cache_report.why
+        report = server.sim.cache.report_of(request)
+        assert report is not None
+        assert words in report.why
 
 
 @pytest.mark.parametrize(

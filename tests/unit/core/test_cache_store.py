@@ -5,6 +5,7 @@ from __future__ import annotations
 from scheduler_sim import FakeTier, Simulation, make_request
 
 from mlx_lm_server.core.cache_store import MAX_STATE_SHARE
+from mlx_lm_server.core.chain import Chain
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.offloads import MAX_LOOKED_AT, MAX_STEP_ENTRIES
 from mlx_lm_server.core.prefix_cache import CacheSettings
@@ -46,7 +47,7 @@ def test_checkpoints_take_a_share_of_the_memory_and_not_more():
     sim = _simulation(2000, geometry=HYBRID)
     for seed in range(60):
         _run(sim, seed, 2 * BLOCK + 1)
-    assert 0 < sim.cache.store.num_states * HYBRID.bytes_per_row <= MAX_STATE_SHARE * 2000
+    assert 0 < sim.cache._store.num_states * HYBRID.bytes_per_row <= MAX_STATE_SHARE * 2000
 
 
 def test_a_checkpoint_that_went_before_the_tier_had_room_is_not_offloaded_later():
@@ -59,7 +60,7 @@ def test_a_checkpoint_that_went_before_the_tier_had_room_is_not_offloaded_later(
     while sim.scheduler.has_offloads:
         sim.step()
     states = [label for label, _ in tier.records.values() if label.is_state]
-    assert len(states) == sim.cache.store.num_states
+    assert len(states) == sim.cache._store.num_states
 
 
 def test_the_end_that_two_sequences_share_stays_as_long_as_the_newer_one():
@@ -70,8 +71,7 @@ def test_the_end_that_two_sequences_share_stays_as_long_as_the_newer_one():
     request = make_request("again", 2 * BLOCK + 20, 1, seed=1)
     sim.add(request)
     sim.run()
-    assert request.cache_report is not None
-    assert request.cache_report.num_cached_tokens == 2 * BLOCK + 9
+    assert sim.report_of("again").num_cached_tokens == 2 * BLOCK + 9
 
 
 def _num_stored(tier: FakeTier, sim: Simulation, num_blocks: int) -> int:
@@ -79,14 +79,14 @@ def _num_stored(tier: FakeTier, sim: Simulation, num_blocks: int) -> int:
     out of it."""
     for seed in range(4):
         _run(sim, seed, num_blocks // 4 * BLOCK)
-    assert sim.cache.store.num_blocks == num_blocks
+    assert sim.cache._store.num_blocks == num_blocks
     _run(sim, 500, BLOCK // 2, max_tokens=3)
     _run(sim, 300, sim.layout.limit_bytes - BLOCK)
     names = set()
     for seed in range(4):
         request = make_request("names", num_blocks // 4 * BLOCK, 1, seed=seed)
-        sim.cache.enter(request)
-        names |= {request.name_of_block(index) for index in range(num_blocks // 4)}
+        chain = Chain.of(request, BLOCK)
+        names |= {chain.name_of_block(index) for index in range(num_blocks // 4)}
     return sum(map(tier.has, names))
 
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from mlx_lm_server.core.cost_model import CostModel, StepCosts, StepFeatures, prefill_pairs
-from mlx_lm_server.core.plan import DecodeRow, PrefillChunk, StepPlan
+from mlx_lm_server.core.plan import RowWork, StepPlan
 
 TRUTH = StepCosts(0.012, 0.0008, 0.0009, 8e-7, 9e-7)
 
@@ -40,8 +40,8 @@ def test_a_step_has_the_features_of_its_plan():
         left_rows=(),
         joined_rows=(),
         kv_ops=(),
-        decodes=(DecodeRow(0, 0, 0, 99), DecodeRow(1, 0, 1, 49)),
-        prefills=(PrefillChunk(2, 0, 2, 10, (1, 2, 3), False),),
+        decodes=(RowWork(0, 0, 0, 99), RowWork(1, 0, 1, 49)),
+        chunks=(RowWork(2, 0, 2, 10, (1, 2, 3), 0),),
     )
     assert StepFeatures.of(plan) == StepFeatures(3, 2, 150 + 13, 11 + 12 + 13)
     decodes = StepFeatures(rows=2, kv_tokens=150)

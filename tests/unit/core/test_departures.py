@@ -121,7 +121,7 @@ def test_nobody_gives_way_to_a_row_that_grows_for_what_one_that_leaves_still_hol
     sim.add(_request("long", LONG, 2))
     sim.run()
     assert sim.scheduler.stats().num_preemptions_total == 0
-    assert sim.cache.store.num_evictions == 0
+    assert sim.cache._store.num_evictions == 0
 
 
 @pytest.mark.parametrize("settings", [{"max_blocks": 20}, {"limit_tokens": 896}])

@@ -53,7 +53,7 @@ def test_beside_decoding_rows_a_long_hit_is_loaded_in_parts():
     sim = _with_a_cached_prompt(per_copied_token_s=0.001, beside=True)
     plans = _plans_of_the_next(sim)
     assert _copied(plans) == [64, 64, 64, 64, 64, 64, 16]
-    assert [(c.start, c.end) for plan in plans for c in plan.prefills] == [(400, 403)]
+    assert [(c.start, c.end) for plan in plans for c in plan.chunks] == [(400, 403)]
     assert all(plan.decodes for plan in plans)
     [report] = [output.cache for output in sim.outputs["next"] if output.cache]
     assert report.num_cached_tokens == len(LONG)
@@ -92,7 +92,7 @@ def test_what_is_still_to_be_loaded_is_evicted_last():
         sim.step()
     sim.cache.begin()  # nothing is pinned between two plans
     for _ in range(20):
-        sim.cache.store._evict_oldest()
+        sim.cache._store._evict_oldest()
     sim.run()
     [report] = [output.cache for output in sim.outputs["next"] if output.cache]
     assert report.num_cached_tokens == len(LONG)
@@ -103,7 +103,7 @@ def test_what_is_evicted_meanwhile_is_computed():
     sim.add(_request("next", LONG + QUESTION))
     sim.step()
     sim.cache.begin()  # nothing is pinned between two plans
-    while sim.cache.store._evict_oldest():
+    while sim.cache._store._evict_oldest():
         pass
     sim.run()
     [report] = [output.cache for output in sim.outputs["next"] if output.cache]

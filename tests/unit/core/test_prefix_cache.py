@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from scheduler_sim import FakeTier, Simulation, make_request
 
+from mlx_lm_server.core.chain import Chain
 from mlx_lm_server.core.cost_model import CostModel, StepCosts
 from mlx_lm_server.core.plan import CopyTokens
 from mlx_lm_server.core.prefix_cache import CacheSettings
@@ -31,8 +32,8 @@ def test_the_tier_is_told_of_what_is_used_from_memory():
         sim.add(make_request(name, 6 * BLOCK + 1, 1))
         sim.run()
     request = make_request("names", 6 * BLOCK + 1, 1)
-    sim.cache.enter(request)
-    assert set(tier.used) == {request.name_of_block(index) for index in range(6)}
+    chain = Chain.of(request, BLOCK)
+    assert set(tier.used) == {chain.name_of_block(index) for index in range(6)}
 
 
 def test_what_a_request_finds_after_a_preemption_is_no_hit():
@@ -50,10 +51,12 @@ def test_what_a_request_finds_after_a_preemption_is_no_hit():
     sim.add(request)
     while not request.num_preemptions:
         sim.step()
-    assert request.cache_report is not None
-    before = (request.cache_report.num_cached_tokens, sim.cache.num_hit_tokens)
+    before = (sim.report_of("preempted").num_cached_tokens, sim.cache.numbers.num_hit_tokens)
     num_plans = len(sim.plans)
     sim.run()
     loads = [op for plan in sim.plans[num_plans:] for op in plan.loads]
     assert sum(isinstance(op, CopyTokens) for op in loads) > 1
-    assert (request.cache_report.num_cached_tokens, sim.cache.num_hit_tokens) == before
+    assert (
+        sim.report_of("preempted").num_cached_tokens,
+        sim.cache.numbers.num_hit_tokens,
+    ) == before

@@ -5,8 +5,9 @@ from __future__ import annotations
 from scheduler_sim import Simulation
 
 from mlx_lm_server.core.prefix_cache import CacheSettings
+from mlx_lm_server.core.prefix_waits import WAIT_MARGIN
 from mlx_lm_server.core.request import Request
-from mlx_lm_server.core.scheduler import WAIT_MARGIN, SchedulerLimits
+from mlx_lm_server.core.scheduler import SchedulerLimits
 from mlx_lm_server.protocol import SamplingParams
 
 PROMPT = tuple(range(100, 164))
@@ -22,7 +23,7 @@ def _computing(sim: Simulation) -> list[str]:
     plan = sim.step()
     assert plan is not None
     names = {joined.row: joined.req_id for joined in plan.joined_rows}
-    return [names[chunk.row] for chunk in plan.prefills]
+    return [names[chunk.row] for chunk in plan.chunks]
 
 
 def _num_cached(sim: Simulation, req_id: str) -> int:
@@ -49,7 +50,7 @@ def test_who_waits_for_another_waits_less_with_every_token_that_is_computed_mean
     left = []
     for _ in range(3):
         sim.step()
-        left.append(second.wait_tokens_left)
+        left.append(sim.scheduler._waits._tokens_left[second])
     assert left == [WAIT_MARGIN * 48 - 16 * step for step in (1, 2, 3)]
 
 
@@ -73,8 +74,7 @@ def test_nothing_near_is_shown_where_nothing_is_near():
     )
     sim.add(other)
     sim.step()
-    report = other.cache_report
-    assert report is not None
+    report = sim.report_of("other")
     assert (report.num_cached_tokens, report.num_nearest_tokens) == (0, 0)
     assert (report.prompt_ids, report.nearest_ids) == ([], [])
     assert report.why == "nothing that begins like this is cached"

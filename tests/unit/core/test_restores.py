@@ -9,7 +9,7 @@ from scheduler_sim import FakeTier, Simulation, expected_output, make_request
 from mlx_lm_server.core.prefix_cache import CacheSettings
 from mlx_lm_server.core.restores import MAX_PART_BYTES, PARTS_IN_FLIGHT
 from mlx_lm_server.core.scheduler import SchedulerLimits
-from mlx_lm_server.core.tier import Label, Payload
+from mlx_lm_server.core.tier import Label
 
 BLOCK, NUM_BLOCKS = 16, 40
 
@@ -38,7 +38,7 @@ class TierOfParts(FakeTier):
         del self.reads[read]
         self.num_cancelled += 1
 
-    def poll(self) -> list[tuple[int, Sequence[Payload]]]:
+    def poll(self) -> list[tuple[int, int]]:
         if self.hangs or not self.reads:
             return []
         first = min(self.reads)
@@ -46,7 +46,7 @@ class TierOfParts(FakeTier):
         names = [label.name for label in labels]
         if self.lost in names:
             labels = labels[: names.index(self.lost)]
-        return [(first, self._found(labels))]
+        return [(first, self._find(labels))]
 
 
 def _filled_tier() -> TierOfParts:
@@ -71,7 +71,7 @@ def _run_again(tier: TierOfParts) -> int:
     sim.run()
     assert sim.tokens_of("after") == expected_output(0, 4)
     assert not tier.reads
-    return sim.cache.restores.num_restored_tokens
+    return sim.cache._restores.num_restored_tokens
 
 
 def test_a_few_parts_are_on_their_way_and_not_more():
@@ -108,7 +108,7 @@ def test_a_request_that_decodes_does_not_wait_for_the_tier_that_reads_for_anothe
     sim.add(make_request("decodes", 10, 50, seed=9, stops=False))
     sim.step()
     sim.add(make_request("after", NUM_BLOCKS * BLOCK + 1, 4))
-    assert len(sim.cache.restores) == 1
+    assert len(sim.cache._restores) == 1
     assert not sim.scheduler.waits_for_tier
     sim.abort("decodes")
     assert sim.scheduler.waits_for_tier

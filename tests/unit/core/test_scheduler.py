@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from scheduler_sim import STOP_TOKEN, Simulation, expected_output, make_request, token_at
 
-from mlx_lm_server.core.plan import CreateSlab, MoveRow, ResizeSlab, StepPlan
+from mlx_lm_server.core.plan import CreateSlab, MoveRow, ResizeSlab, RowResult, StepPlan
 from mlx_lm_server.core.request import Request, RequestStatus
 from mlx_lm_server.core.scheduler import SchedulerLimits
 from mlx_lm_server.errors import InvalidRequestError, RequestTooLargeError
@@ -43,8 +43,8 @@ def test_the_first_step_joins_the_row_and_prefills_the_prompt():
     sim.add(_endless("a", 10, 3))
     plan = _step(sim)
     assert [joined.req_id for joined in plan.joined_rows] == ["a"]
-    (chunk,) = plan.prefills
-    assert (chunk.row, chunk.start, len(chunk.token_ids), chunk.samples) == (0, 0, 10, True)
+    (chunk,) = plan.chunks
+    assert (chunk.row, chunk.start, chunk.num_tokens, chunk.yields) == (0, 0, 10, 1)
 
 
 def test_a_token_is_decoded_before_it_is_read():
@@ -53,7 +53,7 @@ def test_a_token_is_decoded_before_it_is_read():
     _step(sim)
     assert sim.tokens_of("a") == []
     (decode,) = _step(sim).decodes
-    assert decode.position == 10
+    assert decode.start == 10
     assert len(sim.tokens_of("a")) == 1
 
 
@@ -61,7 +61,7 @@ def test_a_row_is_not_planned_past_max_tokens_and_leaves_with_the_next_plan():
     sim = _sim()
     sim.add(_endless("a", 10, 3))
     sim.run()
-    assert [len(plan.sampling_rows) for plan in sim.plans] == [1, 1, 1, 0]
+    assert [len(plan.sampling) for plan in sim.plans] == [1, 1, 1, 0]
     assert sim.plans[-1].left_rows == (0,)
     assert sim.tokens_of("a") == [token_at(0, i) for i in range(3)]
     assert sim.finish_reason("a") == "length"
@@ -74,16 +74,18 @@ def test_first_and_last_tokens_are_awaited_and_those_between_are_not():
     for _ in range(4):
         plan = sim.scheduler.schedule(0.0)
         assert plan is not None
-        found.append(sim.scheduler.awaited(plan, [5]))
-        sim.scheduler.update(plan, [5], None, 0.0)
-    assert found == [{"a"}, set(), set(), {"a"}]
+        (work,) = plan.sampling
+        found.append(work.is_awaited)
+        sim.scheduler.update(plan, {work.row: RowResult((5,))}, 0.0)
+        sim.scheduler.end_step(plan, None)
+    assert found == [True, False, False, True]
 
 
 def test_one_token_needs_one_step():
     sim = _sim()
     sim.add(_endless("a", 10, 1))
     sim.run()
-    assert [len(plan.sampling_rows) for plan in sim.plans] == [1, 0]
+    assert [len(plan.sampling) for plan in sim.plans] == [1, 0]
 
 
 def test_a_stop_token_ends_the_request_and_the_token_after_it_is_dropped():
@@ -93,7 +95,7 @@ def test_a_stop_token_ends_the_request_and_the_token_after_it_is_dropped():
     assert sim.tokens_of("a")[-1] == STOP_TOKEN
     assert len(sim.tokens_of("a")) == 4
     assert sim.finish_reason("a") == "stop"
-    assert sum(len(plan.sampling_rows) for plan in sim.plans) == 5
+    assert sum(len(plan.sampling) for plan in sim.plans) == 5
 
 
 def test_a_stop_token_at_max_tokens_is_a_stop():
@@ -107,7 +109,7 @@ def test_a_long_prompt_is_computed_in_chunks():
     sim = _sim(max_num_batched_tokens=64)
     sim.add(_endless("a", 150, 1))
     sim.run()
-    chunks = [(c.start, len(c.token_ids), c.samples) for p in sim.plans for c in p.prefills]
+    chunks = [(c.start, c.num_tokens, c.yields) for p in sim.plans for c in p.chunks]
     assert chunks == [(0, 64, False), (64, 64, False), (128, 22, True)]
 
 
@@ -122,7 +124,7 @@ def test_a_new_request_is_admitted_at_the_next_step():
     sim.add(_endless("b", 10, 20))
     plan = _step(sim)
     assert [joined.req_id for joined in plan.joined_rows] == ["b"]
-    assert len(plan.decodes) == len(plan.prefills) == 1
+    assert len(plan.decodes) == len(plan.chunks) == 1
 
 
 def test_requests_wait_for_a_row_in_the_order_of_arrival():
@@ -277,7 +279,7 @@ def test_a_request_whose_last_token_is_under_way_can_be_aborted():
     assert plan.left_rows == (0,)
     assert sim.abort("a")
     sim.runner.execute(plan)
-    sim.in_flight.append((plan, []))
+    sim.in_flight.append((plan, {}))
     sim.read()
     sim.run()
     assert sim.tokens_of("a") == []
@@ -368,8 +370,8 @@ def test_a_preempted_request_computes_prompt_and_output_again_when_all_is_read()
     assert len(joins) == 2
     num_before = len(joins[1].output_ids)
     assert joins[1].output_ids == tuple(token_at(1, i) for i in range(num_before))
-    again = [c for plan in sim.plans for c in plan.prefills if c.row == joins[1].row][-1]
-    assert again.start + len(again.token_ids) == 60 + num_before
+    again = [c for plan in sim.plans for c in plan.chunks if c.row == joins[1].row][-1]
+    assert again.start + again.num_tokens == 60 + num_before
 
 
 def test_the_least_urgent_request_gives_way_even_if_it_came_first():
@@ -405,13 +407,14 @@ def test_planning_two_steps_ahead_is_a_mistake():
         sim.scheduler.schedule(0.0)
 
 
-def test_the_result_must_have_a_token_for_every_sampling_row():
+def test_a_step_ends_only_when_every_row_that_samples_has_come():
     sim = _sim()
     sim.add(_endless("a", 10, 50))
     plan = sim.scheduler.schedule(0.0)
     assert plan is not None
-    with pytest.raises(ValueError, match="shorter"):
-        sim.scheduler.update(plan, [], None, 0.0)
+    sim.scheduler.update(plan, {}, 0.0)
+    with pytest.raises(AssertionError, match="has not come"):
+        sim.scheduler.end_step(plan, None)
 
 
 def test_the_stats_say_what_is_going_on():
@@ -470,5 +473,7 @@ def test_nothing_is_learnt_from_a_step_without_a_time():
     costs = sim.cost_model.costs
     plan = sim.scheduler.schedule(0.0)
     assert plan is not None
-    sim.scheduler.update(plan, [1], None, 0.0)
+    (work,) = plan.sampling
+    sim.scheduler.update(plan, {work.row: RowResult((1,))}, 0.0)
+    sim.scheduler.end_step(plan, None)
     assert sim.cost_model.costs == costs

@@ -10,7 +10,7 @@ from itertools import pairwise
 from mlx_lm_server.core.cost_model import CostModel, StepCosts, StepFeatures
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout
-from mlx_lm_server.core.plan import StepPlan
+from mlx_lm_server.core.plan import RowResult, StepPlan
 from mlx_lm_server.core.prefix_cache import CacheSettings, PrefixCache
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import Scheduler, SchedulerLimits
@@ -76,8 +76,8 @@ class VirtualEngine:
 
     def _start(self, plan: StepPlan) -> None:
         step_s = 0.0
-        self.chunk_sizes += [len(chunk.token_ids) for chunk in plan.prefills]
-        if plan.decodes or plan.prefills:
+        self.chunk_sizes += [chunk.num_tokens for chunk in plan.chunks]
+        if plan.decodes or plan.chunks:
             factor = max(0.5, 1 + self._random.gauss(0, self._noise))
             step_s = self._truth.forecast_s(self._whole_tiles(StepFeatures.of(plan))) * factor
         self._device_free_s = max(self._device_free_s, self._now_s) + step_s
@@ -91,8 +91,10 @@ class VirtualEngine:
     def _read(self) -> None:
         plan, step_s, end_s = self._in_flight.pop(0)
         self._now_s = max(self._now_s, end_s)
-        tokens = [3] * len(plan.sampling_rows)
-        for output in self.scheduler.update(plan, tokens, step_s or None, self._now_s):
+        result = {work.row: RowResult((3,)) for work in plan.sampling}
+        outputs = self.scheduler.update(plan, result, self._now_s)
+        self.scheduler.end_step(plan, step_s or None)
+        for output in outputs:
             self.times.setdefault(output.req_id, []).append(self._now_s)
             following = self.on_end(output.req_id) if output.finish_reason else None
             if following is not None:

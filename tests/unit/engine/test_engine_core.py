@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
-from mlx_lm_server.core.plan import DecodeRow, PrefillChunk, StepPlan
+from mlx_lm_server.core.plan import RowResult, RowWork, StepPlan, StepResult
 from mlx_lm_server.engine.engine_core import EngineCore
-from mlx_lm_server.protocol import Abort, RequestOutput
+from mlx_lm_server.protocol import RequestOutput
 
 BUILD_S, FORWARD_S = 1.0, 10.0
+NAMES = ("a", "b")
 
 
 def plan_of(step: int) -> StepPlan:
-    return StepPlan(step, (), (), (), (DecodeRow(0, 0, 0, 5),), ())
+    return StepPlan(step, decodes=(RowWork(0, 0, 0, 5), RowWork(1, 0, 1, 9)))
 
 
 class Clock:
@@ -26,64 +26,73 @@ class Clock:
 
 
 class Scheduler:
-    """Two steps of requests `a` and `b`, and what they were told to have taken."""
+    """Steps of requests `a` and `b`, in rows 0 and 1, and what they were told to have taken."""
 
-    def __init__(self, awaited: set[str]) -> None:
+    def __init__(self, *, plans_after_reading: bool = False) -> None:
         self.left = [plan_of(1), plan_of(2)]
         self.seconds: list[float] = []
-        self._awaited = awaited
+        self.plans_after_reading = plans_after_reading
+        self.calls: list[str] = []
 
     def schedule(self, _now_s: float) -> StepPlan | None:
-        return self.left.pop(0) if self.left else None
+        plan = self.left.pop(0) if self.left else None
+        self.calls.append(f"plan {plan.step if plan else None}")
+        return plan
 
-    def awaited(self, _plan: StepPlan, _tokens: list[int]) -> set[str]:
-        return self._awaited
+    def update(self, plan: StepPlan, result: StepResult, _now_s: float) -> list[RequestOutput]:
+        if result:
+            self.calls.append(f"update {plan.step}")
+        return [RequestOutput(NAMES[row], list(given.token_ids)) for row, given in result.items()]
 
-    def abort(self, req_id: str) -> RequestOutput:
-        return RequestOutput(req_id, [], finish_reason="abort")
-
-    def update(
-        self,
-        _plan: StepPlan,
-        _tokens: Any,
-        step_s: float,
-        _now_s: float,
-        _logprobs: Mapping[Any, Any],
-    ) -> list[RequestOutput]:
+    def end_step(self, _plan: StepPlan, step_s: float) -> None:
         self.seconds.append(step_s)
-        return [RequestOutput("a", [7]), RequestOutput("b", [8])]
 
 
 class Runner:
-    def __init__(self, clock: Clock, *, submits_slowly: bool = True) -> None:
+    """Submits a plan at once where none is under way, else when that is collected. Tokens of the
+    rows that are awaited come in a part of their own, before that."""
+
+    def __init__(self, clock: Clock, awaited: tuple[int, ...] = ()) -> None:
         self._clock = clock
-        self._built = self._submitted = False
-        self.submits_slowly = submits_slowly
+        self._awaited = awaited
+        self._under_way: StepPlan | None = None
+        self._built: StepPlan | None = None
         self.calls: list[str] = []
 
-    def execute(self, _plan: StepPlan) -> None:
+    def submit(self, plan: StepPlan) -> Handle:
         self._clock.now_s += BUILD_S
-        self._built = True
+        self._built = plan
+        if self._under_way is None:
+            self._start()
+        return Handle(self, plan)
 
-    def submit(self) -> None:
-        if self._built:
+    def _start(self) -> None:
+        if self._built is not None:
             self.calls.append("submit")
             self._clock.now_s += FORWARD_S
-            self._built = False
+        self._under_way, self._built = self._built, None
 
-    def sample(self) -> None: ...
-
-    def read(self) -> list[int]:
+    def collect(self, plan: StepPlan) -> Iterator[StepResult]:
+        assert plan is self._under_way
         self.calls.append("read")
-        return [7, 8]
+        given = {work.row: RowResult((7 + work.row,)) for work in plan.sampling}
+        first = {row: given.pop(row) for row in self._awaited if self._built}
+        yield first
+        self._start()
+        yield given
 
-    def read_logprobs(self) -> Mapping[int, Any]:
-        return {}
+
+class Handle:
+    def __init__(self, runner: Runner, plan: StepPlan) -> None:
+        self._runner, self._plan = runner, plan
+
+    def collect(self) -> Iterator[StepResult]:
+        return self._runner.collect(self._plan)
 
 
-def engine(awaited: set[str], **how: bool) -> tuple[EngineCore, Scheduler, Runner]:
+def engine(awaited: tuple[int, ...] = (), **how: bool) -> tuple[EngineCore, Scheduler, Runner]:
     clock = Clock()
-    scheduler, runner = Scheduler(awaited), Runner(clock, **how)
+    scheduler, runner = Scheduler(**how), Runner(clock, awaited)
     return EngineCore(scheduler, runner, clock), scheduler, runner  # type: ignore[arg-type]
 
 
@@ -91,8 +100,8 @@ def told(outputs: list[RequestOutput]) -> list[str]:
     return [output.req_id for output in outputs]
 
 
-@pytest.mark.parametrize("awaited", [set(), {"a"}])
-def test_a_step_is_told_its_own_time(awaited: set[str]) -> None:
+@pytest.mark.parametrize("awaited", [(), (0,)])
+def test_a_step_is_told_its_own_time(awaited: tuple[int, ...]) -> None:
     core, scheduler, _ = engine(awaited)
     while len(scheduler.seconds) < 2:
         core.step()
@@ -100,50 +109,45 @@ def test_a_step_is_told_its_own_time(awaited: set[str]) -> None:
     assert scheduler.seconds[1] == FORWARD_S
 
 
-def test_tokens_are_told_once_the_next_forward_is_submitted() -> None:
-    core, _, runner = engine(set())
+def test_a_step_is_planned_and_built_while_the_one_before_runs() -> None:
+    core, scheduler, runner = engine()
     core.step()
     assert told(core.step()) == ["a", "b"]
-    assert runner.calls == ["read", "submit", "read", "submit"]
+    assert scheduler.calls == ["plan 1", "plan 2", "update 1"]
+    assert runner.calls == ["submit", "read", "submit"]
 
 
-def test_awaited_tokens_are_told_before_that_and_only_they() -> None:
-    core, _, runner = engine({"a"})
+def test_where_what_comes_next_depends_on_a_step_it_is_read_before_the_next_is_planned() -> None:
+    core, scheduler, runner = engine(plans_after_reading=True)
     core.step()
-    assert told(core.step()) == ["a"]
-    assert runner.calls == ["read", "submit", "read"]
-    assert told(core.step()) == ["b"]
-    assert runner.calls == ["read", "submit", "read", "submit"]
+    assert told(core.step()) == ["a", "b"]
+    assert scheduler.calls == ["plan 1", "update 1", "plan 2"]
+    assert runner.calls == ["submit", "read", "submit"]
+
+
+def test_awaited_tokens_are_told_before_the_next_forward_is_submitted() -> None:
+    core, _, runner = engine((0,))
+    core.step()
+    parts = core.step_in_parts()
+    assert told(next(parts)) == ["a"]
+    assert runner.calls == ["submit", "read"]
+    assert told(next(parts)) == ["b"]
+    assert runner.calls == ["submit", "read", "submit"]
+    assert list(parts) == []
     assert told(core.step()) == ["a", "b"], "the last ones, with nothing to submit"
 
 
 def test_the_tokens_of_each_step_that_computed_some_are_told_once() -> None:
-    core, scheduler, _ = engine(set())
-    chunk = PrefillChunk(1, 0, 1, 0, (5, 6, 7), samples=True)
-    mixed = StepPlan(3, (), (), (), (DecodeRow(0, 0, 0, 5),), (chunk,))
-    scheduler.left += [mixed, StepPlan(4, (0,), (), (), (), ())]
+    core, scheduler, _ = engine()
+    chunk = RowWork(1, 0, 1, 0, (5, 6, 7))
+    mixed = StepPlan(3, decodes=(RowWork(0, 0, 0, 5),), chunks=(chunk,))
+    scheduler.left += [mixed, StepPlan(4, left_rows=(0,))]
     assert core.take_step_tokens() == []
     core.step()
     core.step()
     core.step()
-    assert core.take_step_tokens() == [1, 1]
+    assert core.take_step_tokens() == [2, 2]
     core.step()
     core.step()
     assert core.take_step_tokens() == [4], "the last only gives rows back"
     assert core.take_step_tokens() == []
-
-
-def test_nothing_is_told_of_a_request_that_was_aborted_meanwhile() -> None:
-    core, _, runner = engine({"a"})
-    core.step()
-    core.step()
-    assert told(core.handle([Abort("b")])) == ["b"]
-    core.step()
-    assert runner.calls[2:] == ["read", "submit", "read"], "the step that comes next, and not held"
-
-
-def test_where_submitting_is_quick_nothing_is_told_by_itself() -> None:
-    core, _, runner = engine({"a"}, submits_slowly=False)
-    core.step()
-    assert told(core.step()) == ["a", "b"]
-    assert runner.calls == ["read", "submit", "read", "submit"]

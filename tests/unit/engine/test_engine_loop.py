@@ -22,9 +22,9 @@ class LongPrefill:
     def handle(self, _messages: Any) -> list[Any]:
         return []
 
-    def step(self) -> list[Any]:
+    def step_in_parts(self) -> list[Any]:
         time.sleep(0.01)
-        return []
+        return [[]]
 
     def stats(self) -> None:
         return None
