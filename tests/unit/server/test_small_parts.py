@@ -18,11 +18,11 @@ from mlx_lm_server.protocol import (
     decode_to_engine,
     encode_frame,
 )
-from mlx_lm_server.server.api_keys import ApiKeys
-from mlx_lm_server.server.health import judge
-from mlx_lm_server.server.http_errors import STATUSES, HttpError, describe, headers_of
-from mlx_lm_server.server.metrics import TTFT_BOUNDS, Histogram
-from mlx_lm_server.server.openai.stream import ChatChunks, CompletionChunks, Head
+from mlx_lm_server.server.engines.metrics import TTFT_BOUNDS, Histogram
+from mlx_lm_server.server.http.api_keys import ApiKeys
+from mlx_lm_server.server.http.http_errors import STATUSES, HttpError, describe, headers_of
+from mlx_lm_server.server.operations.health import judge
+from mlx_lm_server.server.protocols.openai.stream import ChatChunks, CompletionChunks, Head
 
 
 @given(st.lists(st.text(max_size=20), max_size=8), st.lists(st.integers(1, 9), min_size=1))
