@@ -37,7 +37,7 @@ class Listener:
 
 @contextmanager
 def listen(server: ServerConfig) -> Iterator[Listener]:
-    """Bound before anything is loaded: a port in use must not cost a download.
+    """Binds before anything is loaded: a port in use must not cost a download.
 
     Raises ServerError where that fails.
     """

@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 
 class Services:
-    """Complete but for the model, which `serve` sets once it is loaded."""
+    """Everything that routes share, complete but for the model, which `serve` sets once it is
+    loaded."""
 
     def __init__(
         self, config: Config, metrics: Metrics, client: EngineClient, admission: Admission
@@ -48,7 +49,7 @@ class Services:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request that came now would be taken."""
+        """Tells whether a request that came now would be taken."""
         is_up = self.supervisor is not None and self.supervisor.state == "ready"
         return is_up and self._model is not None and not self.admission.is_draining
 

@@ -61,7 +61,7 @@ class AnswerReader:
         return self._message is not None and self._message.tells_reasoning
 
     def read(self, ids: Sequence[int], reason: FinishReason | None) -> Delta | None:
-        """None where nothing is certain yet."""
+        """Returns what is new for the client; None where nothing is certain yet."""
         delta = self._begin()
         if self._request.is_prompt_only:
             delta.finish_reason = "length"
@@ -76,7 +76,8 @@ class AnswerReader:
         scores: Sequence[TokenLogprobs],
         prompt_scores: Sequence[TokenLogprobs] | None,
     ) -> Delta | None:
-        """The same, with the logprobs of the tokens whose text, or a part of it, is sent."""
+        """Does the same as `read`, with the logprobs of the tokens whose text, or a part of it, is
+        sent."""
         delta = self._begin()
         tokens = [] if prompt_scores is None else self._read_prompt(prompt_scores, delta)
         if self._request.is_prompt_only:
@@ -132,7 +133,7 @@ class AnswerReader:
         reason: FinishReason | None,
         delta: Delta,
     ) -> None:
-        """Token by token, since each counts as reasoning or not."""
+        """Reads token by token, since each counts as reasoning or not."""
         said = delta.message or MessageDelta()
         steps = [(ids[i : i + 1], None) for i in range(len(ids) - 1)]
         for step_ids, step_reason in [*steps, (ids[-1:], reason)]:
@@ -182,7 +183,7 @@ class AnswerReader:
         scores: Sequence[TokenLogprobs],
         delta: Delta,
     ) -> None:
-        """Token by token, so that it is known where the text of each begins."""
+        """Reads token by token, so that it is known where the text of each begins."""
         num_echoed = len(self._echo or "")
         for number, (token_id, score) in enumerate(zip(ids, scores, strict=False), 1):
             start = self._text.num_chars
@@ -197,7 +198,8 @@ class AnswerReader:
     def _is_hidden(
         self, token_id: int, delta: Delta, *, was_reasoning: bool, has_text: bool
     ) -> bool:
-        """Whether it has no logprobs: what only ends an answer, and reasoning that is left out."""
+        """Tells whether a token is one that only ends the answer, or belongs to reasoning that is
+        left out: such have no logprobs."""
         request, message = self._request, self._message
         if request.hides_reasoning and message and (was_reasoning or message.is_reasoning):
             return True
@@ -205,7 +207,8 @@ class AnswerReader:
         return is_end and not request.scores_end_token and not (request.keeps_stop and has_text)
 
     def _take_settled(self, delta: Delta) -> list[ScoredToken]:
-        """What is held back for a stop string comes when its text does; cut off, never."""
+        """Returns the tokens whose text is sent. Those held back for a stop string come when their
+        text does; where it is cut off, never."""
         is_stopped = isinstance(delta.stop_reason, str)
         if self._request.stop_strings and (is_stopped or delta.finish_reason is None):
             end = (self._message or self._text).num_settled
@@ -217,7 +220,8 @@ class AnswerReader:
         return found
 
     def _read_prompt(self, scores: Sequence[TokenLogprobs], delta: Delta) -> list[ScoredToken]:
-        """Those that the text begins with."""
+        """Returns the tokens of the prompt that the text begins with, where they are to be
+        scored."""
         request = self._request
         if request.prompt_logprobs is not None:
             delta.prompt_tokens = self._prompt_tokens(scores, request.prompt_logprobs)

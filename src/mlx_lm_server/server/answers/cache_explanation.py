@@ -16,11 +16,12 @@ MAX_KEYS = 4096
 
 
 class CacheExplanation(msgspec.Struct, frozen=True):
-    """Of one prompt: `cached_tokens` were not computed, `from_running_requests` of them copied from
-    rows in flight. Up to `nearest_tokens` it was equal to the nearest cached text; there it reads
-    `prompt_text`, the cached one `nearest_text`. `why` says what kept the rest from being found,
-    `recompute_s` forecasts what computing it costs on an idle machine. `requests_with_key` counts
-    the client's earlier requests of the same `prompt_cache_key`."""
+    """What the cache did for one prompt. `cached_tokens` of it were not computed,
+    `from_running_requests` of them copied from rows in flight. Up to `nearest_tokens` it was equal
+    to the nearest cached text; there it reads `prompt_text`, the cached one `nearest_text`. `why`
+    says what kept the rest from being found, `recompute_s` forecasts what computing it costs on an
+    idle machine. `requests_with_key` counts the client's earlier requests of the same
+    `prompt_cache_key`."""
 
     prompt_tokens: int
     cached_tokens: int
@@ -47,7 +48,8 @@ class CacheFacts:
 def explain(
     facts: CacheFacts, decode: Callable[[Sequence[int]], str], *, shows_text: bool
 ) -> list[CacheExplanation]:
-    """One for each prompt. `shows_text` is false where the cached text may be somebody else's."""
+    """Returns one explanation for each prompt. `shows_text` is false where the cached text may be
+    somebody else's."""
     return [_explain(report, facts, decode, shows_text) for report in facts.reports]
 
 
@@ -86,7 +88,7 @@ class CacheKeys:
         self._counts: OrderedDict[tuple[str, str], int] = OrderedDict()
 
     def count(self, client_key: str, key: str) -> int:
-        """How often it came before."""
+        """Counts a key once more, and returns how often it came before."""
         num_before = self._counts.pop((client_key, key), 0)
         self._counts[client_key, key] = num_before + 1
         if len(self._counts) > MAX_KEYS:
@@ -106,7 +108,8 @@ class CacheReports:
             self._by_id.popitem(last=False)
 
     def of(self, id: str | None, client_key: str) -> tuple[str, CacheFacts]:
-        """Of this answer, or of the client's last one. Raises InvalidRequestError."""
+        """Returns the id and the facts of this answer, or of the client's last one. Raises
+        InvalidRequestError."""
         for known, remembered in reversed(self._by_id.items()):
             if remembered.client_key == client_key and id in (None, known):
                 return known, remembered.facts

@@ -102,7 +102,7 @@ class Delta:
 
     @property
     def is_empty(self) -> bool:
-        """Whether it says nothing at all."""
+        """Tells whether the delta says nothing at all."""
         has_end_or_text = self.finish_reason is not None or bool(self.text)
         has_prompt = self.prompt_tokens is not None or self.prompt_token_ids is not None
         return not has_end_or_text and not has_prompt and self.is_plain

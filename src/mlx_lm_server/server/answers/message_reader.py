@@ -54,15 +54,15 @@ class MessageReader:
 
     @property
     def stop_string(self) -> str | None:
-        """The one that ended the text."""
+        """The stop string that ended the text, if one did."""
         for stops in (self._content, self._reasoning):
             if stops is not None and stops.found is not None:
                 return stops.found
         return None
 
     def push(self, text: str, *, may_stop: bool = True) -> MessageDelta:
-        """A long text letter by letter where it may be stopped, so that no call behind a stop
-        string counts."""
+        """Returns what new text says. Where it may be stopped a long one is read letter by letter,
+        so that no call behind a stop string counts."""
         if self._content is None:
             self.num_settled += len(text)
             return self._parser.push(text)
@@ -83,7 +83,7 @@ class MessageReader:
         return found
 
     def flush(self, *, is_cut: bool, may_stop: bool = True) -> MessageDelta:
-        """The text has ended, see `MessageParser.flush`."""
+        """Returns what is left when the text has ended, see `MessageParser.flush`."""
         said = self._parser.flush(is_cut=is_cut)
         if self._content is None:
             return said
@@ -96,7 +96,7 @@ class MessageReader:
     def _until_stop(
         self, said: MessageDelta, content: StopStrings, *, may_stop: bool
     ) -> MessageDelta:
-        """What was said, without what is held back or comes after a stop string."""
+        """Returns what was said, without what is held back or comes after a stop string."""
         if said.reasoning and self._reasoning is not None:
             said.reasoning = self._search(self._reasoning, said.reasoning, may_stop=may_stop)
             if self._reasoning.is_stopped:
@@ -122,9 +122,9 @@ class MessageReader:
         return sure
 
     def _place_of(self, text: str, num_held: int, *, is_mark: bool) -> int:
-        """Where in the unsettled text it is: after what the stop strings hold, unless a mark or a
-        border's white space, which the parser dropped, stands between. Below zero where it began
-        before what is unsettled."""
+        """Returns where in the unsettled text a text is: after what the stop strings hold, unless a
+        mark or a border's white space, which the parser dropped, stands between. Below zero where
+        it began before what is unsettled."""
         if self._unsettled.startswith(text, num_held):
             return num_held
         place = self._unsettled.find(text) if is_mark else self._unsettled.rfind(text)

@@ -44,7 +44,7 @@ class OutputProcessor:
 
     @property
     def stop_string(self) -> str | None:
-        """The one that ended the text."""
+        """The stop string that ended the text, if one did."""
         return None if self._stop_strings is None else self._stop_strings.found
 
     @property

@@ -167,7 +167,7 @@ class OutputStream:
         self._mailbox.put(self)
 
     def read_progress(self) -> int:
-        """How many tokens of the prompt are computed; 0 where that is no news."""
+        """Returns how many tokens of the prompt are computed; 0 where that is no news."""
         num_computed_tokens, self.num_computed_tokens = self.num_computed_tokens, 0
         return num_computed_tokens
 
@@ -273,7 +273,7 @@ class EngineClient:
             self._send(Abort(stream.req_id))
 
     def on_outputs(self, frame: Outputs) -> None:
-        """One step's tokens to their streams."""
+        """Hands one step's tokens to their streams."""
         now = self._clock()
         self.stats = frame.stats
         self._metrics.observe_steps(frame.step_tokens)

@@ -79,7 +79,7 @@ class EngineProcess(asyncio.Protocol):
             self._transport.abort()
 
     async def wait(self, limit_s: float) -> bool:
-        """Whether the process has ended within `limit_s`."""
+        """Tells whether the process has ended within `limit_s`."""
         deadline_s = asyncio.get_running_loop().time() + limit_s
         while self.exit_code is None:
             if asyncio.get_running_loop().time() > deadline_s:

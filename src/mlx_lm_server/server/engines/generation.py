@@ -161,7 +161,7 @@ class Generation:
         )
 
     def timings(self) -> Timings:
-        """Of all sequences together, as one client sees them."""
+        """Returns the times of all sequences together, as one client sees them."""
         streams, usage = self._streams, self.usage()
         arrival_s = streams[0].arrival_s
         first_s = min(stream.first_token_s or stream.last_token_s for stream in streams)

@@ -180,7 +180,7 @@ class Metrics(Collector):
             self.time_per_output_token_s.observe(decode_s / (num_tokens - 1))
 
     def observe_choices(self, num_choices: int, longest_tokens: int) -> None:
-        """When the last choice of a prompt has ended."""
+        """Observes a prompt whose last choice has ended."""
         self.choices_asked.observe(num_choices)
         self.longest_choice_tokens.observe(longest_tokens)
 
@@ -290,7 +290,7 @@ class Metrics(Collector):
         return self.num_preemptions + (stats.num_preemptions_total if stats else 0)
 
     def _disk_tier(self) -> Iterator[Metric]:
-        """Of the engine that runs now; nothing where there is no disk tier."""
+        """Yields the numbers of the running engine's disk tier, if it has one."""
         stats = self.engine_stats()
         tier = stats.tier if stats else None
         if tier is None:

@@ -56,7 +56,7 @@ class Limits:
 
 
 class Supervisor:
-    """Of one engine. Owns its process; the client's streams follow its state."""
+    """Keeps one engine running and owns its process; the client's streams follow its state."""
 
     def __init__(
         self,

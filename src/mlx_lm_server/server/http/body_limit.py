@@ -130,7 +130,7 @@ class _InflatingReceive:
 
 
 def _coding_of(scope: Scope) -> str:
-    """Raises HttpError for one that is not read."""
+    """Returns the content coding of a body. Raises HttpError for one that is not read."""
     if not has_body(scope):
         return IDENTITY
     coding = (header(scope, b"content-encoding") or b"").decode("latin-1").strip().lower()

@@ -186,7 +186,7 @@ class _UnchunkedSend:
 
 
 def _new_parser(protocol: BoundedProtocol) -> httptools.HttpRequestParser:
-    """One like uvicorn's own."""
+    """Returns a parser like uvicorn's own."""
     parser = httptools.HttpRequestParser(protocol)
     with suppress(AttributeError):  # httptools before 0.6.3
         parser.set_dangerous_leniencies(lenient_data_after_close=True)
@@ -205,5 +205,5 @@ def _without_upgrade(headers: Iterable[tuple[bytes, bytes]]) -> Iterator[tuple[b
 
 
 def bounded_protocol(limits: ConnectionLimits) -> Any:
-    """For uvicorn's `http` setting."""
+    """Returns what makes connections with these limits, for uvicorn's `http` setting."""
     return partial(BoundedProtocol, limits)

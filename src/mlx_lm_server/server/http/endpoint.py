@@ -37,7 +37,7 @@ class Endpoint:
     is_open: bool = False
 
     def routes(self) -> list[Route]:
-        """What is under /v1 is served without it too."""
+        """Returns the routes to it: what is under /v1 is served without that too."""
         paths = [self.path]
         if self.path.startswith(PREFIX + "/"):
             paths.append(self.path.removeprefix(PREFIX))

@@ -22,7 +22,7 @@ MAX_VALUES = 1_000_000
 
 
 def parse_object(body: bytes) -> dict[str, Any]:
-    """Raises InvalidRequestError."""
+    """Returns the JSON object in a body. Raises InvalidRequestError."""
     try:
         parser = _PatientDecoder() if len(body) > LARGE_BYTES else _decoder
         value = parser.decode(body.decode("utf-8"))
@@ -98,7 +98,7 @@ Scan = Callable[[str, int], tuple[Any, int]]
 
 
 class _Decoder(json.JSONDecoder):
-    """The standard library's, with our refusals."""
+    """The standard library's decoder, with our refusals."""
 
     def __init__(self) -> None:
         super().__init__(

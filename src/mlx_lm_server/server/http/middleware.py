@@ -1,10 +1,12 @@
-"""What every HTTP request passes, as plain ASGI: nothing here costs anything per streamed token
-but one function call.
+"""The layers between the application's edge and its routes, as plain ASGI; `app.py` puts them
+around each other. From the outside in:
 
-    Border      request id; exceptions → error responses; the only `except Exception` of the server
-    PageGuard   is it a page that may not (page_guard.py)
-    Auth        who is it
-    BodyLimit   how much, how long (body_limit.py)
+    Border      gives a request its id, and makes error responses of exceptions
+    PageGuard   refuses web pages that may not use this server (page_guard.py)
+    Auth        finds out whose key a request has
+    BodyLimit   bounds how large a body is and how long it takes (body_limit.py)
+
+Only the Border sees what is sent, so a streamed piece costs one function call here.
 """
 
 from __future__ import annotations
@@ -77,12 +79,13 @@ class Border:
 
 
 def _warnings(scope: Scope) -> Headers:
-    """What of the request has no effect, as routes left it in the scope's state."""
+    """Returns headers for what of the request has no effect, as routes left it in the scope's
+    state."""
     return [(b"x-warning", text.encode()) for text in scope["state"].get("warnings", ())]
 
 
 def _request_id(scope: Scope) -> bytes:
-    """The client's own where it is sane, so that its logs and ours can be matched."""
+    """Returns the client's own id where it is sane, so that its logs and ours can be matched."""
     given = header(scope, b"x-request-id")
     if given and len(given) <= MAX_REQUEST_ID_CHARS and given.isascii() and min(given) > ord(" "):
         return given

@@ -46,7 +46,8 @@ class PageGuard:
         await self._app(scope, receive, send)
 
     def _check_host(self, host: str | None) -> None:
-        """HTTP/1.0, which no browser speaks, may come without."""
+        """Raises HttpError for a foreign Host; HTTP/1.0, which no browser speaks, may come
+        without."""
         if host is None:
             return
         name, _ = split_authority(host) or ("", None)
@@ -92,7 +93,8 @@ def _host(scope: Scope) -> str | None:
 
 
 def _is_same(origin: str, host: str | None) -> bool:
-    """Whether the page came from this server; the scheme may differ, as a proxy may speak TLS."""
+    """Tells whether the page came from this server; the scheme may differ, as a proxy may speak
+    TLS."""
     page, own = split_origin(origin), split_authority(host or "")
     if page is None or own is None:
         return False

@@ -43,7 +43,7 @@ def read_ranks(data: bytes) -> dict[bytes, int]:
 
 
 def looks_like_ranks(data: bytes) -> bool:
-    """Whether a file begins as one of ranks does."""
+    """Tells whether a file begins as one of ranks does."""
     try:
         return len(read_ranks(data.partition(b"\n")[0])) == 1
     except ValueError:
@@ -58,8 +58,8 @@ def _from_base64(text: bytes | str) -> bytes:
 
 
 def read_tekken(data: bytes) -> HFTokenizer:
-    """Mistral's: special tokens first, then the byte strings, of which a config says how many
-    count. Raises ValueError."""
+    """Returns the tokenizer of Mistral's file: special tokens first, then the byte strings, of
+    which a config says how many count. Raises ValueError."""
     given = json.loads(data)
     try:
         config, listed = given["config"], given.get("special_tokens")
@@ -134,7 +134,7 @@ def pattern_of_code(folder: Path) -> str | None:
 
 
 def code_composes(folder: Path) -> bool:
-    """Whether the folder's own code normalises a text to NFC."""
+    """Tells whether the folder's own code normalises a text to NFC."""
     return any(_is_nfc(node) for tree in _code(folder) for node in ast.walk(tree))
 
 

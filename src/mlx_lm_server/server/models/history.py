@@ -59,7 +59,8 @@ def for_template(
 def _with_calls_apart(
     messages: list[Mapping[str, Any]], traits: TemplateTraits
 ) -> Iterable[Mapping[str, Any]]:
-    """Each call with its result after it, where a template shows one call of a message only."""
+    """Yields each call with its result after it, where a template shows one call of a message
+    only."""
     place = 0
     while place < len(messages):
         message = messages[place]
@@ -94,7 +95,7 @@ def _one_by_one(
 
 
 def _with_content(message: Message, traits: TemplateTraits) -> Message:
-    """Content in the form in which it appears: a text, or parts."""
+    """Returns a message with its content in the form in which it appears: a text, or parts."""
     content, role = message.get("content"), message["role"]
     if content is None:
         content = ""

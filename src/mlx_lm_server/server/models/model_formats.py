@@ -1,4 +1,4 @@
-"""How the served model thinks and calls tools, and what of it one request makes use of."""
+"""The ways in which the served model thinks and calls tools, and which of them a request uses."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Bounds:
         return min(limits)
 
     def longest_prompt(self, wanted: int | None) -> int:
-        """How many tokens a prompt may have beside so many to generate; at least one."""
+        """Returns how many tokens a prompt may have beside so many to generate; at least one."""
         left = min(self.context_tokens, self.kv_tokens) - max(wanted or 1, 1)
         return max(min(left, self.max_prompt_tokens), 1)
 
@@ -76,8 +76,8 @@ class Bounds:
         prompt: str = "prompt",
         name: str = "max_tokens",
     ) -> int:
-        """How many tokens the request may generate. `prompt` and `name` are the fields that the
-        prompt and `wanted` come from.
+        """Returns how many tokens the request may generate. `prompt` and `name` are the fields that
+        the prompt and `wanted` come from.
 
         Raises ContextLengthError for what is over a limit, RequestTooLargeError for what the KV
         memory can never hold.
@@ -162,7 +162,7 @@ def bounds_of(config: Config, facts: ModelFacts, ready: Ready) -> Bounds:
 
 
 def defaults_of(config: Config, model: SamplingDefaults) -> SamplingDefaults:
-    """The flags, else the model's own, else OpenAI's."""
+    """Returns the defaults of sampling: the flags', else the model's own, else OpenAI's."""
     flags = config.generation
     return SamplingDefaults(
         temperature=_first(flags.default_temperature, model.temperature, 1.0),

@@ -98,7 +98,7 @@ def _news(
     known: Iterable[AddedToken],
     special_texts: Collection[str],
 ) -> Iterator[AddedToken]:
-    """What the vocabulary is to learn: first by id, then by name."""
+    """Returns what the vocabulary is to learn: first by id, then by name."""
     have = {token.content: token for token in known}
     listed = {added[token_id].content: added[token_id] for token_id in sorted(added)}
     unlisted = {
@@ -128,7 +128,7 @@ def _named(tokenizer_config: Mapping[str, Any], special_map: Mapping[str, Any]) 
 
 
 def _token_fields(source: Mapping[str, Any]) -> dict[str, Any]:
-    """Those whose value is a token, or null for none."""
+    """Returns the fields whose value is a token, or null for none."""
     return {
         name: value
         for name, value in source.items()

@@ -47,7 +47,8 @@ def without_default(names: Collection[str]) -> str:
 
 
 def _of_folder(folder: Path, tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    """A default in a file of its own makes those in the JSON files void."""
+    """Returns the folder's templates; a default in a file of its own makes those in the JSON files
+    void."""
     files = _files(folder)
     if DEFAULT in files:
         return files

@@ -61,7 +61,8 @@ def _attributes(every: Sequence[nodes.Node]) -> Iterator[str]:
 
 
 def _words(every: Sequence[nodes.Node]) -> dict[str, frozenset[str]]:
-    """Also of names that a variable's value was given, maybe changed or with a default."""
+    """Returns the words of each variable, those too of names that were given its value, maybe
+    changed or with a default."""
     sources = _sources(every)
     found: dict[str, set[str]] = {}
     for names, words in (*_compared(every), *_looked_up(every)):

@@ -32,8 +32,8 @@ class ThinkingMarks:
 
     @classmethod
     def of(cls, formats: ModelFormats, tokenizer: TokenIds) -> ThinkingMarks | None:
-        """None where the model does not think, or ends it with more than one token: then only the
-        text would tell whether it has ended."""
+        """Returns the marks; None where the model does not think, or ends it with more than one
+        token: then only the text would tell whether it has ended."""
         if formats.is_harmony:
             ends = [i for text in HARMONY_ENDS if (i := tokenizer.id_of(text)) is not None]
             answer, next_ = tokenizer.ids_of(HARMONY_ANSWER), tokenizer.ids_of(HARMONY_NEXT)

@@ -1,4 +1,4 @@
-"""Whether and how much a model is to think, in the variables of its chat template."""
+"""What a request wants of a model's thinking, in the variables of the model's chat template."""
 
 from __future__ import annotations
 

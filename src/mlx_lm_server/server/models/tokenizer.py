@@ -51,7 +51,8 @@ NO_VARIABLES: Mapping[str, Any] = MappingProxyType({})
 
 
 class Tokenizer:
-    """Of one model. Encodes on a thread where that takes long; everything else is immediate."""
+    """The tokenizer of one model. Encodes on a thread where that takes long; everything else is
+    immediate."""
 
     def __init__(
         self,
@@ -85,7 +86,7 @@ class Tokenizer:
 
     @property
     def template(self) -> ChatTemplate:
-        """Raises InvalidRequestError."""
+        """The model's chat template. Raises InvalidRequestError where it has none."""
         if self._template is None:
             raise InvalidRequestError(
                 "the model has no chat template; use /v1/completions, or start with --chat-template"
@@ -112,7 +113,7 @@ class Tokenizer:
         self._template = ChatTemplate(source, self.template_variables)
 
     async def tokens_of(self, ids: Sequence[int]) -> list[str | None]:
-        """As the vocabulary writes them."""
+        """Returns tokens as the vocabulary writes them."""
         if len(ids) <= MAX_INLINE_TOKENS:
             return self._tokens_of(ids)
         return await asyncio.to_thread(self._tokens_of, ids)
@@ -121,7 +122,7 @@ class Tokenizer:
         return [self._backend.id_to_token(i) for i in ids]
 
     def ids_of(self, text: str) -> list[int]:
-        """Of a short text, at once."""
+        """Returns the ids of a short text, at once."""
         return self._encode(text, add_special_tokens=False)
 
     def id_of(self, token: str) -> int | None:
@@ -158,7 +159,7 @@ class Tokenizer:
         return self._encode(text, add_special_tokens, backend)
 
     async def _without_specials(self) -> HFTokenizer:
-        """Made when it is asked for first, on a thread."""
+        """Returns the copy that knows no special tokens, made on a thread when first asked for."""
         if self._plain_backend is None:
             self._plain_backend = await asyncio.to_thread(_without_specials, self._backend)
         return self._plain_backend
@@ -250,7 +251,7 @@ class Tokenizer:
 
 
 def _without_specials(backend: HFTokenizer) -> HFTokenizer:
-    """A copy, since the switch is the whole tokenizer's."""
+    """Returns a copy that reads no special tokens, since the switch is the whole tokenizer's."""
     copy = HFTokenizer.from_str(backend.to_str())
     copy.encode_special_tokens = True
     return copy
@@ -298,7 +299,7 @@ def load_tokenizer(
     chat_template: str | None = None,
     chat_template_args: Mapping[str, Any] | None = None,
 ) -> Tokenizer:
-    """Raises ModelError where the folder has none that can be read."""
+    """Returns the folder's tokenizer. Raises ModelError where it has none that can be read."""
     vocabulary, is_converted = read_vocabulary(folder, facts)
     backend = vocabulary.backend
     specials = _settle_special_tokens(vocabulary, folder, facts)
@@ -343,8 +344,8 @@ def _with_rows(
     known: Collection[int],
     num_rows: int | None,
 ) -> list[AddedToken]:
-    """Those of the tokens that the vocabulary has, or that get an id for which the model has a row
-    in its table."""
+    """Returns those of the tokens that the vocabulary has, or that get an id for which the model
+    has a row in its table."""
     size = max(backend.get_vocab_size(with_added_tokens=False), *(i + 1 for i in known), 0)
     found = []
     for token in tokens:

@@ -93,7 +93,7 @@ def _facts(config: Config, model: ServedModel, ready: Ready, url: str) -> Table:
 
 
 def _disk_cache(config: TierConfig, ready: Ready) -> str:
-    """With the folder of all models; that of this one is in /health."""
+    """Names the folder of all models; that of this one is in /health."""
     if not ready.disk_tier:
         return "off"
     limit_gb = config.ssd_max_size_gb
@@ -102,7 +102,7 @@ def _disk_cache(config: TierConfig, ready: Ready) -> str:
 
 
 def _docs(config: Config, url: str) -> str:
-    """A browser cannot open a Unix socket."""
+    """Returns where the documentation is; a browser cannot open a Unix socket."""
     return f"{url}/docs" if config.server.uds is None else "/docs on the socket"
 
 

@@ -1,4 +1,4 @@
-"""What the prefix cache did for a request."""
+"""The endpoint that tells what the prefix cache did for a request."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ LIMITS = {
 
 
 def front_page(links: Mapping[str, str], version: str) -> str:
-    """`links` by what they are called."""
+    """Returns the page at `/` with `links`, which are paths by what they are called."""
     items = (f"<li><a href={path}>{path}</a>: {escape(name)}" for name, path in links.items())
     about = (
         "A server for language models, with OpenAI's API. Clients take the address of this page, "

@@ -1,4 +1,5 @@
-"""/livez: the process runs. /readyz: a request would be taken now. /health: how it is, and why."""
+"""The answers of /livez (the process runs), /readyz (a request would be taken now) and /health (how
+the server is, and why)."""
 
 from __future__ import annotations
 
@@ -54,7 +55,7 @@ class StatusAnswer(BaseModel):
 
 
 class HealthAnswer(StatusAnswer):
-    """And the facts behind it."""
+    """How the server is, and the facts behind that."""
 
     reason: str
     """The fact that decides the status."""
@@ -183,7 +184,7 @@ class HealthRoutes:
 
 
 def _probe(path: str, handler: Handler, about: str, answer: type[BaseModel], *bad: int) -> Endpoint:
-    """Also with a bad status the body says the same."""
+    """Declares an endpoint whose body says the same with a bad status."""
     statuses = (200, *bad)
     return Endpoint(
         "GET", path, handler, about, GROUP, answer=answer, statuses=statuses, is_open=True

@@ -67,7 +67,7 @@ async def _watch(receive: Receive, generation: Generation) -> None:
 
 
 async def collect(generation: Generation, receive: Receive, num_sequences: int) -> list[Answer]:
-    """What each sequence says. Raises what ended the request otherwise."""
+    """Returns what each sequence says. Raises what ended the request otherwise."""
     answers = [Answer() for _ in range(num_sequences)]
     async with cancelled_on_disconnect(receive, generation):
         while not generation.is_done:
@@ -113,7 +113,7 @@ class EventStream:
             await send({"type": "http.response.body", "body": last + DONE})
 
     async def _stream(self, send: Send) -> bytes:
-        """All events but the last, which are returned."""
+        """Sends all events but the last ones, which it returns."""
         generation = self._generation
         deltas = await self._first(send)
         while all(delta.progress is not None for delta in deltas):
@@ -133,7 +133,7 @@ class EventStream:
         return self._encode(deltas) + self._writer.usage(self._usage())
 
     async def _keep_alive(self, send: Send) -> None:
-        """A comment where nothing was said for one to two intervals."""
+        """Sends a comment where nothing was said for one to two intervals."""
         while True:
             self._has_sent = False
             await asyncio.sleep(self._keep_alive_s)
@@ -150,7 +150,7 @@ class EventStream:
         await send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def _first(self, send: Send) -> list[Delta]:
-        """The next deltas, and comments until they come."""
+        """Returns the next deltas, and sends comments until they come."""
         if not self._keep_alive_s:
             return await self._generation.next()
         first = asyncio.ensure_future(self._generation.next())

@@ -46,7 +46,7 @@ class _Asked:
 async def from_chat(
     request: ChatRequest, model: ServedModel, client_key: str
 ) -> list[GenerateRequest]:
-    """Raises RequestError. One sequence for each choice."""
+    """Returns one sequence for each choice. Raises RequestError."""
     prompt = chat_prompt(
         model,
         request.messages,
@@ -101,7 +101,7 @@ def _thinking(
 async def from_completion(
     request: CompletionRequest, model: ServedModel, client_key: str
 ) -> list[GenerateRequest]:
-    """Raises RequestError. One sequence for each choice of each prompt."""
+    """Returns one sequence for each choice of each prompt. Raises RequestError."""
     found: list[GenerateRequest] = []
     bad_words = await _bad_words(request, model.tokenizer)
     asked = _Asked(request, model, client_key, bad_words, request.max_tokens)
@@ -206,8 +206,8 @@ async def _bad_words(request: Sampling, tokenizer: Tokenizer) -> tuple[tuple[int
 
 
 def _tokens_of(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
-    """Each with a space before it and without, since tokenizers tell the two apart; nothing but
-    white space is as it is."""
+    """Returns the ids of each word with a space before it and without, since tokenizers tell the
+    two apart; one of nothing but white space stays as it is."""
     texts = [form for word in words for form in _forms(word)]
     ids = (tuple(tokenizer.ids_of(text)) for text in texts)
     return tuple(dict.fromkeys(one for one in ids if one))

@@ -62,7 +62,7 @@ def chat_prompt(
     tool_choice: str | Mapping[str, Any] | None = None,
     continues: bool = False,
 ) -> ChatPrompt:
-    """Raises InvalidRequestError for what the model's template cannot do."""
+    """Returns what the template is to render. Raises InvalidRequestError for what it cannot do."""
     template = model.tokenizer.template
     thinking = thinking_of(
         variables or {},

@@ -117,7 +117,7 @@ class OpenAIRoutes:
         adapt: Callable[[str], Awaitable[list[GenerateRequest]]],
         id: str,
     ) -> ASGIApp:
-        """Admission, adapter, engine, response: the same for both endpoints."""
+        """Answers a request of either endpoint: admission, adapter, engine, response."""
         services = self._services
         arrival_s: float = http.scope["state"]["arrival_s"]
         name = services.model().names.resolve(request.model)

@@ -359,7 +359,7 @@ class Sampling(Body):
 
     @property
     def wants_usage(self) -> bool:
-        """As a chunk of its own at the end of a stream."""
+        """Tells whether a stream is to end with a chunk for the usage."""
         options = self.stream_options
         is_asked = options is not None and options.include_usage
         return bool(is_asked or self.timings or self.explain_cache)
