@@ -19,7 +19,7 @@ from benchmarks import reaper
 from benchmarks.claims import Claim
 from benchmarks.models import ensure_models
 from benchmarks.parts import Effort, Findings, console, run_parts
-from mlx_lm_server.server.engine_process import ENGINE_ENVIRONMENT
+from mlx_lm_server.server.engines.engine_process import ENGINE_ENVIRONMENT
 
 ROWS, ROW_TOKENS = 32, 1000
 STEP_ROWS = 16

@@ -15,7 +15,7 @@ from benchmarks.models import (
     default_folder,
     ensure,
 )
-from mlx_lm_server.server.model_files import NANO_FOLDER
+from mlx_lm_server.server.models.model_files import NANO_FOLDER
 
 VOCAB_SIZE = 152_000
 VERSION = 1  # raised when the files change, so that nobody measures old ones

@@ -23,7 +23,7 @@ from benchmarks.gaps import gaps_beside_cached
 from benchmarks.models import ensure_models
 from benchmarks.parts import Effort, Findings, console, run_parts
 from benchmarks.serving import details, measure, no_errors, servers, shape_of
-from mlx_lm_server.server.engine_process import ENGINE_ENVIRONMENT
+from mlx_lm_server.server.engines.engine_process import ENGINE_ENVIRONMENT
 
 PREFIX_TOKENS, NEW_TOKENS = 2000, 20
 HTTP_ALLOWANCE_S = 0.015

@@ -7,12 +7,12 @@ from time import perf_counter
 from mlx_lm_server.config import ModelConfig
 from mlx_lm_server.parsing.message_parser import AnswerFormat
 from mlx_lm_server.protocol import SamplingParams
-from mlx_lm_server.server.answer_reader import AnswerReader
-from mlx_lm_server.server.generate_request import GenerateRequest
-from mlx_lm_server.server.model_files import NANO_FOLDER, read_facts
-from mlx_lm_server.server.model_formats import ModelFormats
-from mlx_lm_server.server.openai.stream import ChatChunks, Head
-from mlx_lm_server.server.tokenizer import Tokenizer, load_tokenizer
+from mlx_lm_server.server.answers.answer_reader import AnswerReader
+from mlx_lm_server.server.answers.generate_request import GenerateRequest
+from mlx_lm_server.server.models.model_files import NANO_FOLDER, read_facts
+from mlx_lm_server.server.models.model_formats import ModelFormats
+from mlx_lm_server.server.models.tokenizer import Tokenizer, load_tokenizer
+from mlx_lm_server.server.protocols.openai.stream import ChatChunks, Head
 
 TOOL = {
     "type": "function",

@@ -14,7 +14,7 @@ import msgspec
 
 from mlx_lm_server.protocol import AddRequest, LoadModel, SamplingParams, ThinkingBudget
 from mlx_lm_server.runner import blas
-from mlx_lm_server.server.model_files import NANO_FOLDER
+from mlx_lm_server.server.models.model_files import NANO_FOLDER
 
 VOCAB = (100, 3000)
 MAX_MATES = 15

@@ -20,9 +20,9 @@ from benchmarks.claims import Claim
 from benchmarks.large_model import ensure_large_model, write_tokenizer
 from benchmarks.parts import Effort, Findings, console
 from mlx_lm_server.config import ModelConfig
-from mlx_lm_server.server.model_files import NANO_FOLDER, read_facts
-from mlx_lm_server.server.model_formats import ModelFormats
-from mlx_lm_server.server.tokenizer import load_tokenizer
+from mlx_lm_server.server.models.model_files import NANO_FOLDER, read_facts
+from mlx_lm_server.server.models.model_formats import ModelFormats
+from mlx_lm_server.server.models.tokenizer import load_tokenizer
 
 # Starts that may measure until one of them is quiet enough to keep what it measured.
 MAX_TRIES = 4

@@ -14,7 +14,7 @@ import psutil
 from benchmarks import reaper
 from benchmarks.contenders.load import About, Load, Measured
 from benchmarks.processes import pin
-from mlx_lm_server.server.engine_process import ENGINE_ENVIRONMENT
+from mlx_lm_server.server.engines.engine_process import ENGINE_ENVIRONMENT
 
 STOP_LIMIT_S = 10.0
 # These run in the environment that the supervisor gives an engine.

@@ -9,6 +9,7 @@ ServerError
 ├── EngineError                the engine process failed
 │   ├── EngineDiedError        it ended or was ended while requests were in it
 │   └── EngineUnavailableError it is not ready (loading, restarting, shutting down)
+├── ClientGoneError            the client left; nobody is left to answer
 └── RequestError               the client's request cannot be done; has `param` and `code`
     ├── InvalidRequestError    a field is wrong
     ├── ContextLengthError     prompt or prompt + max_tokens over the limit
@@ -56,6 +57,10 @@ class EngineDiedError(EngineError):
 
 class EngineUnavailableError(EngineError):
     """The engine is not ready to take a request."""
+
+
+class ClientGoneError(ServerError):
+    """The client closed its connection; there is nobody left to answer."""
 
 
 class RequestError(ServerError):

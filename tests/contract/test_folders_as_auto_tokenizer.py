@@ -11,8 +11,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer
 
-from mlx_lm_server.server.model_files import read_facts
-from mlx_lm_server.server.tokenizer import load_tokenizer
+from mlx_lm_server.server.models.model_files import read_facts
+from mlx_lm_server.server.models.tokenizer import load_tokenizer
 
 WORDS = ["<unk>", "a", "b", "<s>", "</s>", "<pad>"]
 TOKENS = ["<s>", "</s>", "<pad>", "<sep>", "<|end|>", "<img>", "<tool>", "<new>"]

@@ -14,9 +14,9 @@ from mlx_lm.chat_templates import deepseek_v32
 
 from mlx_lm_server.config import ModelConfig
 from mlx_lm_server.parsing.formats import REASONING_FORMATS, TOOL_FORMATS
-from mlx_lm_server.server.chat_template import ChatTemplate
-from mlx_lm_server.server.model_formats import ModelFormats
-from mlx_lm_server.server.template_files import OURS, find_templates
+from mlx_lm_server.server.models.chat_template import ChatTemplate
+from mlx_lm_server.server.models.model_formats import ModelFormats
+from mlx_lm_server.server.models.template_files import OURS, find_templates
 
 TOOL = {
     "type": "function",

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models
 
-from mlx_lm_server.server.openai.chat_prompt import chat_prompt
-from mlx_lm_server.server.openai.schema import parse_chat
+from mlx_lm_server.server.protocols.openai.chat_prompt import chat_prompt
+from mlx_lm_server.server.protocols.openai.schema import parse_chat
 from tests.family_templates import FAMILIES
 from tests.property.test_round_trips import TOOLS, model_of
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mlx_lm_server.server.model_files import NANO_FOLDER
+from mlx_lm_server.server.models.model_files import NANO_FOLDER
 from tests.e2e.conftest import Nano
 
 pytest.importorskip("lm_eval")

@@ -16,12 +16,12 @@ from tests.family_templates import FAMILIES, Family
 
 from mlx_lm_server.config import ModelConfig
 from mlx_lm_server.parsing.message_parser import MessageParser
-from mlx_lm_server.server.chat_template import ChatTemplate
-from mlx_lm_server.server.generate_request import Answer, Delta
-from mlx_lm_server.server.history import for_template
-from mlx_lm_server.server.model_formats import ModelFormats
-from mlx_lm_server.server.openai.chat_prompt import chat_prompt
-from mlx_lm_server.server.openai.schema import parse_chat
+from mlx_lm_server.server.answers.generate_request import Answer, Delta
+from mlx_lm_server.server.models.chat_template import ChatTemplate
+from mlx_lm_server.server.models.history import for_template
+from mlx_lm_server.server.models.model_formats import ModelFormats
+from mlx_lm_server.server.protocols.openai.chat_prompt import chat_prompt
+from mlx_lm_server.server.protocols.openai.schema import parse_chat
 
 NAMES = ("write_file", "get_weather")
 KEYS = ("path", "text", "count", "flag", "items", "where")

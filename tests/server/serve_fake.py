@@ -12,9 +12,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import fakes
 from mlx_lm_server.config_loading import load_config
 from mlx_lm_server.errors import ConfigError
-from mlx_lm_server.server.connection import ConnectionLimits
+from mlx_lm_server.server.engines.supervisor import Limits
+from mlx_lm_server.server.http.connection import ConnectionLimits
 from mlx_lm_server.server.serve import Surroundings, run
-from mlx_lm_server.server.supervisor import Limits
 
 
 def main() -> int:

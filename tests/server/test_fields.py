@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, processors
 
-from mlx_lm_server.server.openai import fields
+from mlx_lm_server.server.protocols.openai import fields
 from tests.observations import observed, observes
 from tests.server.harness import EOS_ID, VOCAB_SIZE, RunningServer, make_model
 from tests.server.test_tools import CALL, TEMPLATE, TOOL

@@ -13,7 +13,7 @@ import pytest
 from tests.observations import LINE
 
 from mlx_lm_server.config import Config
-from mlx_lm_server.server.openai import schema, text_schema
+from mlx_lm_server.server.protocols.openai import schema, text_schema
 
 pytestmark = pytest.mark.timeout(300)
 ROOT = Path(__file__).parents[2]

@@ -9,17 +9,17 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mlx_lm_server.server.api_keys import ApiKeys
-from mlx_lm_server.server.body_limit import BodyLimit
-from mlx_lm_server.server.cache_routes import CacheRoutes
-from mlx_lm_server.server.connection import ConnectionLimits
-from mlx_lm_server.server.document import DocumentRoutes, plain_path
-from mlx_lm_server.server.health import HealthRoutes
-from mlx_lm_server.server.http_errors import HttpError
-from mlx_lm_server.server.middleware import Auth, Border
-from mlx_lm_server.server.openai.routes import OpenAIRoutes
-from mlx_lm_server.server.openai.text_routes import TextRoutes
-from mlx_lm_server.server.page_guard import PageGuard
+from mlx_lm_server.server.http.api_keys import ApiKeys
+from mlx_lm_server.server.http.body_limit import BodyLimit
+from mlx_lm_server.server.http.connection import ConnectionLimits
+from mlx_lm_server.server.http.http_errors import HttpError
+from mlx_lm_server.server.http.middleware import Auth, Border
+from mlx_lm_server.server.http.page_guard import PageGuard
+from mlx_lm_server.server.operations.cache_routes import CacheRoutes
+from mlx_lm_server.server.operations.document import DocumentRoutes, plain_path
+from mlx_lm_server.server.operations.health import HealthRoutes
+from mlx_lm_server.server.protocols.openai.routes import OpenAIRoutes
+from mlx_lm_server.server.protocols.openai.text_routes import TextRoutes
 from mlx_lm_server.server.services import Services
 
 # Likeness of two paths, 0 to 1, from which one may be meant for the other.

@@ -11,20 +11,20 @@ from mlx_lm_server import folders
 from mlx_lm_server.config import Config, ModelConfig, TierConfig
 from mlx_lm_server.errors import ConfigError
 from mlx_lm_server.protocol import DiskTier, LoadModel, Ready
-from mlx_lm_server.server.banner import StartDisplay
-from mlx_lm_server.server.metrics import cache_config
-from mlx_lm_server.server.model_files import (
+from mlx_lm_server.server.engines.metrics import cache_config
+from mlx_lm_server.server.engines.supervisor import Limits, Supervisor
+from mlx_lm_server.server.models.model_files import (
     ModelFacts,
     read_facts,
     resolve_adapter,
     resolve_model,
 )
-from mlx_lm_server.server.model_formats import ModelFormats
-from mlx_lm_server.server.served_model import ModelNames, ServedModel, bounds_of, defaults_of
+from mlx_lm_server.server.models.model_formats import ModelFormats
+from mlx_lm_server.server.models.served_model import ModelNames, ServedModel, bounds_of, defaults_of
+from mlx_lm_server.server.models.thinking import ThinkingMarks
+from mlx_lm_server.server.models.tokenizer import Tokenizer, load_tokenizer
+from mlx_lm_server.server.operations.banner import StartDisplay
 from mlx_lm_server.server.services import Services
-from mlx_lm_server.server.supervisor import Limits, Supervisor
-from mlx_lm_server.server.thinking import ThinkingMarks
-from mlx_lm_server.server.tokenizer import Tokenizer, load_tokenizer
 from mlx_lm_server.server.waiting import first_of, in_daemon_thread
 
 

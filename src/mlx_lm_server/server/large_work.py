@@ -15,7 +15,7 @@ _thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="large-work")
 
 
 async def run_large(work: Callable[[], Result]) -> Result:
-    """What `work` returns or raises; the event loop goes on meanwhile."""
+    """Returns or raises what `work` does; the event loop goes on meanwhile."""
     return await asyncio.get_running_loop().run_in_executor(_thread, _run, work)
 
 

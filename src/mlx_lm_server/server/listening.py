@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from mlx_lm_server.config import ServerConfig
 from mlx_lm_server.errors import ConfigError, ServerError
-from mlx_lm_server.server.connection import ConnectionLimits, bounded_protocol
+from mlx_lm_server.server.http.connection import ConnectionLimits, bounded_protocol
 
 # Longer than clients keep their idle connections, so that none is closed as it is used again.
 KEEP_ALIVE_S = 75
@@ -37,7 +37,7 @@ class Listener:
 
 @contextmanager
 def listen(server: ServerConfig) -> Iterator[Listener]:
-    """Bound before anything is loaded: a port in use must not cost a download.
+    """Binds before anything is loaded: a port in use must not cost a download.
 
     Raises ServerError where that fails.
     """

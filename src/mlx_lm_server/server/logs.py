@@ -33,7 +33,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up_logging(level: str, format: str) -> None:
-    """Ours at `level`; libraries speak up from warning on unless we debug."""
+    """Lets our modules log from `level` on; libraries speak up from warning on unless we debug."""
     handler = logging.StreamHandler(sys.stderr)
     if format == "json":
         handler.setFormatter(JsonFormatter())

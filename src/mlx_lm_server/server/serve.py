@@ -21,19 +21,19 @@ import uvloop
 
 from mlx_lm_server.config import Config
 from mlx_lm_server.errors import ConfigError, EngineUnavailableError, ServerError
-from mlx_lm_server.server.admission import Admission
-from mlx_lm_server.server.api_keys import ApiKeys
 from mlx_lm_server.server.app import create_app
-from mlx_lm_server.server.banner import StartDisplay
 from mlx_lm_server.server.boot import boot
-from mlx_lm_server.server.connection import ConnectionLimits
-from mlx_lm_server.server.engine_client import EngineClient
+from mlx_lm_server.server.engines.admission import Admission
+from mlx_lm_server.server.engines.engine_client import EngineClient
+from mlx_lm_server.server.engines.metrics import Metrics
+from mlx_lm_server.server.engines.supervisor import Limits, Supervisor
+from mlx_lm_server.server.http.api_keys import ApiKeys
+from mlx_lm_server.server.http.connection import ConnectionLimits
 from mlx_lm_server.server.listening import HttpServer, http_server, listen
 from mlx_lm_server.server.logs import set_up_logging
-from mlx_lm_server.server.metrics import Metrics
-from mlx_lm_server.server.served_model import ModelNames
+from mlx_lm_server.server.models.served_model import ModelNames
+from mlx_lm_server.server.operations.banner import StartDisplay
 from mlx_lm_server.server.services import Services
-from mlx_lm_server.server.supervisor import Limits, Supervisor
 from mlx_lm_server.server.waiting import first_of
 
 log = logging.getLogger(__name__)

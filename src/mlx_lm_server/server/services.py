@@ -8,27 +8,28 @@ from collections.abc import Sequence
 
 from mlx_lm_server.config import Config
 from mlx_lm_server.errors import EngineUnavailableError
-from mlx_lm_server.server.admission import Admission
-from mlx_lm_server.server.cache_explanation import (
+from mlx_lm_server.server.answers.cache_explanation import (
     CacheExplanation,
     CacheFacts,
     CacheKeys,
     CacheReports,
     explain,
 )
-from mlx_lm_server.server.engine_client import EngineClient
-from mlx_lm_server.server.generate_request import GenerateRequest
-from mlx_lm_server.server.generation import Generation
-from mlx_lm_server.server.metrics import Metrics
-from mlx_lm_server.server.request_templates import RequestTemplates
-from mlx_lm_server.server.served_model import ModelNames, ServedModel
-from mlx_lm_server.server.supervisor import Supervisor
+from mlx_lm_server.server.answers.generate_request import GenerateRequest
+from mlx_lm_server.server.engines.admission import Admission
+from mlx_lm_server.server.engines.engine_client import EngineClient
+from mlx_lm_server.server.engines.generation import Generation
+from mlx_lm_server.server.engines.metrics import Metrics
+from mlx_lm_server.server.engines.supervisor import Supervisor
+from mlx_lm_server.server.models.request_templates import RequestTemplates
+from mlx_lm_server.server.models.served_model import ModelNames, ServedModel
 
 log = logging.getLogger(__name__)
 
 
 class Services:
-    """Complete but for the model, which `serve` sets once it is loaded."""
+    """Everything that routes share, complete but for the model, which `serve` sets once it is
+    loaded."""
 
     def __init__(
         self, config: Config, metrics: Metrics, client: EngineClient, admission: Admission
@@ -48,7 +49,7 @@ class Services:
 
     @property
     def is_ready(self) -> bool:
-        """Whether a request that came now would be taken."""
+        """Tells whether a request that came now would be taken."""
         is_up = self.supervisor is not None and self.supervisor.state == "ready"
         return is_up and self._model is not None and not self.admission.is_draining
 

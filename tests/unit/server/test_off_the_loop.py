@@ -11,9 +11,9 @@ import pytest
 from starlette.requests import Request
 from tokenizers.decoders import ByteLevel
 
-from mlx_lm_server.server.chat_template import ChatTemplate
-from mlx_lm_server.server.request_body import parsed_body
-from mlx_lm_server.server.tokenizer import Tokenizer
+from mlx_lm_server.server.http.request_body import parsed_body
+from mlx_lm_server.server.models.chat_template import ChatTemplate
+from mlx_lm_server.server.models.tokenizer import Tokenizer
 
 
 class Backend:

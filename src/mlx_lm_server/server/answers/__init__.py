@@ -1,0 +1,1 @@
+"""What is asked of an engine, and what its tokens say, whatever the protocol."""

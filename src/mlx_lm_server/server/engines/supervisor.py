@@ -1,0 +1,242 @@
+"""Keeps an engine running: starts it, watches it, ends it, starts it anew when it dies.
+
+    starting ──Ready──▶ ready ──EOF or hung──▶ backoff ──▶ starting …
+        │                 │                       │
+        └ LoadFailed,     └ stop() ─▶ stopped     └ crash loop ─▶ failed
+          death before
+          the first Ready ─▶ failed
+
+Runs on the event loop. A death ends the streams that were in the engine. `failed` is final: the
+server ends with the reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mlx_lm_server import errors
+from mlx_lm_server.errors import EngineDiedError, EngineError, ModelError, ServerError
+from mlx_lm_server.protocol import (
+    LoadFailed,
+    LoadModel,
+    LoadProgress,
+    Outputs,
+    Ready,
+    Shutdown,
+    ToServer,
+)
+from mlx_lm_server.server.engines.engine_client import EngineClient
+from mlx_lm_server.server.engines.engine_process import EngineProcess
+from mlx_lm_server.server.engines.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+State = Literal["starting", "ready", "backoff", "failed", "stopped"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When an engine counts as hung, and when restarting it makes no sense any more."""
+
+    tick_s: float = 0.25
+    hung_s: float = 30.0
+    hung_forecasts: float = 20.0
+    load_s: float = 1800.0
+    max_deaths: int = 5
+    deaths_within_s: float = 60.0
+    first_backoff_s: float = 0.2
+    close_s: float = 1.0  # from the end of its socket to its own
+    stop_s: float = 20.0  # the engine writes its cache to disk first
+
+
+class Supervisor:
+    """Keeps one engine running and owns its process; the client's streams follow its state."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        load: LoadModel,
+        client: EngineClient,
+        metrics: Metrics,
+        *,
+        limits: Limits | None = None,
+        on_progress: Callable[[LoadProgress], None] = lambda _: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._command = command
+        self._load = load
+        self._client = client
+        self._metrics = metrics
+        self._limits = limits or Limits()
+        self._on_progress = on_progress
+        self._process: EngineProcess | None = None
+        self._clock = clock
+        self._last_message_s = self._clock()
+        self._last_tick_s = self._clock()
+        self._forecast_s = 0.0
+        self._deaths_s: deque[float] = deque(maxlen=self._limits.max_deaths)
+        self._lost = asyncio.Event()
+        self._stopping = False
+        self._task: asyncio.Task[None] | None = None
+        self.state: State = "starting"
+        self.ready: Ready | None = None
+        self.first_ready: asyncio.Future[Ready] = asyncio.get_running_loop().create_future()
+        self.failure: asyncio.Future[ServerError] = asyncio.get_running_loop().create_future()
+        self.num_restarts = 0
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="supervisor")
+
+    async def stop(self) -> None:
+        """Ends the engine: asks, waits, kills. No engine is left behind."""
+        self._stopping = True
+        if self._process is not None and self.state == "ready":
+            self._process.send(Shutdown())
+            if not await self._process.wait(self._limits.stop_s):
+                log.warning("the engine does not end by itself; it is killed")
+        self.kill()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        if self.state != "failed":
+            self.state = "stopped"
+
+    def kill(self) -> None:
+        self._stopping = True
+        if self._process is not None:
+            self._process.kill()
+
+    async def _run(self) -> None:
+        while not self._stopping and not self.failure.done():
+            await self._run_one_engine()
+            if not self._stopping and not self.failure.done():
+                await self._back_off()
+
+    async def _run_one_engine(self) -> None:
+        """From the spawn of an engine to its end."""
+        self.state = "starting"
+        self._lost.clear()
+        self._last_message_s = self._last_tick_s = self._clock()
+        process = self._process = EngineProcess(self._on_message, self._lost.set)
+        try:
+            await process.start(self._command)
+        except OSError as error:
+            self._fail(EngineError(f"the engine cannot be started: {error}"))
+            return
+        process.send(self._load)
+        while not self._lost.is_set():
+            self._tick()
+            await self._wait_until_lost(self._limits.tick_s)
+        await self._bury(process)
+
+    async def _wait_until_lost(self, limit_s: float) -> None:
+        try:
+            async with asyncio.timeout(limit_s):
+                await self._lost.wait()
+        except TimeoutError:
+            return
+
+    def _tick(self) -> None:
+        now = self._clock()
+        late_s = now - self._last_tick_s - self._limits.tick_s
+        self._last_tick_s = now
+        if late_s > 1.0:  # this process slept, not the engine: its messages are still unread
+            self._last_message_s += late_s
+        self._client.expire(now)
+        limit_s = self._limits.load_s
+        if self.state == "ready":
+            limit_s = max(self._limits.hung_s, self._limits.hung_forecasts * self._forecast_s)
+            if not self._client.num_live:  # an idle engine has nothing to say
+                self._last_message_s = now
+        silent_s = now - self._last_message_s
+        if silent_s > limit_s and self._process is not None:
+            log.error("the engine has been silent for %.0f s; it is killed", silent_s)
+            self._process.kill()
+
+    async def _bury(self, process: EngineProcess) -> None:
+        """The socket is closed: the process must end too, and its streams do."""
+        if not await process.wait(self._limits.close_s):
+            process.kill()
+            await process.wait(self._limits.stop_s)
+        was_ready = self.state == "ready"
+        self.state = "backoff"
+        self._client.detach(EngineDiedError("the engine ended while it worked on this request"))
+        if self._stopping or self.failure.done():
+            return
+        how = _describe_exit(process.exit_code)
+        if not self.first_ready.done():
+            self._fail(EngineError(f"the engine ended while it loaded the model ({how})"))
+            return
+        log.error(
+            "the engine ended (%s)%s; it is started anew", how, "" if was_ready else " loading"
+        )
+
+    async def _back_off(self) -> None:
+        now = self._clock()
+        self._deaths_s.append(now)
+        num_recent = sum(now - then < self._limits.deaths_within_s for then in self._deaths_s)
+        if num_recent >= self._limits.max_deaths:
+            self._fail(
+                EngineError(
+                    f"the engine died {num_recent} times in {self._limits.deaths_within_s:g} s"
+                )
+            )
+            return
+        await asyncio.sleep(self._limits.first_backoff_s * 2 ** (num_recent - 1))
+        self.num_restarts += 1
+        self._metrics.engine_restarts += 1
+
+    def _on_message(self, message: ToServer) -> None:
+        self._last_message_s = self._clock()
+        if isinstance(message, Outputs):
+            self._forecast_s = message.stats.forecast_step_s
+            self._client.on_outputs(message)
+        elif isinstance(message, LoadProgress):
+            self._on_progress(message)
+        elif isinstance(message, Ready):
+            self._on_ready(message)
+        elif isinstance(message, LoadFailed):
+            self._on_load_failed(message)
+
+    def _on_ready(self, ready: Ready) -> None:
+        assert self._process is not None
+        self.state = "ready"
+        self.ready = ready
+        self._client.attach(self._process.send)
+        if not self.first_ready.done():
+            self.first_ready.set_result(ready)
+        else:
+            log.info("the engine is ready again")
+
+    def _on_load_failed(self, failed: LoadFailed) -> None:
+        kind = getattr(errors, failed.kind, None)
+        is_model_error = isinstance(kind, type) and issubclass(kind, ModelError)
+        if is_model_error and kind is not None and not self.first_ready.done():
+            self._fail(kind(failed.message))
+        elif not self.first_ready.done():
+            self._fail(EngineError(failed.message))
+        else:
+            log.error("the engine could not load the model again: %s", failed.message)
+        if self._process is not None:
+            self._process.send(Shutdown())
+
+    def _fail(self, error: ServerError) -> None:
+        self.state = "failed"
+        if not self.failure.done():
+            self.failure.set_result(error)
+
+
+def _describe_exit(code: int | None) -> str:
+    if code is None:
+        return "still running"
+    return f"signal {-code}" if code < 0 else f"exit code {code}"

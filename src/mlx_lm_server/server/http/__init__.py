@@ -1,0 +1,1 @@
+"""Everything between the socket and a route: bounds, keys, bodies, errors and their statuses."""

@@ -1,0 +1,1 @@
+"""The protocols that clients speak, beside each other, and what they share."""
