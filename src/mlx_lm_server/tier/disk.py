@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from mlx_lm_server.tier.clock import Clock
-from mlx_lm_server.tier.counters import Counters
 from mlx_lm_server.tier.files import Files
 from mlx_lm_server.tier.jobs import (
     Emit,
@@ -25,6 +24,7 @@ from mlx_lm_server.tier.settings import TierSettings
 from mlx_lm_server.tier.shelf import Shelf
 from mlx_lm_server.tier.sweep import Sweep
 from mlx_lm_server.tier.writer import RecordWriter
+from mlx_lm_server.tier_stats import TierCounters
 
 SWEEP_AGAIN_S = 300.0
 
@@ -49,7 +49,7 @@ class DiskTier:
         self._next_turn_s = 0.0
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> TierCounters:
         return self._shelf.counters
 
     @property
@@ -114,7 +114,7 @@ class DiskTier:
         now_s = self._shelf.clock.monotonic_s()
         if now_s < self._next_turn_s:
             return
-        self._next_turn_s = now_s + self._shelf.settings.flush_interval_s
+        self._next_turn_s = now_s + self._shelf.settings.flags.ssd_flush_interval_s
         self._shelf.keep_open()
         self._writer.sync_folders()
         self._shelf.commit()

@@ -55,7 +55,7 @@ class IoThread:
 
     def __init__(self, make_disk: MakeDisk, mailbox: Mailbox, settings: TierSettings) -> None:
         self._mailbox = mailbox
-        self._nap_s = min(LONGEST_NAP_S, settings.flush_interval_s)
+        self._nap_s = min(LONGEST_NAP_S, settings.flags.ssd_flush_interval_s)
         self.disk = make_disk(mailbox.sleep)
         self.has_room = mailbox.has_room
         self.keep_late = mailbox.keep_late

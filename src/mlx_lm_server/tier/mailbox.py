@@ -22,7 +22,7 @@ class Mailbox:
     """
 
     def __init__(self, settings: TierSettings, clock: Clock) -> None:
-        self._size = settings.writer_queue_size
+        self._size = settings.flags.ssd_writer_queue_size
         self._max_bytes = settings.max_pending_bytes
         self._backlog_wait_s = settings.backlog_wait_s
         self._clock = clock

@@ -25,7 +25,7 @@ class RecordReader:
 
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
-        self._reads_ahead = shelf.settings.async_writes
+        self._reads_ahead = shelf.settings.flags.ssd_async_writes
         self._begun: deque[bytes] = deque()
         self._reading: Generator[Contents] | None = None
 

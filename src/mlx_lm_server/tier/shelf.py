@@ -14,8 +14,6 @@ from typing import TypeVar
 import msgspec
 
 from mlx_lm_server.tier.clock import TICK_S, Clock, Ticks
-from mlx_lm_server.tier.counters import Counters
-from mlx_lm_server.tier.entries import Entry
 from mlx_lm_server.tier.files import Files, write_file
 from mlx_lm_server.tier.index import (
     BUSY_TIMEOUT_S,
@@ -28,6 +26,7 @@ from mlx_lm_server.tier.jobs import Emit, Found, Gone, Paused
 from mlx_lm_server.tier.layout import SHARDS, CacheLayout, Namespace
 from mlx_lm_server.tier.quota import Quota
 from mlx_lm_server.tier.settings import TierSettings
+from mlx_lm_server.tier_stats import TierCounters
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class Shelf:
         self.clock = clock
         self.ticks = Ticks(clock)
         self.emit = emit
-        self.counters = Counters()
+        self.counters = TierCounters()
         self.layout = CacheLayout(settings.cache_dir)
         self.namespace = namespace.folder
         self._about = namespace
@@ -58,9 +57,11 @@ class Shelf:
             self.layout.index,
             self.namespace,
             files,
-            BUSY_TIMEOUT_S if settings.async_writes else INLINE_BUSY_TIMEOUT_S,
+            BUSY_TIMEOUT_S if settings.flags.ssd_async_writes else INLINE_BUSY_TIMEOUT_S,
         )
-        self.quota = Quota(self.layout.root, files, settings.max_size_bytes, settings.free_share)
+        self.quota = Quota(
+            self.layout.root, files, settings.flags.max_size_bytes, settings.free_share
+        )
         self._open_again_at_s = 0.0
         self.is_new = False  # whether the index was opened since the last sweep
         self.is_in_doubt = False  # whether index and files were found to disagree
@@ -114,7 +115,7 @@ class Shelf:
         self.index.close()
 
     def _open_index(self) -> None:
-        now, is_durable = self.ticks.now(), self.settings.is_persistent
+        now, is_durable = self.ticks.now(), self.settings.flags.is_persistent
         try:
             self.index.open(now, is_durable=is_durable)
         except IndexCorruptError:
@@ -191,18 +192,15 @@ class Shelf:
         self.quota.measure(self.index.used_bytes)
         if self.index.used_bytes > self.quota.limit_bytes:
             self.evict(self.quota.limit_bytes)
-        if not self.settings.ttl_s:
+        if not self.settings.flags.ttl_s:
             return
-        oldest_tick = self.ticks.now() - int(self.settings.ttl_s / TICK_S)
+        oldest_tick = self.ticks.now() - int(self.settings.flags.ttl_s / TICK_S)
         for victim in self._oldest(before=oldest_tick):
             self.counters.expired += self._remove(victim)
 
     def forget(self, name: bytes) -> None:
         self.index.forget(name)
         self.emit(Gone((name,)))
-
-    def add(self, namespace: str, entry: Entry) -> None:
-        self.index.add(namespace, entry)
 
     def _oldest(self, before: int | None = None) -> list[Victim]:
         at_most = self.settings.max_evictions_per_save

@@ -16,10 +16,8 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
 
 from mlx_lm_server.tier.clock import Clock, SystemClock
-from mlx_lm_server.tier.counters import Counters
 from mlx_lm_server.tier.disk import DiskTier
 from mlx_lm_server.tier.files import Files, OsFiles
 from mlx_lm_server.tier.io_side import InlineIo, IoSide, IoThread
@@ -40,28 +38,9 @@ from mlx_lm_server.tier.mailbox import Mailbox
 from mlx_lm_server.tier.read_speed import ReadSpeed
 from mlx_lm_server.tier.records import Prefetched, Record, Ticket, Wanted
 from mlx_lm_server.tier.settings import TierSettings
+from mlx_lm_server.tier_stats import TierCounters, TierStats
 
 ROOM_LOOKS_S = 0.002
-
-
-@dataclass(frozen=True, slots=True)
-class TierStats:
-    """`counters` since the start; the rest is now."""
-
-    counters: Counters
-    stored_records: int  # of this namespace
-    used_bytes: int  # of all namespaces in the folder
-    limit_bytes: int
-    pending_saves: int
-    pending_bytes: int
-    pending_reads: int
-    is_paused: bool
-    read_bytes_per_s: float
-
-    def as_dict(self) -> dict[str, int | float]:
-        """Flat, for metrics."""
-        numbers = asdict(self)
-        return {**numbers.pop("counters"), **numbers}
 
 
 class SsdStore:
@@ -79,7 +58,7 @@ class SsdStore:
         self._clock = clock or SystemClock()
         self._events: deque[Event] = deque()
         self._wake = wake
-        self._counters = Counters()
+        self._counters = TierCounters()
         self._sizes: dict[bytes, int] = {}
         self._saving: dict[bytes, SaveJob] = {}
         self._saves_of: defaultdict[str, set[SaveJob]] = defaultdict(set)
@@ -94,7 +73,7 @@ class SsdStore:
             return DiskTier(settings, namespace, files or OsFiles(), self._clock, self._emit, wait)
 
         self._io: IoSide
-        if settings.async_writes:
+        if settings.flags.ssd_async_writes:
             self._io = IoThread(make_disk, Mailbox(settings, self._clock), settings)
         else:
             self._io = InlineIo(make_disk, settings)
@@ -240,6 +219,7 @@ class SsdStore:
             pending_bytes=self._io.save_bytes,
             pending_reads=len(self._reads),
             is_paused=self._is_paused,
+            is_open=self.is_open,
             read_bytes_per_s=self._speed.bytes_per_s,
         )
 

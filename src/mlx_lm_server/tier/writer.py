@@ -44,7 +44,7 @@ class RecordWriter:
         self._shelf = shelf
         self._files = shelf.files
         self._wait = wait
-        self._is_persistent = shelf.settings.is_persistent
+        self._is_persistent = shelf.settings.flags.is_persistent
         self._failures_in_a_row = 0
         self._unsynced: dict[Path, _Unsynced] = {}
         self._log_again_at_s = 0.0
@@ -75,7 +75,7 @@ class RecordWriter:
                 self._files.sync_folder(folder)
             except OSError as error:
                 unsynced.failures += 1
-                if unsynced.failures <= self._shelf.settings.persistent_max_retries:
+                if unsynced.failures <= self._shelf.settings.flags.ssd_persistent_max_retries:
                     self._shelf.counters.save_retries += 1
                     continue
                 self._shelf.counters.save_errors += unsynced.saves
@@ -106,7 +106,7 @@ class RecordWriter:
     def _write_with_retries(self, job: SaveJob, encoded: EncodedRecord) -> bool:
         """False: cancelled. Raises OSError when all tries are used up."""
         shelf = self._shelf
-        tries_left = shelf.settings.persistent_max_retries if self._is_persistent else 0
+        tries_left = shelf.settings.flags.ssd_persistent_max_retries if self._is_persistent else 0
         may_make_room = may_make_folders = True
         wait_s = FIRST_RETRY_S
         while True:
