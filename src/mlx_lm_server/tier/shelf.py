@@ -69,7 +69,7 @@ class Shelf:
     # The index ---------------------------------------------------------------------------------
 
     def open(self) -> bool:
-        """Make the folders and open the index; where that fails, `keep_open` tries again."""
+        """Makes the folders and opens the index; where that fails, `keep_open` tries again."""
         self._open_again_at_s = self.clock.monotonic_s() + REOPEN_S
         with suppress(OSError):
             self.make_folders()
@@ -86,21 +86,22 @@ class Shelf:
         return True
 
     def keep_open(self) -> None:
-        """Open again what was closed, deleted or replaced."""
+        """Opens the index again where it was closed, deleted or replaced."""
         if self.index.is_open and not self.index.has_been_replaced:
             return
         if self.clock.monotonic_s() >= self._open_again_at_s:
             self.open()
 
     def commit(self) -> None:
-        """Write the index's changes; what cannot be written now waits."""
+        """Writes the index's changes; what cannot be written now waits."""
         none: dict[bytes, int] = {}
         news = self.ask(self.index.commit, none)
         if news:
             self.emit(Found(news))
 
     def ask(self, question: Callable[[], Answer], default: Answer) -> Answer:
-        """What the index says, or the default where it cannot; a corrupt one is built anew."""
+        """Returns what the index says, or the default where it cannot; a corrupt one is built
+        anew."""
         try:
             return question()
         except IndexUnavailableError:
@@ -137,7 +138,7 @@ class Shelf:
         return self.layout.record(self.namespace, name)
 
     def make_folders(self) -> None:
-        """Those of the namespace, and the file that says whose it is. Raises OSError."""
+        """Makes those of the namespace, and the file that says whose it is. Raises OSError."""
         self.files.make_folder(self.layout.temporary_folder(self.namespace))
         for shard in SHARDS:
             self.files.make_folder(self.layout.shard(self.namespace, shard))
@@ -156,7 +157,7 @@ class Shelf:
             raise
 
     def remove_quietly(self, path: Path) -> bool:
-        """Whether the file is gone."""
+        """Returns whether the file is gone."""
         try:
             self.files.unlink(path)
         except FileNotFoundError:
@@ -169,7 +170,8 @@ class Shelf:
     # Room --------------------------------------------------------------------------------------
 
     def make_room(self, nbytes: int) -> bool:
-        """Whether a file of that size may be written, after a bounded number of evictions."""
+        """Returns whether a file of that size may be written, after a bounded number of
+        evictions."""
         limit = self.quota.limit_bytes
         if self._fits(nbytes):
             return True
@@ -180,7 +182,7 @@ class Shelf:
         return self._fits(nbytes)
 
     def evict(self, goal_bytes: int) -> None:
-        """Remove the oldest until the goal is met, a bounded number of them."""
+        """Removes the oldest until the goal is met, a bounded number of them."""
         self.commit()
         for victim in self._oldest():
             if self.index.used_bytes <= goal_bytes:
@@ -188,7 +190,7 @@ class Shelf:
             self.counters.evictions += self._remove(victim)
 
     def keep_within_limits(self) -> None:
-        """A bounded step towards size limit and age limit; for idle times."""
+        """Does a bounded step towards size limit and age limit; once in a flush interval."""
         self.quota.measure(self.index.used_bytes)
         if self.index.used_bytes > self.quota.limit_bytes:
             self.evict(self.quota.limit_bytes)

@@ -38,7 +38,7 @@ class _Unsynced:
 
 
 class RecordWriter:
-    """`wait` sleeps between retries, as long as nobody stops it."""
+    """Owned by the io side. `wait` sleeps between retries, as long as nobody stops it."""
 
     def __init__(self, shelf: Shelf, wait: Callable[[float], None]) -> None:
         self._shelf = shelf
@@ -51,7 +51,7 @@ class RecordWriter:
         self._unlogged = 0
 
     def save(self, job: SaveJob) -> None:
-        """Write the job's record, whatever comes; the outcome is counted and told."""
+        """Writes the job's record, whatever comes; the outcome is counted and told."""
         outcome = self._save(job)
         match outcome:
             case SaveOutcome.PERSISTED:
@@ -69,7 +69,7 @@ class RecordWriter:
         self._shelf.emit(Saved(job, outcome, entry.size if entry else 0))
 
     def sync_folders(self) -> None:
-        """With `persistent` a save counts as such once its folder is on the medium too."""
+        """Brings folders onto the medium; with `persistent` a save counts as such only then."""
         for folder, unsynced in list(self._unsynced.items()):
             try:
                 self._files.sync_folder(folder)
@@ -104,7 +104,7 @@ class RecordWriter:
         return SaveOutcome.PERSISTED
 
     def _write_with_retries(self, job: SaveJob, encoded: EncodedRecord) -> bool:
-        """False: cancelled. Raises OSError when all tries are used up."""
+        """Returns False where the save was cancelled. Raises OSError when all tries are used up."""
         shelf = self._shelf
         tries_left = shelf.settings.flags.ssd_persistent_max_retries if self._is_persistent else 0
         may_make_room = may_make_folders = True
@@ -179,7 +179,7 @@ class RecordWriter:
             self._shelf.emit(Paused(self._shelf.clock.monotonic_s() + pause_s))
 
     def _log_failure(self, what: str, error: OSError) -> None:
-        """One line, and for what follows at once one more line later."""
+        """Logs one line, and counts what follows at once in the next line."""
         now_s = self._shelf.clock.monotonic_s()
         if now_s < self._log_again_at_s:
             self._unlogged += 1
