@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -19,6 +20,7 @@ from time import perf_counter, sleep
 
 from benchmarks.claims import Claim
 from benchmarks.parts import Effort, Findings, console, run_parts
+from mlx_lm_server.config import TierConfig
 from mlx_lm_server.tier import Namespace, Record, SsdStore, Tensor, TierSettings, Wanted
 
 NAMESPACE = Namespace(bytes(32), {"model": "benchmark"})
@@ -69,8 +71,9 @@ def start(effort: Effort) -> Findings:
     """Seconds until a store on 100 000 files knows them all, and what that costs the engine."""
     count = 10_000 if effort.is_quick else 100_000
     with cache_folder() as folder:
-        settings = TierSettings(folder, ttl_s=0)
-        fill = SsdStore(TierSettings(folder, async_writes=False, ttl_s=0), NAMESPACE)
+        settings = TierSettings(folder, TierConfig(ssd_ttl_days=0))
+        inline = TierConfig(ssd_async_writes=False, ssd_ttl_days=0)
+        fill = SsdStore(TierSettings(folder, inline), NAMESPACE)
         for block in make_blocks(count, 512):
             fill.save(block)
             fill.poll()
@@ -119,10 +122,9 @@ def written(effort: Effort) -> Findings:
 def _written_share(nbytes: int, seconds: int, blocks_per_s: int, full_at: int = 0) -> float:
     clock = SteadyClock()
     with cache_folder() as folder:
-        settings = TierSettings(
-            folder, async_writes=False, ttl_s=0, max_size_bytes=full_at * (nbytes + 4096)
-        )
-        store = SsdStore(settings, NAMESPACE, clock=clock)
+        limit_gb = full_at * (nbytes + 4096) / 1e9
+        flags = TierConfig(ssd_async_writes=False, ssd_ttl_days=0, ssd_max_size_gb=limit_gb)
+        store = SsdStore(TierSettings(folder, flags), NAMESPACE, clock=clock)
         store.poll()
         before = _bytes_written()
         blocks = iter(make_blocks(seconds * blocks_per_s, nbytes))
@@ -147,11 +149,11 @@ def speed(effort: Effort) -> Findings:
     claims, details = [], {}
     total = 64 * MIB if effort.is_quick else 512 * MIB
     for model, nbytes in BLOCK_BYTES.items():
-        for durability in ("best_effort", "persistent"):
-            part = total // 8 if durability == "persistent" else total
-            rounds = [_speed_once(nbytes, part, durability) for _ in range(effort.rounds)]
+        for flags in (TierConfig(), TierConfig(ssd_durability="persistent")):
+            part = total // 8 if flags.is_persistent else total
+            rounds = [_speed_once(nbytes, part, flags) for _ in range(effort.rounds)]
             save, load, call_ms = (median(column) for column in zip(*rounds, strict=True))
-            name = f"{model}, {durability}"
+            name = f"{model}, {flags.ssd_durability}"
             details[name] = rounds
             console.print(f"  {name:20} save {save:6.0f} load {load:6.0f} MiB/s")
             claims += [
@@ -162,15 +164,12 @@ def speed(effort: Effort) -> Findings:
     return claims, details
 
 
-def _speed_once(nbytes: int, total: int, durability: str) -> tuple[float, float, float]:
+def _speed_once(nbytes: int, total: int, flags: TierConfig) -> tuple[float, float, float]:
     blocks = make_blocks(max(4, total // nbytes), nbytes)
     mib = len(blocks) * nbytes / MIB
     longest_s = 0.0
     with cache_folder() as folder:
-        is_persistent = durability == "persistent"
-        settings = TierSettings(
-            folder, durability="persistent" if is_persistent else "best_effort", ttl_s=0
-        )
+        settings = TierSettings(folder, replace(flags, ssd_ttl_days=0))
         store = SsdStore(settings, NAMESPACE)
         while not store.is_open:
             store.poll()

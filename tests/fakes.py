@@ -16,7 +16,9 @@ import socket
 import sys
 import time
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
+from typing import get_type_hints
 
 import msgspec
 
@@ -37,6 +39,7 @@ from mlx_lm_server.protocol import (
     decode_to_engine,
     encode_frame,
 )
+from mlx_lm_server.tier_stats import TierCounters, TierStats
 
 # Seeds with a meaning.
 DIE = 666  # the engine ends at once
@@ -107,6 +110,7 @@ class FakeEngine:
     num_steps: int = 0
     num_tokens: int = 0
     step_tokens: list[int] = field(default_factory=list)
+    has_tier: bool = False
 
     def run(self) -> None:
         self._load()
@@ -133,6 +137,7 @@ class FakeEngine:
             sys.exit(1)
         if self.options.record:
             Path(self.options.record).write_bytes(protocol.encode_frame(load))
+        self.has_tier = load.disk_tier is not None
         self._send(self._ready(load))
 
     def _ready(self, load: LoadModel) -> Ready:
@@ -269,6 +274,7 @@ class FakeEngine:
             prefill_tokens_per_s=1e6,
             decode_tokens_per_s=1e6,
             peak_memory_bytes=0,
+            tier=numbered_tier() if self.has_tier else None,
         )
 
     def _send(self, message: protocol.Message) -> None:
@@ -291,6 +297,16 @@ class FakeEngine:
             messages.append(decode_to_engine(bytes(self.buffer[LENGTH.size : end])))
             del self.buffer[:end]
         return messages
+
+
+def numbered_tier() -> TierStats:
+    """Returns a tier each of whose numbers is another power of two, from 4 on, or True: a sum of
+    them tells whether all are there."""
+    powers = count(2)
+    counters = TierCounters(*(1 << next(powers) for _ in TierCounters.__struct_fields__))
+    hints = get_type_hints(TierStats)
+    state = [hints[name] is bool or 1 << next(powers) for name in TierStats.__struct_fields__[1:]]
+    return TierStats(counters, *state)
 
 
 def _scores(token: int, num_top: int) -> TokenLogprobs:

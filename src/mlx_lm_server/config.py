@@ -382,6 +382,24 @@ class TierConfig:
         high=3600,
     )
 
+    @property
+    def writes_through(self) -> bool:
+        return self.ssd_policy == "write_through"
+
+    @property
+    def is_persistent(self) -> bool:
+        return self.ssd_durability == "persistent"
+
+    @property
+    def max_size_bytes(self) -> int:
+        """0 is unlimited."""
+        return round(self.ssd_max_size_gb * 10**9)
+
+    @property
+    def ttl_s(self) -> float:
+        """0 is for ever."""
+        return self.ssd_ttl_days * 86400.0
+
 
 @dataclass(frozen=True)
 class BatchingConfig:

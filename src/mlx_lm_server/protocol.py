@@ -13,6 +13,9 @@ from typing import Literal
 
 import msgspec
 
+from mlx_lm_server.config import TierConfig
+from mlx_lm_server.tier_stats import TierStats
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 CpuWeights = Literal["auto", "float32", "native"]
 Batching = Literal["packed", "split", "alone"]
@@ -76,17 +79,10 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True, array_like
 
 
 class DiskTier(msgspec.Struct, frozen=True, array_like=True):
-    """Where and how the prefix cache is kept on disk. 0 is unlimited for size and age."""
+    """Where the prefix cache is kept on disk, as an absolute path, and what was set about it."""
 
     folder: str
-    writes_through: bool = False
-    is_persistent: bool = False
-    async_writes: bool = True
-    max_size_bytes: int = 50 * 10**9
-    ttl_s: float = 7 * 86400.0
-    writer_queue_size: int = 512
-    persistent_max_retries: int = 3
-    flush_interval_s: float = 1.0
+    flags: TierConfig = TierConfig()
 
 
 class LoadModel(Message, frozen=True):
@@ -240,34 +236,6 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, array_like=
     num_reused_tokens: int = 0
     prefill_s: float = 0.0
     num_preemptions: int = 0
-
-
-class TierStats(msgspec.Struct, frozen=True, array_like=True):
-    """The disk tier: totals since the engine's start, and how it is now. `saves` end as
-    `saves_persisted`, were known already, cancelled, had no room (`write_drops`, which also counts
-    what was refused beforehand) or failed (`save_errors`). `loads` counts records asked for."""
-
-    saves: int = 0
-    saves_persisted: int = 0
-    write_drops: int = 0
-    save_errors: int = 0
-    save_retries: int = 0
-    enospc: int = 0
-    evictions: int = 0
-    expired: int = 0
-    loads: int = 0
-    loads_hit: int = 0
-    corrupt: int = 0
-    load_errors: int = 0
-    bytes_written: int = 0
-    bytes_read: int = 0
-    restored_tokens: int = 0
-    stored_records: int = 0
-    used_bytes: int = 0
-    limit_bytes: int = 0
-    pending_saves: int = 0
-    is_paused: bool = False
-    is_open: bool = False
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):

@@ -50,7 +50,7 @@ class Restarts:
         self.tier = DiskTier(str(folder / "cache"))
 
     def start(self, **tier: Any) -> EngineDriver:
-        disk = msgspec.structs.replace(self.tier, **tier)
+        disk = msgspec.structs.replace(self.tier, flags=TierConfig(**tier))
         return EngineDriver(self._model, disk_tier=disk, **self._order)
 
 
@@ -105,8 +105,9 @@ def test_a_quantised_conversation_goes_on_after_a_restart(family: str, tmp_path:
 
 def check_conversation(restarts: Restarts, cold: Cold, *, is_killed: bool) -> None:
     prompt = [*SYSTEM, *QUESTION]
+    policy = "write_through" if is_killed else "evict_only"
     for turn in range(3):
-        engine = restarts.start(writes_through=is_killed)
+        engine = restarts.start(ssd_policy=policy)
         answer = ask(engine, "turn", prompt)
         cold.check(answer, prompt)
         report = engine.reports["turn"]
@@ -121,7 +122,7 @@ def test_a_stop_writes_all_to_a_slow_disk_whatever_the_queue_takes(
 ) -> None:
     model = write_model("llama", tmp_path / "model")
     restarts = Restarts(model, tmp_path)
-    engine, write = restarts.start(writer_queue_size=4), OsFiles.write
+    engine, write = restarts.start(ssd_writer_queue_size=4), OsFiles.write
     ask(engine, "first", OTHER)
 
     def slow_write(files: OsFiles, fd: int, pieces: Sequence[memoryview]) -> int:
@@ -152,14 +153,14 @@ def test_what_leaves_memory_comes_back_from_the_disk(family: str, tmp_path: Path
     stats = engine.core.stats()
     assert stats.cache_evictions_total
     assert stats.tier is not None
-    assert stats.tier.restored_tokens > 0
+    assert stats.tier.counters.restored_tokens > 0
     stop(engine)
 
 
 def test_what_a_running_row_has_filled_is_written_through(tmp_path: Path) -> None:
     model = write_model("gemma3_text", tmp_path / "model")
     restarts = Restarts(model, tmp_path)
-    engine = restarts.start(writes_through=True)
+    engine = restarts.start(ssd_policy="write_through")
     engine.add("a", OTHER)
     while not engine.tokens.get("a"):
         engine.step()
@@ -186,7 +187,7 @@ def test_steps_write_in_place_what_is_written_through(
     """A row fills a block in each step, and it is due at once."""
     monkeypatch.setattr(offloads, "MAX_WAIT_STEPS", 1)
     model = write_model("llama", tmp_path / "model")
-    engine = Restarts(model, tmp_path, block_size=8).start(writes_through=True)
+    engine = Restarts(model, tmp_path, block_size=8).start(ssd_policy="write_through")
     prompts = random_prompts(3, [2000 + i for i in range(8)], VOCAB_SIZE)
     for i, prompt in enumerate(prompts):
         engine.add(f"long-{i}", prompt, msgspec.structs.replace(GREEDY, max_tokens=200))
@@ -269,7 +270,7 @@ def test_files_that_are_damaged_are_a_shorter_prefix(tmp_path: Path) -> None:
     assert engine.reports["b"].num_cached_tokens < len(OTHER) - 1
     tier = engine.core.stats().tier
     assert tier is not None
-    assert tier.corrupt + tier.load_errors >= 1
+    assert tier.counters.corrupt + tier.counters.load_errors >= 1
     stop(engine)
 
 
@@ -291,7 +292,7 @@ def test_requests_that_wait_for_the_same_blocks_read_them_once(tmp_path: Path) -
         assert engine.reports[f"r{number}"].num_cached_tokens >= len(OTHER) // 16 * 16
     tier = engine.core.stats().tier
     assert tier is not None
-    assert tier.loads <= len(OTHER) // 16 + 1
+    assert tier.counters.loads <= len(OTHER) // 16 + 1
     stop(engine)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 
+from mlx_lm_server.tier_stats import WORDS, TierCounters, TierStats
 from tests import fakes
 from tests.server.harness import RunningServer
 from tests.server.test_health import metric
@@ -47,6 +49,32 @@ HISTOGRAMS = [
     "request_max_num_generation_tokens",
     "request_num_preemptions",
     "iteration_tokens_total",
+]
+# Of the disk tier, in /metrics with `ssd_` before it, in /health as it is.
+TIER_TOTALS = [
+    "saves",
+    "saves_persisted",
+    "write_drops",
+    "save_errors",
+    "save_retries",
+    "enospc",
+    "evictions",
+    "expired",
+    "loads",
+    "loads_hit",
+    "corrupt",
+    "load_errors",
+    "bytes_written",
+    "bytes_read",
+    "restored_tokens",
+]
+TIER_GAUGES = [
+    "stored_records",
+    "used_bytes",
+    "limit_bytes",
+    "pending_saves",
+    "is_paused",
+    "is_open",
 ]
 
 
@@ -125,3 +153,32 @@ def test_the_cache_is_described(start: Callable[..., Any]) -> None:
     found = labels(start(flags={"--no-prefix-cache": "true"}), "cache_config_info")
     assert found["enable_prefix_caching"] == "False"
     assert found["num_gpu_blocks_override"] == "None"
+
+
+def inner_numbers(numbers: TierCounters | TierStats) -> Iterator[float]:
+    for name, about in WORDS[type(numbers)].items():
+        if about.is_inner:
+            yield getattr(numbers, name)
+
+
+def test_no_number_of_the_disk_tier_is_lost_on_its_way(start: Callable[..., Any]) -> None:
+    server = start()
+    server.wait_until(lambda: "saves" in server.health()["disk_tier"])
+    facts = server.health()["disk_tier"]
+    assert facts.pop("folder").endswith("/fake")
+    told = fakes.numbered_tier()
+    counted, state = msgspec.structs.astuple(told.counters), msgspec.structs.astuple(told)[1:]
+    inner = sum(inner_numbers(told.counters)) + sum(inner_numbers(told))
+    assert sum(facts.values()) == sum(counted) + sum(state) - inner
+
+    text = server.client.get("/metrics").text
+    found = dict(re.findall(rf"^{PREFIX}ssd_(\w+){{[^}}]*}} (\S+)$", text, re.MULTILINE))
+    totals = {name for name in found if name.endswith("_total")}
+    assert {name.removesuffix("_total"): float(value) for name, value in found.items()} == facts
+    assert totals >= {f"{name}_total" for name in TIER_TOTALS}
+    assert found.keys() - totals >= set(TIER_GAUGES)
+    for name in found:
+        kind = "counter" if name in totals else "gauge"
+        assert re.search(rf"^# HELP {PREFIX}ssd_{name} \w.*\.$", text, re.MULTILINE)
+        assert f"# TYPE {PREFIX}ssd_{name} {kind}\n" in text
+    assert facts["is_paused"] is True

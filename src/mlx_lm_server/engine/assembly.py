@@ -19,7 +19,7 @@ from mlx_lm_server.core.memory_ledger import MemoryLedger
 from mlx_lm_server.core.prefix_cache import CacheSettings, PrefixCache
 from mlx_lm_server.core.proposer import Proposer
 from mlx_lm_server.core.scheduler import Scheduler, SchedulerLimits
-from mlx_lm_server.engine.disk_cache import DiskCache, settings_of
+from mlx_lm_server.engine.disk_cache import DiskCache
 from mlx_lm_server.engine.engine_core import EngineCore
 from mlx_lm_server.engine.profiles import OthersWork, load_profile, profile_path, save_profile
 from mlx_lm_server.protocol import Batching, LoadModel, Ready
@@ -28,7 +28,13 @@ from mlx_lm_server.runner.blas import Blas, usable_cores
 from mlx_lm_server.runner.loader import LoadedModel
 from mlx_lm_server.runner.measuring import Measured
 from mlx_lm_server.runner.model_runner import ModelRunner
-from mlx_lm_server.tier import FILE_VERSION, Namespace, model_digest, namespace_digest
+from mlx_lm_server.tier import (
+    FILE_VERSION,
+    Namespace,
+    TierSettings,
+    model_digest,
+    namespace_digest,
+)
 
 log = logging.getLogger(__name__)
 
@@ -165,7 +171,7 @@ def _disk_cache(order: LoadModel, loaded: LoadedModel, runner: ModelRunner) -> D
     if not shapes.can_be_stored:
         log.warning("the disk tier is off: this model's state has a type that it does not know")
         return None
-    settings = settings_of(order.disk_tier)
+    settings = TierSettings(Path(order.disk_tier.folder), order.disk_tier.flags)
     known = settings.cache_dir / DIGESTS_FILE
     adapter = order.adapter_path
     try:

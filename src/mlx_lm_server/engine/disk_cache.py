@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+
+import msgspec
 
 from mlx_lm_server.core.tier import Label
-from mlx_lm_server.protocol import DiskTier, TierStats
 from mlx_lm_server.tier import Namespace, Prefetched, Record, SsdStore, TierSettings, Wanted
+from mlx_lm_server.tier_stats import TierCounters, TierStats
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,9 @@ class DiskCache:
         self._num_reads = 0
         self._ended: list[Prefetched] = []
         self._found: dict[bytes, Record] = {}  # by the last `poll`
-        self.writes_through = settings.writes_through
+        self.writes_through = settings.flags.writes_through
         self.folder = str(settings.cache_dir / namespace.folder)
-        self._num_refused = 0
+        self._counters = TierCounters()
         self._stats = TierStats()
         self._stats_until_s = 0.0
 
@@ -63,7 +64,7 @@ class DiskCache:
         return self._store.room_for(num_bytes)
 
     def note_refused(self) -> None:
-        self._num_refused += 1
+        self._counters.write_drops += 1
 
     def size_of(self, name: bytes) -> int:
         return self._store.size_of(name)
@@ -126,42 +127,6 @@ class DiskCache:
         return self._stats
 
     def _count(self, restored_tokens: int) -> TierStats:
-        numbers = self._store.stats()
-        counted = numbers.counters
-        return TierStats(
-            saves=counted.saves,
-            saves_persisted=counted.saves_persisted,
-            write_drops=counted.write_drops + self._num_refused,
-            save_errors=counted.save_errors,
-            save_retries=counted.save_retries,
-            enospc=counted.enospc,
-            evictions=counted.evictions,
-            expired=counted.expired,
-            loads=counted.loads,
-            loads_hit=counted.loads_hit,
-            corrupt=counted.corrupt + counted.mismatched,
-            load_errors=counted.load_errors + counted.vanished,
-            bytes_written=counted.bytes_written,
-            bytes_read=counted.bytes_read,
-            restored_tokens=restored_tokens,
-            stored_records=numbers.stored_records,
-            used_bytes=numbers.used_bytes,
-            limit_bytes=numbers.limit_bytes,
-            pending_saves=numbers.pending_saves,
-            is_paused=numbers.is_paused,
-            is_open=self._store.is_open,
-        )
-
-
-def settings_of(order: DiskTier) -> TierSettings:
-    return TierSettings(
-        cache_dir=Path(order.folder),
-        policy="write_through" if order.writes_through else "evict_only",
-        durability="persistent" if order.is_persistent else "best_effort",
-        async_writes=order.async_writes,
-        max_size_bytes=order.max_size_bytes,
-        ttl_s=order.ttl_s,
-        writer_queue_size=order.writer_queue_size,
-        persistent_max_retries=order.persistent_max_retries,
-        flush_interval_s=order.flush_interval_s,
-    )
+        self._counters.restored_tokens = restored_tokens
+        stats = self._store.stats()
+        return msgspec.structs.replace(stats, counters=stats.counters.plus(self._counters))

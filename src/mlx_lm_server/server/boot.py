@@ -104,17 +104,7 @@ def _disk_tier(config: TierConfig) -> DiskTier:
     nearest = folders.nearest_existing(folder)
     if not nearest.is_dir():
         raise ConfigError(f"--ssd-cache-dir {folder}: {nearest} is no folder")
-    return DiskTier(
-        folder=str(folder),
-        writes_through=config.ssd_policy == "write_through",
-        is_persistent=config.ssd_durability == "persistent",
-        async_writes=config.ssd_async_writes,
-        max_size_bytes=int(config.ssd_max_size_gb * 10**9),
-        ttl_s=config.ssd_ttl_days * 86400.0,
-        writer_queue_size=config.ssd_writer_queue_size,
-        persistent_max_retries=config.ssd_persistent_max_retries,
-        flush_interval_s=config.ssd_flush_interval_s,
-    )
+    return DiskTier(str(folder), config)
 
 
 def _read_texts(

@@ -7,27 +7,22 @@ token and never an error. No mlx here: the engine's thread extracts bytes and gi
 from __future__ import annotations
 
 from mlx_lm_server.tier.codec import FILE_VERSION
-from mlx_lm_server.tier.counters import Counters
 from mlx_lm_server.tier.layout import Namespace
 from mlx_lm_server.tier.model_digest import model_digest, namespace_digest
 from mlx_lm_server.tier.records import Kind, Prefetched, Record, Tensor, Ticket, Wanted, state_name
-from mlx_lm_server.tier.settings import Durability, Policy, TierSettings
-from mlx_lm_server.tier.ssd_store import SsdStore, TierStats
+from mlx_lm_server.tier.settings import TierSettings
+from mlx_lm_server.tier.ssd_store import SsdStore
 
 __all__ = [
     "FILE_VERSION",
-    "Counters",
-    "Durability",
     "Kind",
     "Namespace",
-    "Policy",
     "Prefetched",
     "Record",
     "SsdStore",
     "Tensor",
     "Ticket",
     "TierSettings",
-    "TierStats",
     "Wanted",
     "model_digest",
     "namespace_digest",

@@ -8,9 +8,10 @@ from contextlib import suppress
 
 
 def never_interrupt() -> None:
-    """A thread that wakes up takes a core from one that computes, and the other threads of a
-    product then wait for that one. This thread waits for a core or for its turn. Its share stays
-    what it is: a lower one would let it hold the interpreter's lock while it waits."""
+    """Makes the calling thread wait for a core or for its turn, where the system knows that. Else
+    a thread that wakes up takes a core from one that computes, and the other threads of a product
+    then wait for that one. Its share stays what it is: a lower one would let it hold the
+    interpreter's lock while it waits."""
     if sys.platform == "linux":
         with suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -10,10 +10,10 @@ TICK_S = 60.0
 
 class Clock(Protocol):
     def wall_s(self) -> float:
-        """Seconds since 1970, set or not."""
+        """Returns seconds since 1970, as the machine's clock is set."""
 
     def monotonic_s(self) -> float:
-        """Seconds since some point, never backwards."""
+        """Returns seconds since some point, never fewer than before."""
 
 
 class SystemClock:
@@ -25,8 +25,8 @@ class SystemClock:
 
 
 class Ticks:
-    """Last uses are counted in ticks of a minute: what is used within one tick is equally old, so
-    a chain of blocks keeps one age, and few rows are written for uses.
+    """Counts time in ticks of a minute, for last uses: what is used within one tick is equally old,
+    so a chain of blocks keeps one age, and few rows are written for uses.
 
     The wall clock is read once and the monotonic one added to it: a clock that is set while we
     run expires nothing.

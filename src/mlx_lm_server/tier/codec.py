@@ -80,6 +80,7 @@ class RecordHeader:
 
 
 def encode(record: Record) -> EncodedRecord:
+    """Returns the file's bytes, in which the tensors' are not copies."""
     data = [memoryview(tensor.data).cast("B") for tensor in record.tensors if tensor.nbytes]
     header = bytearray(_header(record))
     checksum = _checksum(header, data)
@@ -89,7 +90,7 @@ def encode(record: Record) -> EncodedRecord:
 
 
 def decode(contents: bytes | memoryview) -> tuple[Record, bytes]:
-    """The record, whose tensors are views of `contents`, and the file's checksum.
+    """Returns the record, whose tensors are views of `contents`, and the file's checksum.
 
     Raises CorruptRecordError.
     """
@@ -114,7 +115,8 @@ def decode(contents: bytes | memoryview) -> tuple[Record, bytes]:
 
 
 def read_header(head: bytes | memoryview) -> RecordHeader:
-    """What a file's first bytes say. Raises CorruptRecordError, also where they are too few."""
+    """Returns what a file's first bytes say. Raises CorruptRecordError, also where they are too
+    few."""
     if (start := header_end(head)) is None or start > len(head):
         raise CorruptRecordError("no whole header")
     text = bytes(head[LENGTH_BYTES:start])
@@ -132,7 +134,7 @@ def read_header(head: bytes | memoryview) -> RecordHeader:
 
 
 def header_end(head: bytes | memoryview) -> int | None:
-    """Where the data starts, or None where that cannot be a header of ours."""
+    """Returns where the data starts, or None where that cannot be a header of ours."""
     if len(head) < LENGTH_BYTES:
         return None
     length = int.from_bytes(head[:LENGTH_BYTES], "little")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from mlx_lm_server.tier.clock import Clock
-from mlx_lm_server.tier.counters import Counters
 from mlx_lm_server.tier.files import Files
 from mlx_lm_server.tier.jobs import (
     Emit,
@@ -25,12 +24,13 @@ from mlx_lm_server.tier.settings import TierSettings
 from mlx_lm_server.tier.shelf import Shelf
 from mlx_lm_server.tier.sweep import Sweep
 from mlx_lm_server.tier.writer import RecordWriter
+from mlx_lm_server.tier_stats import TierCounters
 
 SWEEP_AGAIN_S = 300.0
 
 
 class DiskTier:
-    """Jobs in, events out through `emit`. It raises nothing of the disk's."""
+    """Does jobs and tells of them through `emit`. It raises no error of the disk's."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class DiskTier:
         self._next_turn_s = 0.0
 
     @property
-    def counters(self) -> Counters:
+    def counters(self) -> TierCounters:
         return self._shelf.counters
 
     @property
@@ -68,7 +68,7 @@ class DiskTier:
         self.turn_if_due()
 
     def give_up(self, job: SaveJob, outcome: SaveOutcome) -> None:
-        """End a save that is not tried."""
+        """Ends a save that is not tried, or in which something unforeseen was raised."""
         match outcome:
             case SaveOutcome.CANCELLED:
                 self.counters.saves_cancelled += 1
@@ -80,7 +80,7 @@ class DiskTier:
         self._shelf.emit(Saved(job, outcome))
 
     def load(self, job: LoadJob) -> Iterator[None]:
-        """Read, a record a step, until something is missing or nobody wants it any more."""
+        """Reads a record a step, until something is missing or nobody wants it any more."""
         records: list[Record] = []
         read_s = 0.0
         try:
@@ -110,19 +110,19 @@ class DiskTier:
         job.done.set()
 
     def turn_if_due(self) -> None:
-        """What happens once in a flush interval, however busy the tier is."""
+        """Does what is due once in a flush interval, however busy the tier is."""
         now_s = self._shelf.clock.monotonic_s()
         if now_s < self._next_turn_s:
             return
-        self._next_turn_s = now_s + self._shelf.settings.flush_interval_s
+        self._next_turn_s = now_s + self._shelf.settings.flags.ssd_flush_interval_s
         self._shelf.keep_open()
         self._writer.sync_folders()
         self._shelf.commit()
         self._shelf.keep_within_limits()
 
     def tidy(self) -> bool:
-        """A bounded step of a sweep, of which there is one after the opening and others where
-        index and files were found to disagree; whether there is more to do."""
+        """Does a small step of a sweep, of which there is one after each opening of the index and
+        others where index and files were found to disagree; returns whether there is more to do."""
         now_s = self._shelf.clock.monotonic_s()
         is_due = self._shelf.is_in_doubt and self._sweep is None and now_s >= self._next_sweep_s
         if self._shelf.is_new or is_due:

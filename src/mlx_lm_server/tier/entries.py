@@ -1,4 +1,4 @@
-"""The own namespace's rows in memory."""
+"""Keeps the own namespace's rows in memory."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Entry:
 
 
 class Entries:
-    """By name. What is read from the file stays a plain tuple until somebody asks for it: a hundred
-    thousand objects would cost the start a quarter of a second, and each garbage collection a few
-    milliseconds. A name is in one of the two dicts only."""
+    """Finds rows by name. What is read from the file stays a plain tuple until somebody asks for
+    it: a hundred thousand objects would cost the start a quarter of a second, and each garbage
+    collection a few milliseconds. A name is in one of the two dicts only."""
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
         self._rows = {row[0]: row for row in rows}

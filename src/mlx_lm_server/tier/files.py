@@ -1,7 +1,8 @@
-"""Every call that the disk tier makes to the file system, and nothing else.
+"""What the disk tier asks of the file system when it keeps records: every such call is in `Files`.
 
 Tests implement `Files` with faults; they enumerate its methods and fail on one without a fault
-case. All methods raise OSError. sqlite reads and writes its own file.
+case. All methods raise OSError, but `read_files`, which yields it. sqlite reads and writes its own
+file, and `model_digest` the model's.
 """
 
 from __future__ import annotations
@@ -34,47 +35,47 @@ class FileFacts:
 
 class Files(Protocol):
     def create(self, path: Path) -> int:
-        """Open a new file for writing; FileExistsError where there is one."""
+        """Opens a new file for writing; FileExistsError where there is one."""
 
     def open(self, path: Path) -> int:
-        """Open a file for reading."""
+        """Opens a file for reading."""
 
     def write(self, fd: int, pieces: Sequence[memoryview]) -> int:
-        """Write some of the pieces' bytes, in order; how many were written."""
+        """Writes some of the pieces' bytes, in order, and returns how many."""
 
     def read(self, fd: int, max_bytes: int) -> bytes:
-        """Some of the next bytes; none at the end."""
+        """Returns some of the next bytes; none at the end."""
 
     def read_files(self, paths: Sequence[Path], max_bytes: Sequence[int]) -> Generator[Contents]:
-        """The first so many bytes of each file or why it cannot be read, in order; the files are
-        being read at once, where that is faster."""
+        """Yields the first so many bytes of each file or why it cannot be read, in order; several
+        are being read at once."""
 
     def fsync(self, fd: int) -> None:
-        """Return when the file's bytes are on the medium."""
+        """Returns when the file's bytes are on the medium."""
 
     def close(self, fd: int) -> None: ...
 
     def rename(self, source: Path, target: Path) -> None:
-        """Put a file in the place of another, if there is one, in one step."""
+        """Puts a file in the place of another, if there is one, in one step."""
 
     def unlink(self, path: Path) -> None: ...
 
     def make_folder(self, path: Path) -> None:
-        """Make it and what is above it, where that is missing."""
+        """Makes it and what is above it, where that is missing."""
 
     def sync_folder(self, path: Path) -> None:
-        """Return when the folder's entries are on the medium."""
+        """Returns when the folder's entries are on the medium."""
 
     def list_folder(self, path: Path) -> list[str]: ...
 
     def facts(self, path: Path) -> FileFacts: ...
 
     def free_bytes(self, path: Path) -> int:
-        """What a user's files may still take on the path's file system."""
+        """Returns what a user's files may still take on the path's file system."""
 
 
 class OsFiles:
-    """The operating system's own. What is written or read does not stay in its cache, where the
+    """Asks the operating system. What is written or read does not stay in its cache, where the
     system lets us say so: memory has it, or had it and let it go."""
 
     def __init__(self) -> None:
@@ -151,7 +152,7 @@ class OsFiles:
 
 
 def _uncached(fd: int) -> int:
-    """The same file; on macOS what goes through it does not stay in memory."""
+    """Returns the same file, of which on macOS nothing stays in memory that goes through it."""
     if (no_cache := getattr(fcntl, "F_NOCACHE", None)) is not None:
         fcntl.fcntl(fd, no_cache, 1)
     return fd
@@ -164,7 +165,7 @@ def write_file(
     *,
     durably: bool = False,
 ) -> None:
-    """Make a new file of the pieces. What an error leaves of it is the caller's to remove."""
+    """Makes a new file of the pieces. What an error leaves of it is the caller's to remove."""
     fd = files.create(path)
     try:
         _write_all(files, fd, pieces)
@@ -177,7 +178,7 @@ def write_file(
 
 
 def read_file(files: Files, path: Path, max_bytes: int) -> bytes:
-    """The file's first `max_bytes` bytes, or all where it has fewer."""
+    """Returns the file's first `max_bytes` bytes, or all where it has fewer."""
     fd = files.open(path)
     try:
         pieces = [files.read(fd, max_bytes)]

@@ -4,8 +4,8 @@ Owned by the io side. Lookups are answered from memory; sqlite is written in bat
 and asked for what is oldest, over all namespaces. The files are the truth: rows that a crash lost
 come back with the sweep, rows whose file is gone go when it is missed.
 
-Rows are appended in order of their ids, and no other column but the last use is indexed: a random
-key would rewrite a page per record, which for small blocks is a tenth of their bytes.
+Rows are appended in order of their ids, and besides those only last use and depth are indexed: a
+random key would rewrite a page per record, which for small blocks is a tenth of their bytes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Victim:
 
 
 class Index:
-    """The rows of one cache folder, in memory for one namespace."""
+    """Knows the rows of one cache folder, of which it holds one namespace's in memory."""
 
     def __init__(
         self, path: Path, namespace: str, files: Files, busy_timeout_s: float = BUSY_TIMEOUT_S
@@ -93,11 +93,11 @@ class Index:
         return len(self._entries)
 
     def names(self) -> list[bytes]:
-        """Of the own namespace."""
+        """Lists the records of the own namespace."""
         return self._entries.names()
 
     def rows_of(self, namespace: str) -> list[tuple[bytes, int, int]]:
-        """Name, row and size of what should be in another namespace's folder."""
+        """Returns name, row and size of what should be in another namespace's folder."""
         with self._sqlite() as db:
             found = db.execute(
                 "SELECT name, id, size FROM records WHERE namespace = ?",
@@ -106,9 +106,9 @@ class Index:
             return [row for row in found if row[1] not in self._removed]
 
     def oldest(self, at_most: int, before: int | None = None) -> list[Victim]:
-        """Least recently used first, of one age the deepest first: a chain's tail goes before its
-        head. Of all namespaces; only those last used before a tick, if one is given. What was
-        used since the last commit is left out."""
+        """Returns records of all namespaces, the least recently used first and of one age the
+        deepest: a chain's tail goes before its head. Only those last used before a tick, if one is
+        given; what was used here since the last commit is left out."""
         left_out = self._removed | self._passed_over
         with self._sqlite() as db:
             found = db.execute(
@@ -133,7 +133,7 @@ class Index:
         self.used_bytes += entry.size
 
     def forget(self, name: bytes) -> None:
-        """Drop an entry of the own namespace."""
+        """Drops an entry of the own namespace."""
         entry = self._entries.pop(name)
         if entry is None:
             return
@@ -149,17 +149,17 @@ class Index:
             self.forget_row(victim.row, victim.size)
 
     def pass_over(self, victim: Victim) -> None:
-        """It cannot be removed: let others go first."""
+        """Lets others go before one that cannot be removed."""
         self._passed_over.add(victim.row)
 
     def forget_row(self, row: int, size: int) -> None:
-        """Drop a row of another namespace."""
+        """Drops a row of another namespace."""
         if row not in self._removed:
             self._removed.add(row)
             self.used_bytes -= size
 
     def use(self, name: bytes, tick: int) -> None:
-        """Note a use of a record, and so of the whole chain that it ends."""
+        """Notes a use of a record, and so of the whole chain that it ends."""
         entry = self._entries.get(name)
         while entry is not None and entry.last_use < tick:
             entry.last_use = tick
@@ -167,7 +167,7 @@ class Index:
             entry = self._entries.get(entry.parent)
 
     def recount(self) -> None:
-        """Let the next `commit` add up the sizes anew."""
+        """Lets the next `commit` add up the sizes anew."""
         self._data_version = 0
 
     # sqlite -----------------------------------------------------------------------------------
@@ -177,9 +177,9 @@ class Index:
         return self._db is not None
 
     def open(self, tick: int, *, is_durable: bool) -> None:
-        """Connect and read the own namespace's rows. What is in memory and not in the file is
+        """Connects and reads the own namespace's rows. What is in memory and not in the file is
         added to it: after a rebuild that is everything. Uses after `tick`, which is now, were
-        noted under a wrong clock.
+        noted under a wrong clock and count as of now.
 
         Raises IndexUnavailableError, IndexCorruptError.
         """
@@ -205,8 +205,8 @@ class Index:
                 self.add(self._namespace, entry)
 
     def commit(self) -> dict[bytes, int]:
-        """Write what changed, read what other servers added. The sizes of the records that they
-        added to the own namespace.
+        """Writes what changed and reads what other servers added; returns the sizes of the records
+        that they added to the own namespace.
 
         Raises IndexUnavailableError (what changed waits for the next commit), IndexCorruptError.
         """
@@ -222,7 +222,8 @@ class Index:
         return self._db is not None and self._is_another_file
 
     def discard_file(self) -> None:
-        """Close and delete a file that is no index any more, unless another server already did."""
+        """Closes and deletes a file that is no index any more, unless another server already
+        did."""
         is_replaced = self._is_another_file
         self.close()
         if is_replaced:
@@ -233,14 +234,14 @@ class Index:
 
     @property
     def _is_another_file(self) -> bool:
-        """Than the one that was opened last."""
+        """Whether the file is another than the one that was opened last."""
         try:
             return self._files.facts(self._path).inode != self._inode
         except OSError:
             return True
 
     def close(self) -> None:
-        """Without a commit."""
+        """Closes the connection without a commit."""
         if self._db is not None:
             with closing(self._db):
                 self._db = None
@@ -275,7 +276,8 @@ class Index:
         return bool(self._added or self._used or self._removed)
 
     def _committed(self, db: sqlite3.Connection) -> list[tuple[int, Entry]]:
-        """One transaction; memory changes only once it has ended well."""
+        """Writes what changed in one transaction, and returns what others added; memory changes
+        only once it has ended well."""
         for namespace, _ in self._added:
             self._namespace_id(db, namespace)
         with _transaction(db):
@@ -321,7 +323,7 @@ class Index:
             yield entry, row or 0
 
     def _news(self, db: sqlite3.Connection) -> list[tuple[int, Entry]]:
-        """Rows that others appended since we looked, of all namespaces."""
+        """Returns the rows that others appended since we looked, of all namespaces."""
         rows = db.execute(
             f"SELECT namespace, {_COLUMNS}, id FROM records WHERE id > ? ORDER BY id",
             (self._last_row,),
@@ -329,7 +331,7 @@ class Index:
         return [(row[0], Entry(*row[1:])) for row in rows]
 
     def _take_in(self, others: list[tuple[int, Entry]]) -> list[Entry]:
-        """Into memory what is of the own namespace."""
+        """Takes into memory what is of the own namespace."""
         own = self._namespace_ids[self._namespace]
         mine = [entry for namespace, entry in others if namespace == own]
         for entry in mine:
@@ -338,7 +340,7 @@ class Index:
         return mine
 
     def _measure(self, db: sqlite3.Connection) -> None:
-        """Add the sizes up anew where another connection has changed the file."""
+        """Adds the sizes up anew where another connection has changed the file."""
         (version,) = db.execute("PRAGMA data_version").fetchone()
         if version != self._data_version:
             (self.used_bytes,) = db.execute("SELECT TOTAL(size) FROM records").fetchone()
@@ -359,7 +361,7 @@ class Index:
 
     @contextmanager
     def _sqlite(self) -> Iterator[sqlite3.Connection]:
-        """sqlite's errors as ours."""
+        """Raises sqlite's errors as ours."""
         if self._db is None:
             raise IndexUnavailableError("the index is not open")
         try:
@@ -371,7 +373,7 @@ class Index:
 
     @contextmanager
     def _sqlite_or_close(self) -> Iterator[sqlite3.Connection]:
-        """As `_sqlite`, and what failed halfway does not stay open."""
+        """Does as `_sqlite`, and closes what failed halfway."""
         try:
             with self._sqlite() as db:
                 yield db

@@ -21,41 +21,43 @@ MakeDisk = Callable[[Callable[[float], None]], DiskTier]
 
 
 class IoSide(Protocol):
-    """What the facade needs of either; called by the engine's thread."""
+    """What `SsdStore` needs of either; called by the engine's thread."""
 
     disk: DiskTier
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether a save of that size is taken now; see Mailbox."""
+        """Returns whether a save of that size should be given now; see Mailbox."""
 
     def keep_late(self) -> None:
-        """From now on no save is dropped because it waits long."""
+        """Lets no save be dropped any more because it waits long."""
 
     def put(self, job: Job) -> None: ...
 
     def take_cancelled(self) -> list[SaveJob]:
-        """Take out the cancelled saves that were not begun."""
+        """Takes out the cancelled saves that were not begun."""
 
     def work(self) -> None:
-        """What is done in the step loop itself."""
+        """Does what is left to the step loop itself."""
 
     @property
     def num_saves(self) -> int:
-        """Saves that are not done."""
+        """Counts the saves that are not done."""
 
     @property
     def save_bytes(self) -> int: ...
 
     def close(self, timeout_s: float) -> list[SaveJob]:
-        """Drain, flush, close. The saves that were cancelled because time ran out."""
+        """Writes what waits, commits and closes; returns the saves that were cancelled because time
+        ran out."""
 
 
 class IoThread:
-    """A daemon thread that owns a DiskTier from its opening to its end."""
+    """A daemon thread that owns a DiskTier from its opening to its end; the engine's thread only
+    reads its numbers."""
 
     def __init__(self, make_disk: MakeDisk, mailbox: Mailbox, settings: TierSettings) -> None:
         self._mailbox = mailbox
-        self._nap_s = min(LONGEST_NAP_S, settings.flush_interval_s)
+        self._nap_s = min(LONGEST_NAP_S, settings.flags.ssd_flush_interval_s)
         self.disk = make_disk(mailbox.sleep)
         self.has_room = mailbox.has_room
         self.keep_late = mailbox.keep_late
@@ -73,7 +75,7 @@ class IoThread:
         return self._mailbox.save_bytes
 
     def work(self) -> None:
-        """The thread does it."""
+        """Does nothing: the thread does it."""
 
     def close(self, timeout_s: float) -> list[SaveJob]:
         self._mailbox.close()
@@ -101,7 +103,7 @@ class IoThread:
 
 
 class InlineIo:
-    """Everything in the caller's thread: saves at once, restores a few records in a step."""
+    """Does everything in the caller's thread: saves at once, restores a few records in a step."""
 
     def __init__(self, make_disk: MakeDisk, settings: TierSettings) -> None:
         self._loads_per_step = settings.inline_loads_per_step
@@ -116,7 +118,7 @@ class InlineIo:
         return True
 
     def keep_late(self) -> None:
-        """None waits."""
+        """Does nothing, since no save waits."""
 
     def put(self, job: Job) -> None:
         if isinstance(job, LoadJob):
@@ -143,7 +145,8 @@ class InlineIo:
 
 
 def steps_of(disk: DiskTier, job: Job) -> Iterator[None]:
-    """Do a job, record by record. This is the border of the io side: nothing gets through."""
+    """Does a job, record by record. This is the border of the io side: no exception gets
+    through."""
     try:
         match job:
             case SaveJob():
@@ -170,7 +173,7 @@ def _end_failed(disk: DiskTier, job: Job) -> None:
 
 
 def _guarded(task: Callable[[], object]) -> object:
-    """The same border for what no job asked for."""
+    """Does what no job asked for, within the same border."""
     try:
         return task()
     except Exception:

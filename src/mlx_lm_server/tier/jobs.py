@@ -1,7 +1,7 @@
 """What the engine's thread asks of the io side, and what the io side tells it.
 
-The engine's thread makes jobs and sets `is_cancelled`; the io side only reads it. Events go the
-other way, through a deque, and are never changed.
+The engine's thread makes jobs and sets `is_cancelled`, which the io side only reads. Events go the
+other way, through a deque, and the io side touches none that it has sent.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from mlx_lm_server.tier.records import Record, Ticket, Wanted
 
 class SaveOutcome(Enum):
     PERSISTED = auto()
-    KNOWN = auto()  # it was there already
+    KNOWN = auto()  # it was there already, perhaps from another server
     CANCELLED = auto()
-    UNFIT = auto()  # no room on disk, or too late
+    UNFIT = auto()  # no room on disk, no index to put it in, or too late
     FAILED = auto()
 
     @property
@@ -29,7 +29,7 @@ class SaveOutcome(Enum):
 
 @dataclass(slots=True, eq=False)
 class SaveJob:
-    """`give_up_at_s`: when a record that came to a full queue is dropped."""
+    """A record to write; one that came to a full queue may be dropped from `give_up_at_s` on."""
 
     record: Record
     owner: str
@@ -40,7 +40,7 @@ class SaveJob:
 
 @dataclass(slots=True, eq=False)
 class LoadJob:
-    """`at_hand` are wanted records that wait to be written."""
+    """Records to read; those `at_hand` were not written yet when they were asked for."""
 
     ticket: Ticket
     wanted: tuple[Wanted, ...]
@@ -51,11 +51,15 @@ class LoadJob:
 
 @dataclass(slots=True, eq=False)
 class UseJob:
+    """Records that were used from memory."""
+
     names: tuple[bytes, ...]
 
 
 @dataclass(slots=True, eq=False)
 class FlushJob:
+    """A wish to have all before it on disk; `done` is set when that is so, or given up."""
+
     done: Signal = field(default_factory=Signal)
 
 
@@ -73,6 +77,8 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Read:
+    """The end of a read, with the records up to the first that was absent."""
+
     job: LoadJob
     records: tuple[Record, ...]
     read_s: float
@@ -87,6 +93,8 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
+    """Records that are not on disk any more."""
+
     names: tuple[bytes, ...]
 
 

@@ -1,4 +1,4 @@
-"""Where things lie under the cache folder.
+"""Knows where things lie under the cache folder.
 
 index-1.sqlite               one index for all namespaces, and so one limit
 <namespace>/meta.json        what the namespace is, for people
@@ -76,6 +76,6 @@ def is_namespace(file_name: str) -> bool:
 
 
 def record_name(file_name: str) -> bytes | None:
-    """The name of the record in a file, or None where the file is not one of ours."""
+    """Returns the name of the record in a file, or None where the file is not one of ours."""
     found = _RECORD.fullmatch(file_name)
     return bytes.fromhex(found.group(1)) if found else None

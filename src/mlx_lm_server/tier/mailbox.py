@@ -1,4 +1,4 @@
-"""The bounded queue between the engine's thread and the io thread; the tier's only lock."""
+"""The queue of jobs from the engine's thread to the io thread, and the lock between them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ BACKLOG_SHARE = 8
 
 
 class Mailbox:
-    """Restores go first, since a request waits for them; saves and flushes keep their order.
+    """Hands out restores and notes of use first, since a request waits for the former; saves and
+    flushes keep their order.
 
-    Saves are bounded in number and bytes, counting the one that is being written. A short backlog
-    is ridden over on the io side: records beyond the size are taken, and dropped by `take_late`
-    where their turn does not come soon.
+    It takes whatever it is given: who saves asks `has_room` before. The number that it bounds is of
+    the jobs that wait, the bytes are also those of the save that is being written. A short backlog
+    is ridden over: there is room for some records beyond the size, and `take_late` gives up those
+    whose turn does not come soon.
     """
 
     def __init__(self, settings: TierSettings, clock: Clock) -> None:
-        self._size = settings.writer_queue_size
+        self._size = settings.flags.ssd_writer_queue_size
         self._max_bytes = settings.max_pending_bytes
         self._backlog_wait_s = settings.backlog_wait_s
         self._clock = clock
@@ -37,7 +39,7 @@ class Mailbox:
     # Asked by the engine's thread
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether a save is taken."""
+        """Returns whether a save of so many bytes should be given now."""
         backlog = max(1, self._size // BACKLOG_SHARE)
         with self._changed:
             is_short = len(self._saves) < self._size + backlog
@@ -46,6 +48,7 @@ class Mailbox:
 
     @property
     def num_saves(self) -> int:
+        """Counts the saves that wait and the one that is being written."""
         with self._changed:
             waiting = sum(isinstance(job, SaveJob) for job in self._saves)
             return waiting + isinstance(self._doing, SaveJob)
@@ -59,7 +62,7 @@ class Mailbox:
             self._changed.notify_all()
 
     def take_cancelled(self) -> list[SaveJob]:
-        """Take out what was cancelled before it was begun."""
+        """Takes out what was cancelled before it was begun, and returns the saves among it."""
         with self._changed:
             self._urgent = deque(
                 job for job in self._urgent if isinstance(job, UseJob) or not job.is_cancelled
@@ -67,19 +70,19 @@ class Mailbox:
             return self._take_saves([job for job in self._waiting() if job.is_cancelled])
 
     def keep_late(self) -> None:
-        """From now on nothing is dropped because it waits long."""
+        """Lets nothing be given up any more because it waits long."""
         with self._changed:
             self._drops_late = False
 
     def close(self) -> None:
-        """Let the io thread end once all saves are done; restores are dropped."""
+        """Lets the io thread end once all saves are done, and drops the restores that wait."""
         with self._changed:
             self._is_closing = True
             self._urgent.clear()
             self._changed.notify_all()
 
     def abandon(self) -> list[SaveJob]:
-        """Cancel the saves that are left, also the one that is being written."""
+        """Cancels and returns the saves that are left, also the one that is being written."""
         with self._changed:
             left = self._take_saves(self._waiting())
             if isinstance(self._doing, SaveJob):
@@ -91,7 +94,7 @@ class Mailbox:
     # Asked by the io thread
 
     def take(self, nap_s: float) -> Job | None:
-        """The next job, or None where there was none for `nap_s` or until the closing."""
+        """Returns the next job, after a wait of at most `nap_s` where there is none; then None."""
         with self._changed:
             if not (self._urgent or self._saves or self._is_closing):
                 self._changed.wait(nap_s)
@@ -101,13 +104,15 @@ class Mailbox:
             return self._doing
 
     def finish(self, job: Job) -> None:
+        """Notes that the job that was taken last is done."""
         with self._changed:
             self._doing = None
             if isinstance(job, SaveJob):
                 self.save_bytes -= job.nbytes
 
     def take_late(self) -> list[SaveJob]:
-        """Take out what came to a full queue and waited too long, while it is still full."""
+        """Takes out what came to a full queue and waited too long, while there are more than its
+        size."""
         with self._changed:
             if len(self._saves) <= self._size or not self._drops_late:
                 return []
@@ -120,7 +125,7 @@ class Mailbox:
             return self._is_closing
 
     def sleep(self, seconds: float) -> None:
-        """For so long, or until the closing."""
+        """Waits for so long, or until the closing."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_closing, seconds)
 

@@ -1,8 +1,9 @@
-"""Which model this is: a digest of its weights that reads a few megabytes of them.
+"""Tells which model this is by a digest of its weights that reads a few megabytes of them.
 
 Of each weights file: the whole safetensors header (names, shapes, offsets), the size, and pages
 sampled evenly over the data, the last one included. Two fine-tunes of one base differ in nearly
-every page. config.json counts too, since rope and norm settings change what K and V mean.
+every page. config.json and an adapter's count too, since rope and norm settings change what K and V
+mean.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class _Hash(Protocol):
 
 
 def model_digest(folder: Path, cache_file: Path | None = None) -> bytes:
-    """sha256 over a folder's weights and config. Raises OSError where they cannot be read.
+    """Returns sha256 over a folder's weights and config. Raises OSError where they cannot be read.
 
     `cache_file` keeps the digests of weights files by path, size and modification time; without
     it, or where it cannot be used, the pages are read again.
@@ -46,7 +47,7 @@ def model_digest(folder: Path, cache_file: Path | None = None) -> bytes:
 
 
 def namespace_digest(parts: Mapping[str, str | bytes]) -> bytes:
-    """sha256 over named parts: model, adapter, layout, quantisation, rank, …"""
+    """Returns sha256 over named parts: model, adapter, layout, quantisation, rank, …"""
     digest = sha256()
     for name, value in sorted(parts.items()):
         _add(digest, name.encode(), value if isinstance(value, bytes) else value.encode())
@@ -54,7 +55,7 @@ def namespace_digest(parts: Mapping[str, str | bytes]) -> bytes:
 
 
 def weights_file_digest(path: Path) -> bytes:
-    """sha256 over a safetensors file's size, header and sampled pages. Raises OSError."""
+    """Returns sha256 over a safetensors file's size, header and sampled pages. Raises OSError."""
     digest = sha256()
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -68,7 +69,7 @@ def weights_file_digest(path: Path) -> bytes:
 
 
 def _sampled(start: int, end: int) -> Iterator[int]:
-    """Where the sampled pages begin: all of a small file, the last page always."""
+    """Yields where the sampled pages begin: all of a small file, the last page always."""
     last = max(start, end - PAGE_BYTES)
     step = max(PAGE_BYTES, (last - start) // SAMPLED_PAGES)
     yield from range(start, last, step)
@@ -76,7 +77,7 @@ def _sampled(start: int, end: int) -> Iterator[int]:
 
 
 def _add(digest: _Hash, *parts: bytes) -> None:
-    """Each part after its length, so that no two lists of parts look alike."""
+    """Adds each part after its length, so that no two lists of parts look alike."""
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
         digest.update(part)

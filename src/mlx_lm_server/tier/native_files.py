@@ -13,7 +13,8 @@ from mlx_lm_server.native.memory import address_of
 
 @functools.cache
 def files_library() -> ctypes.CDLL | None:
-    """Compiled at the first start, which takes a moment; None where it cannot be."""
+    """Returns the library, compiled at the first start, which takes a moment; None where it cannot
+    be."""
     library = native.load("files")
     if library is not None:
         library.begin_reading.restype = ctypes.c_void_p
@@ -24,7 +25,7 @@ def files_library() -> ctypes.CDLL | None:
 
 
 def write_pieces(library: ctypes.CDLL, fd: int, pieces: Sequence[memoryview]) -> int:
-    """Write all bytes of the pieces; how many they are. Raises OSError."""
+    """Writes all bytes of the pieces and returns how many they are. Raises OSError."""
     num_pieces = len(pieces)
     addresses = (ctypes.c_void_p * num_pieces)(*map(address_of, pieces))
     sizes = (ctypes.c_long * num_pieces)(*(piece.nbytes for piece in pieces))

@@ -1,4 +1,4 @@
-"""How much the tier may take."""
+"""Limits how much the tier may take."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ UNLIMITED = 1 << 62
 
 
 class Quota:
-    """min(what the operator set, a share of what is free or ours). Owned by the io side."""
+    """Knows the least of what the operator set and a share of what is free or ours. Owned by the io
+    side."""
 
     def __init__(self, root: Path, files: Files, max_bytes: int, free_share: float) -> None:
         self._root = root
@@ -21,7 +22,7 @@ class Quota:
         self.limit_bytes = self._max_bytes
 
     def measure(self, used_bytes: int) -> None:
-        """Ask again what is free; where that fails the limit stays what it was."""
+        """Asks again what is free; where that fails the limit stays what it was."""
         with suppress(OSError):
             free = self._files.free_bytes(self._root)
             share = int(self._free_share * (free + used_bytes))

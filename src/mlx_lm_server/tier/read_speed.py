@@ -1,4 +1,4 @@
-"""How fast restores are, learnt from those that were done."""
+"""Learns from restores that were done how fast they are."""
 
 from __future__ import annotations
 

@@ -25,12 +25,13 @@ class RecordReader:
 
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
-        self._reads_ahead = shelf.settings.async_writes
+        self._reads_ahead = shelf.settings.flags.ssd_async_writes
         self._begun: deque[bytes] = deque()
         self._reading: Generator[Contents] | None = None
 
     def begin(self, job: LoadJob) -> None:
-        """Start to read what the job wants, for `read` to take one by one, until `end`."""
+        """Starts to read what the job wants, for `read` to take one by one, until `end`; nothing
+        with inline writes, where `read` does it."""
         if not self._reads_ahead:
             return
         stored = (self._shelf.index.get(w.name) for w in job.wanted if w.name not in job.at_hand)
@@ -39,14 +40,15 @@ class RecordReader:
         self._reading = self._read(entries)
 
     def end(self) -> None:
-        """Drop what was begun and is not wanted any more."""
+        """Drops what was begun and is not wanted any more."""
         self._begun.clear()
         if self._reading is not None:
             self._reading.close()
             self._reading = None
 
     def read(self, job: LoadJob, wanted: Wanted) -> Record | None:
-        """The record, or None where it is absent for whatever reason; then it is forgotten."""
+        """Returns the record, or None where it is not there, cannot be read or is another. What is
+        missing or damaged is forgotten, and so is what cannot be read, unless handles ran out."""
         self._shelf.counters.loads += 1
         record = job.at_hand.get(wanted.name) or self._stored(wanted.name)
         if record is None:
@@ -101,6 +103,6 @@ class RecordReader:
         return contents
 
     def _read(self, entries: Sequence[Entry]) -> Generator[Contents]:
-        """One byte more than there should be, if there is one."""
+        """Reads each file and one byte more than there should be, if there is one."""
         paths = [self._shelf.path(entry.name) for entry in entries]
         return self._shelf.files.read_files(paths, [entry.size + 1 for entry in entries])

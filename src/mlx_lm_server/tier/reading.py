@@ -39,8 +39,9 @@ class FilesReader:
         self._idle: list[mmap.mmap] = []
 
     def read(self, paths: Sequence[Path], max_bytes: Sequence[int]) -> Generator[Contents]:
-        """Each file's first bytes, or why it cannot be read, in order and as soon as that is known.
-        All are being read from the first `next` on; closing the generator ends it."""
+        """Yields each file's first bytes, or why it cannot be read, in order and as soon as that is
+        known. They are read from the first `next` on, a few at a time; closing the generator ends
+        it."""
         if self._library is None:
             return _read_in_threads(self._read_one, paths, max_bytes)
         return self._read_in_c(self._library, paths, max_bytes)
@@ -68,8 +69,8 @@ class FilesReader:
             library.end_reading(reading)
 
     def _memory(self, num_bytes: int) -> tuple[memoryview, int]:
-        """Pages and their address. They are used again once no view of them is left: pages that the
-        system has to find first take as much CPU time as all the rest."""
+        """Returns pages and their address. They are used again once no view of them is left: pages
+        that the system has to find first take as much CPU time as all the rest."""
         pages = next((pages for pages in self._idle if len(pages) >= num_bytes), None)
         if pages is None:
             pages = mmap.mmap(-1, max(mmap.PAGESIZE, num_bytes))
@@ -88,7 +89,7 @@ class FilesReader:
 def _read_in_threads(
     read_one: ReadOne, paths: Sequence[Path], max_bytes: Sequence[int]
 ) -> Generator[Contents]:
-    """Daemon threads, unlike those of an executor: a read that hangs holds up no exit."""
+    """Reads in daemon threads, unlike an executor's: a read that hangs holds up no exit."""
     futures: list[Future[Contents]] = [Future() for _ in paths]
     tasks = iter(zip(futures, paths, max_bytes, strict=True))
     lock = threading.Lock()

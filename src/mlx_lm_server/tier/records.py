@@ -32,7 +32,8 @@ DTYPE_BITS = {
 
 
 def state_name(chain_name: bytes) -> bytes:
-    """What a state is stored as: the block that ends at the same token has the chain's own name."""
+    """Returns what a state is stored as: a block that ends at the same token has the chain's own
+    name."""
     return sha256(b"state" + chain_name).digest()
 
 

@@ -14,8 +14,6 @@ from typing import TypeVar
 import msgspec
 
 from mlx_lm_server.tier.clock import TICK_S, Clock, Ticks
-from mlx_lm_server.tier.counters import Counters
-from mlx_lm_server.tier.entries import Entry
 from mlx_lm_server.tier.files import Files, write_file
 from mlx_lm_server.tier.index import (
     BUSY_TIMEOUT_S,
@@ -28,6 +26,7 @@ from mlx_lm_server.tier.jobs import Emit, Found, Gone, Paused
 from mlx_lm_server.tier.layout import SHARDS, CacheLayout, Namespace
 from mlx_lm_server.tier.quota import Quota
 from mlx_lm_server.tier.settings import TierSettings
+from mlx_lm_server.tier_stats import TierCounters
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class Shelf:
         self.clock = clock
         self.ticks = Ticks(clock)
         self.emit = emit
-        self.counters = Counters()
+        self.counters = TierCounters()
         self.layout = CacheLayout(settings.cache_dir)
         self.namespace = namespace.folder
         self._about = namespace
@@ -58,9 +57,11 @@ class Shelf:
             self.layout.index,
             self.namespace,
             files,
-            BUSY_TIMEOUT_S if settings.async_writes else INLINE_BUSY_TIMEOUT_S,
+            BUSY_TIMEOUT_S if settings.flags.ssd_async_writes else INLINE_BUSY_TIMEOUT_S,
         )
-        self.quota = Quota(self.layout.root, files, settings.max_size_bytes, settings.free_share)
+        self.quota = Quota(
+            self.layout.root, files, settings.flags.max_size_bytes, settings.free_share
+        )
         self._open_again_at_s = 0.0
         self.is_new = False  # whether the index was opened since the last sweep
         self.is_in_doubt = False  # whether index and files were found to disagree
@@ -68,7 +69,7 @@ class Shelf:
     # The index ---------------------------------------------------------------------------------
 
     def open(self) -> bool:
-        """Make the folders and open the index; where that fails, `keep_open` tries again."""
+        """Makes the folders and opens the index; where that fails, `keep_open` tries again."""
         self._open_again_at_s = self.clock.monotonic_s() + REOPEN_S
         with suppress(OSError):
             self.make_folders()
@@ -85,21 +86,22 @@ class Shelf:
         return True
 
     def keep_open(self) -> None:
-        """Open again what was closed, deleted or replaced."""
+        """Opens the index again where it was closed, deleted or replaced."""
         if self.index.is_open and not self.index.has_been_replaced:
             return
         if self.clock.monotonic_s() >= self._open_again_at_s:
             self.open()
 
     def commit(self) -> None:
-        """Write the index's changes; what cannot be written now waits."""
+        """Writes the index's changes; what cannot be written now waits."""
         none: dict[bytes, int] = {}
         news = self.ask(self.index.commit, none)
         if news:
             self.emit(Found(news))
 
     def ask(self, question: Callable[[], Answer], default: Answer) -> Answer:
-        """What the index says, or the default where it cannot; a corrupt one is built anew."""
+        """Returns what the index says, or the default where it cannot; a corrupt one is built
+        anew."""
         try:
             return question()
         except IndexUnavailableError:
@@ -114,7 +116,7 @@ class Shelf:
         self.index.close()
 
     def _open_index(self) -> None:
-        now, is_durable = self.ticks.now(), self.settings.is_persistent
+        now, is_durable = self.ticks.now(), self.settings.flags.is_persistent
         try:
             self.index.open(now, is_durable=is_durable)
         except IndexCorruptError:
@@ -136,7 +138,7 @@ class Shelf:
         return self.layout.record(self.namespace, name)
 
     def make_folders(self) -> None:
-        """Those of the namespace, and the file that says whose it is. Raises OSError."""
+        """Makes those of the namespace, and the file that says whose it is. Raises OSError."""
         self.files.make_folder(self.layout.temporary_folder(self.namespace))
         for shard in SHARDS:
             self.files.make_folder(self.layout.shard(self.namespace, shard))
@@ -155,7 +157,7 @@ class Shelf:
             raise
 
     def remove_quietly(self, path: Path) -> bool:
-        """Whether the file is gone."""
+        """Returns whether the file is gone."""
         try:
             self.files.unlink(path)
         except FileNotFoundError:
@@ -168,7 +170,8 @@ class Shelf:
     # Room --------------------------------------------------------------------------------------
 
     def make_room(self, nbytes: int) -> bool:
-        """Whether a file of that size may be written, after a bounded number of evictions."""
+        """Returns whether a file of that size may be written, after a bounded number of
+        evictions."""
         limit = self.quota.limit_bytes
         if self._fits(nbytes):
             return True
@@ -179,7 +182,7 @@ class Shelf:
         return self._fits(nbytes)
 
     def evict(self, goal_bytes: int) -> None:
-        """Remove the oldest until the goal is met, a bounded number of them."""
+        """Removes the oldest until the goal is met, a bounded number of them."""
         self.commit()
         for victim in self._oldest():
             if self.index.used_bytes <= goal_bytes:
@@ -187,22 +190,19 @@ class Shelf:
             self.counters.evictions += self._remove(victim)
 
     def keep_within_limits(self) -> None:
-        """A bounded step towards size limit and age limit; for idle times."""
+        """Does a bounded step towards size limit and age limit; once in a flush interval."""
         self.quota.measure(self.index.used_bytes)
         if self.index.used_bytes > self.quota.limit_bytes:
             self.evict(self.quota.limit_bytes)
-        if not self.settings.ttl_s:
+        if not self.settings.flags.ttl_s:
             return
-        oldest_tick = self.ticks.now() - int(self.settings.ttl_s / TICK_S)
+        oldest_tick = self.ticks.now() - int(self.settings.flags.ttl_s / TICK_S)
         for victim in self._oldest(before=oldest_tick):
             self.counters.expired += self._remove(victim)
 
     def forget(self, name: bytes) -> None:
         self.index.forget(name)
         self.emit(Gone((name,)))
-
-    def add(self, namespace: str, entry: Entry) -> None:
-        self.index.add(namespace, entry)
 
     def _oldest(self, before: int | None = None) -> list[Victim]:
         at_most = self.settings.max_evictions_per_save

@@ -1,8 +1,9 @@
 """The disk tier as the engine's thread sees it.
 
-Each step the engine polls, uses what was read, and saves what leaves. No call waits for the disk
-(with inline writes `save` and `poll` do the work themselves, a bounded amount); every failure of
-the disk is a record that is absent.
+Each step the engine polls, uses what was read, and saves what leaves. In the step loop no call
+waits for the disk (with inline writes `save` and `poll` do the work themselves, a bounded amount);
+outside of it `wait_for_room`, `flush` and `close` do. Every failure of the disk is a record that is
+absent.
 
     store.poll()                       → reads that have ended, once a step
     store.has(name)                    known to be on disk, or on its way there
@@ -16,10 +17,8 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
 
 from mlx_lm_server.tier.clock import Clock, SystemClock
-from mlx_lm_server.tier.counters import Counters
 from mlx_lm_server.tier.disk import DiskTier
 from mlx_lm_server.tier.files import Files, OsFiles
 from mlx_lm_server.tier.io_side import InlineIo, IoSide, IoThread
@@ -40,28 +39,9 @@ from mlx_lm_server.tier.mailbox import Mailbox
 from mlx_lm_server.tier.read_speed import ReadSpeed
 from mlx_lm_server.tier.records import Prefetched, Record, Ticket, Wanted
 from mlx_lm_server.tier.settings import TierSettings
+from mlx_lm_server.tier_stats import TierCounters, TierStats
 
 ROOM_LOOKS_S = 0.002
-
-
-@dataclass(frozen=True, slots=True)
-class TierStats:
-    """`counters` since the start; the rest is now."""
-
-    counters: Counters
-    stored_records: int  # of this namespace
-    used_bytes: int  # of all namespaces in the folder
-    limit_bytes: int
-    pending_saves: int
-    pending_bytes: int
-    pending_reads: int
-    is_paused: bool
-    read_bytes_per_s: float
-
-    def as_dict(self) -> dict[str, int | float]:
-        """Flat, for metrics."""
-        numbers = asdict(self)
-        return {**numbers.pop("counters"), **numbers}
 
 
 class SsdStore:
@@ -79,7 +59,7 @@ class SsdStore:
         self._clock = clock or SystemClock()
         self._events: deque[Event] = deque()
         self._wake = wake
-        self._counters = Counters()
+        self._counters = TierCounters()
         self._sizes: dict[bytes, int] = {}
         self._saving: dict[bytes, SaveJob] = {}
         self._saves_of: defaultdict[str, set[SaveJob]] = defaultdict(set)
@@ -94,7 +74,7 @@ class SsdStore:
             return DiskTier(settings, namespace, files or OsFiles(), self._clock, self._emit, wait)
 
         self._io: IoSide
-        if settings.async_writes:
+        if settings.flags.ssd_async_writes:
             self._io = IoThread(make_disk, Mailbox(settings, self._clock), settings)
         else:
             self._io = InlineIo(make_disk, settings)
@@ -102,39 +82,41 @@ class SsdStore:
     # What is there ------------------------------------------------------------------------------
 
     def has(self, name: bytes) -> bool:
-        """On disk as far as is known, or on its way there. Reading it may still find nothing."""
+        """Returns whether it is on disk as far as is known, or on its way there. Reading it may
+        still find nothing."""
         return name in self._sizes or name in self._saving
 
     def size_of(self, name: bytes) -> int:
-        """Bytes that a read would move; 0 where there is nothing to read."""
+        """Returns how many bytes a read would move; 0 where there is nothing to read."""
         return self._sizes.get(name, 0)
 
     def read_forecast_s(self, names: Iterable[bytes]) -> float:
-        """How long a prefetch of these would take now, those before it included."""
+        """Returns how long a prefetch of these would take now, those before it included."""
         waiting = sum(job.nbytes for job in self._reads.values())
         return self._speed.forecast_s(waiting + sum(map(self.size_of, names)))
 
     def use(self, names: Sequence[bytes]) -> None:
-        """Note that these were used from memory, so that they stay on disk too."""
+        """Notes that these were used from memory, so that they stay on disk too."""
         self._put(UseJob(tuple(names)))
 
     # Writing ------------------------------------------------------------------------------------
 
     def room_for(self, nbytes: int) -> bool:
-        """Whether a record of so many bytes would be taken now. Asks no disk."""
+        """Returns whether a record of so many bytes would be taken now. Asks no disk."""
         return self._can_take(nbytes) and self._io.has_room(nbytes)
 
     def begin_save(self, nbytes: int) -> bool:
-        """`room_for`, counting the drop where there is none. Ask before extracting the bytes."""
+        """Returns `room_for`, and counts the drop where there is none. To be asked before the bytes
+        are extracted."""
         if self.room_for(nbytes):
             return True
         self._counters.write_drops += 1
         return False
 
     def save(self, record: Record, owner: str = "") -> bool:
-        """Take a record; False where it is stored or on its way already. Until its end the
-        record's bytes must not change. `abort(owner)` cancels it; a save without an owner
-        cannot be aborted."""
+        """Takes a record; False where it is stored or on its way already, or the store is closed.
+        It asks for no room: that is for who calls it. Until the save's end the record's bytes must
+        not change. `abort(owner)` cancels it; a save without an owner cannot be aborted."""
         assert all(tensor.is_consistent for tensor in record.tensors), "shape and bytes disagree"
         if self._is_closed or self.has(record.name):
             return False
@@ -147,13 +129,13 @@ class SsdStore:
         return True
 
     def keep_late(self) -> None:
-        """Before a graceful stop, which saves more than the queue takes: from now on no record is
-        dropped because its turn does not come soon."""
+        """Lets no record be dropped any more because its turn does not come soon; for a graceful
+        stop, which saves more than the queue takes."""
         self._io.keep_late()
 
     def wait_for_room(self, nbytes: int, timeout_s: float) -> bool:
-        """Until a record of so many bytes would be taken; False where it takes longer. Never in
-        the step loop."""
+        """Waits until a record of so many bytes would be taken; False where that takes longer. Not
+        for the step loop."""
         ends_s = time.monotonic() + timeout_s
         while not self.room_for(nbytes):
             if self._is_closed or time.monotonic() >= ends_s:
@@ -165,8 +147,8 @@ class SsdStore:
     # Reading ------------------------------------------------------------------------------------
 
     def prefetch(self, wanted: Sequence[Wanted], owner: str) -> Ticket:
-        """Read these, in this order, up to the first that is absent. What `poll` gives back may
-        be used at once; ask for what makes the others useless first."""
+        """Begins to read these, in this order, up to the first that is absent. `poll` gives them
+        back together, so what the others are useless without comes first."""
         self._num_tickets += 1
         ticket = Ticket(self._num_tickets, owner)
         at_hand = {
@@ -181,7 +163,7 @@ class SsdStore:
         return ticket
 
     def poll(self) -> list[Prefetched]:
-        """What was read since the last call. Call it once a step."""
+        """Returns the reads that have ended since the last call. To be called once a step."""
         if not self._is_closed:
             self._io.work()
         self._take_events()
@@ -191,19 +173,20 @@ class SsdStore:
     # Ending -------------------------------------------------------------------------------------
 
     def abort(self, owner: str) -> None:
-        """Forget an owner's saves and reads that have not ended. Its name is free at once."""
+        """Forgets an owner's saves and reads that have not ended. Its name is free at once."""
         self._cancel(self._saves_of.pop(owner, set()))
         self._cancel_reads([job for job in self._reads.values() if job.ticket.owner == owner])
         self._ended_reads = [read for read in self._ended_reads if read.ticket.owner != owner]
 
     def reset(self) -> None:
-        """Abort everybody."""
+        """Aborts everybody, also saves without an owner."""
         self._cancel(list(self._saving.values()))
         self._cancel_reads(list(self._reads.values()))
         self._ended_reads.clear()
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until all that was saved is on disk and in the index; False where time ran out."""
+        """Waits until all that was saved is on disk and in the index, or given up; False where time
+        ran out."""
         job = FlushJob()
         self._put(job)
         is_done = job.done.wait(timeout_s)
@@ -211,7 +194,8 @@ class SsdStore:
         return is_done
 
     def close(self, timeout_s: float) -> bool:
-        """Drain, flush, close. False where records were dropped because time ran out."""
+        """Writes what waits, commits and closes. False where records were dropped because time ran
+        out."""
         if self._is_closed:
             return True
         self._cancel_reads(list(self._reads.values()))
@@ -226,7 +210,7 @@ class SsdStore:
 
     @property
     def is_open(self) -> bool:
-        """Whether the folder's index has been read; until then everything is absent."""
+        """Whether the folder's index has been read; until then nothing on disk is known."""
         return self._has_opened
 
     def stats(self) -> TierStats:
@@ -240,6 +224,7 @@ class SsdStore:
             pending_bytes=self._io.save_bytes,
             pending_reads=len(self._reads),
             is_paused=self._is_paused,
+            is_open=self.is_open,
             read_bytes_per_s=self._speed.bytes_per_s,
         )
 
@@ -248,7 +233,7 @@ class SsdStore:
 
     @property
     def _is_paused(self) -> bool:
-        """After errors, until the disk is worth another try."""
+        """Whether errors came so lately that the disk is not worth another try yet."""
         return self._clock.monotonic_s() < self._paused_until_s
 
     # Inside -------------------------------------------------------------------------------------
@@ -263,7 +248,7 @@ class SsdStore:
         self._io.put(job)
 
     def _emit(self, event: Event) -> None:
-        """Called by the io side."""
+        """Takes an event of the io side, which calls this on its own thread."""
         self._events.append(event)
         self._wake()
 
@@ -309,7 +294,8 @@ class SsdStore:
                 del self._saves_of[job.owner]
 
     def _cancel(self, jobs: Iterable[SaveJob]) -> None:
-        """Those that are waiting end here, the one that is being written ends on the io side."""
+        """Cancels saves: those that are waiting end here, the one that is being written ends on the
+        io side."""
         for job in jobs:
             job.is_cancelled = True
             self._end_save(job)

@@ -1,4 +1,4 @@
-"""Brings index and files into agreement, a bounded step at a time, while nothing else is to do.
+"""Brings index and files into agreement, a small step at a time, while nothing else is to do.
 
 Files without a row are adopted: a server was killed before its commit, or the index was lost. Rows
 without a file are dropped. What a killed server left half written is removed once it is old enough
@@ -35,7 +35,7 @@ class Sweep:
         self._steps = self._all_steps()
 
     def step(self) -> bool:
-        """Do a little; False when all is done."""
+        """Does a little; False when all is done."""
         return next(self._steps, None) is not None
 
     def _all_steps(self) -> Iterator[bool]:
@@ -75,7 +75,7 @@ class Sweep:
         return self._shelf.ask(lambda: self._shelf.index.rows_of(namespace), none)
 
     def _listed(self, folder: Path) -> list[str]:
-        """Nothing where the folder cannot be listed: rows are dropped only after a look at each,
+        """Lists a folder; nothing where that fails: rows are dropped only after a look at each,
         and files without rows wait for another sweep."""
         try:
             return self._files.list_folder(folder)
@@ -116,7 +116,7 @@ class Sweep:
             self._shelf.emit(Found({name: entry.size}))
 
     def _entry(self, path: Path) -> Entry:
-        """A row from the head of a file. Its data are verified when it is read."""
+        """Makes a row from the head of a file, whose data are verified when it is read."""
         facts = self._files.facts(path)
         head = read_file(self._files, path, HEAD_BYTES)
         end = codec.header_end(head)

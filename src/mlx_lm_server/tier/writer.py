@@ -38,20 +38,20 @@ class _Unsynced:
 
 
 class RecordWriter:
-    """`wait` sleeps between retries, as long as nobody stops it."""
+    """Owned by the io side. `wait` sleeps between retries, as long as nobody stops it."""
 
     def __init__(self, shelf: Shelf, wait: Callable[[float], None]) -> None:
         self._shelf = shelf
         self._files = shelf.files
         self._wait = wait
-        self._is_persistent = shelf.settings.is_persistent
+        self._is_persistent = shelf.settings.flags.is_persistent
         self._failures_in_a_row = 0
         self._unsynced: dict[Path, _Unsynced] = {}
         self._log_again_at_s = 0.0
         self._unlogged = 0
 
     def save(self, job: SaveJob) -> None:
-        """Write the job's record, whatever comes; the outcome is counted and told."""
+        """Writes the job's record, whatever comes; the outcome is counted and told."""
         outcome = self._save(job)
         match outcome:
             case SaveOutcome.PERSISTED:
@@ -69,13 +69,13 @@ class RecordWriter:
         self._shelf.emit(Saved(job, outcome, entry.size if entry else 0))
 
     def sync_folders(self) -> None:
-        """With `persistent` a save counts as such once its folder is on the medium too."""
+        """Brings folders onto the medium; with `persistent` a save counts as such only then."""
         for folder, unsynced in list(self._unsynced.items()):
             try:
                 self._files.sync_folder(folder)
             except OSError as error:
                 unsynced.failures += 1
-                if unsynced.failures <= self._shelf.settings.persistent_max_retries:
+                if unsynced.failures <= self._shelf.settings.flags.ssd_persistent_max_retries:
                     self._shelf.counters.save_retries += 1
                     continue
                 self._shelf.counters.save_errors += unsynced.saves
@@ -104,9 +104,9 @@ class RecordWriter:
         return SaveOutcome.PERSISTED
 
     def _write_with_retries(self, job: SaveJob, encoded: EncodedRecord) -> bool:
-        """False: cancelled. Raises OSError when all tries are used up."""
+        """Returns False where the save was cancelled. Raises OSError when all tries are used up."""
         shelf = self._shelf
-        tries_left = shelf.settings.persistent_max_retries if self._is_persistent else 0
+        tries_left = shelf.settings.flags.ssd_persistent_max_retries if self._is_persistent else 0
         may_make_room = may_make_folders = True
         wait_s = FIRST_RETRY_S
         while True:
@@ -179,7 +179,7 @@ class RecordWriter:
             self._shelf.emit(Paused(self._shelf.clock.monotonic_s() + pause_s))
 
     def _log_failure(self, what: str, error: OSError) -> None:
-        """One line, and for what follows at once one more line later."""
+        """Logs one line, and counts what follows at once in the next line."""
         now_s = self._shelf.clock.monotonic_s()
         if now_s < self._log_again_at_s:
             self._unlogged += 1

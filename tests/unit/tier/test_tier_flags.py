@@ -16,7 +16,6 @@ from tier_fakes import NAMESPACE, FaultFiles, Pin, files_in, make_chain, save_al
 from mlx_lm_server.config import Config, TierConfig
 from mlx_lm_server.core.block import chain_name, root_name
 from mlx_lm_server.core.tier import Label
-from mlx_lm_server.engine.disk_cache import settings_of
 from mlx_lm_server.server.boot import load_message
 from mlx_lm_server.tier import SsdStore, TierSettings, state_name
 from mlx_lm_server.tier.clock import TICK_S
@@ -26,7 +25,7 @@ def settings(folder: Path, **flags: Any) -> TierSettings:
     config = Config(tier=TierConfig(ssd_cache_dir=str(folder), **flags))
     order = load_message(config, Path("model")).disk_tier
     assert order is not None
-    return settings_of(order)
+    return TierSettings(Path(order.folder), order.flags)
 
 
 def open_store(folder: Path, files: FaultFiles | None = None, **flags: Any) -> SsdStore:
@@ -99,7 +98,7 @@ def test_the_folder_stays_within_ssd_max_size_gb(tmp_path: Path) -> None:
     assert 10_000 < stats.used_bytes <= 20_000
     assert stats.counters.evictions > 10
     store.close(5.0)
-    assert settings(tmp_path, ssd_max_size_gb=0).max_size_bytes == 0
+    assert settings(tmp_path, ssd_max_size_gb=0).flags.max_size_bytes == 0
 
 
 @observes("TierConfig.ssd_ttl_days")

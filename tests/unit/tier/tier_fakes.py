@@ -6,11 +6,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from mlx_lm_server.config import TierConfig
 from mlx_lm_server.tier import (
     Namespace,
     Record,
@@ -201,7 +202,18 @@ def as_bytes(record: Record) -> Record:
 
 
 def settings(folder: Path, **given: Any) -> TierSettings:
-    return TierSettings(folder, **{"flush_interval_s": 0.02, **given})
+    """Flags by their names without `ssd_`, the limits of size and age in bytes and seconds, and
+    bounds that have no flag."""
+    given = {"flush_interval_s": 0.02, **given}
+    for name, flag, unit in (("max_size_bytes", "max_size_gb", 1e9), ("ttl_s", "ttl_days", 86400)):
+        if name in given:
+            given[flag] = given.pop(name) / unit
+    flags = {
+        flag.name: given.pop(name)
+        for flag in fields(TierConfig)
+        if (name := flag.name.removeprefix("ssd_")) in given
+    }
+    return TierSettings(folder, TierConfig(**flags), **given)
 
 
 def open_store(folder: Path, files: FaultFiles | None = None, **given: Any) -> SsdStore:

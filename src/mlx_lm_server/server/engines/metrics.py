@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from mlx_lm_server.config import KVConfig
 from mlx_lm_server.protocol import CacheReport, EngineStats, FinishReason, Ready, RequestOutput
+from mlx_lm_server.tier_stats import shown
 
 if TYPE_CHECKING:
     from mlx_lm_server.server.answers.generate_request import GenerateRequest
@@ -44,33 +45,6 @@ E2E_BOUNDS = (
 STEP_BOUNDS = tuple(float(tokens) for tokens in (1, *(2**power for power in range(3, 15))))
 COUNT_BOUNDS = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0, 50.0)
 TOKEN_BOUNDS = tuple(float(digit * 10**power) for power in range(5) for digit in (1, 2, 5))
-
-# Fields of TierStats.
-TIER_COUNTERS = {
-    "saves": "Records given to the disk tier.",
-    "saves_persisted": "Of them, written.",
-    "write_drops": "Not stored for want of room in the queue or on disk.",
-    "save_errors": "Writes that failed.",
-    "save_retries": "Writes tried again.",
-    "enospc": "Writes that found the disk full.",
-    "evictions": "Records removed to stay within the limit.",
-    "expired": "Records removed for their age.",
-    "loads": "Records asked for.",
-    "loads_hit": "Of them, read and verified.",
-    "corrupt": "Files that were not what they should be.",
-    "load_errors": "Reads that failed.",
-    "bytes_written": "Bytes written.",
-    "bytes_read": "Bytes read.",
-    "restored_tokens": "Tokens of blocks that came back from disk.",
-}
-TIER_GAUGES = {
-    "stored_records": "Records of this model on disk.",
-    "used_bytes": "Bytes on disk, of all models.",
-    "limit_bytes": "Most bytes that may be on disk.",
-    "pending_saves": "Records that wait for the writer.",
-    "is_paused": "1 while writes fail and none is tried.",
-    "is_open": "1 once the folder could be read.",
-}
 
 
 class Histogram:
@@ -295,14 +269,11 @@ class Metrics(Collector):
         tier = stats.tier if stats else None
         if tier is None:
             return
-        for name, help in TIER_COUNTERS.items():
-            counter = CounterMetricFamily(f"{PREFIX}ssd_{name}", help, labels=["model_name"])
-            counter.add_metric([self.model_name], getattr(tier, name))
-            yield counter
-        for name, help in TIER_GAUGES.items():
-            gauge = GaugeMetricFamily(f"{PREFIX}ssd_{name}", help, labels=["model_name"])
-            gauge.add_metric([self.model_name], getattr(tier, name))
-            yield gauge
+        for number in shown(tier):
+            kind = CounterMetricFamily if number.is_total else GaugeMetricFamily
+            family = kind(f"{PREFIX}ssd_{number.name}", number.help, labels=["model_name"])
+            family.add_metric([self.model_name], number.value)
+            yield family
 
     def _gauges(self) -> Iterator[Metric]:
         stats = self.engine_stats()

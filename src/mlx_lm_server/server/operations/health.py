@@ -13,6 +13,7 @@ from starlette.responses import Response
 from mlx_lm_server.protocol import EngineStats, Ready
 from mlx_lm_server.server.http.endpoint import Endpoint, Handler
 from mlx_lm_server.server.services import Services
+from mlx_lm_server.tier_stats import shown
 
 GROUP = "Health"
 Status = Literal["ok", "degraded", "overloaded", "shutting_down"]
@@ -168,7 +169,8 @@ class HealthRoutes:
         if self._ready is None or not self._ready.disk_tier:
             return None
         tier = stats.tier if stats else None
-        return {"folder": self._ready.disk_tier, **(msgspec.structs.asdict(tier) if tier else {})}
+        numbers = {number.name: number.value for number in shown(tier)} if tier else {}
+        return {"folder": self._ready.disk_tier, **numbers}
 
     def _engine_facts(self) -> dict[str, Any]:
         supervisor = self._services.supervisor
