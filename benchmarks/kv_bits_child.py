@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from mlx_lm_server.runner import blas
+from mlx_lm_server.runner.backends.x86 import blas
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -31,8 +31,8 @@ def memory(name: str, rows: str) -> dict[str, int]:
     import mlx.core as mx
 
     from mlx_lm_server.core.kv_layout import KVLayout
-    from mlx_lm_server.runner.kv_quantisation import quantised
-    from mlx_lm_server.runner.kv_storage import KVStorage, LayerShape
+    from mlx_lm_server.runner.state.kv_quantisation import quantised
+    from mlx_lm_server.runner.state.kv_storage import KVStorage, LayerShape
 
     dtype, _, bits = name.partition("-")
     shape = LayerShape(KV_HEADS, HEAD_DIM, HEAD_DIM, dtype=getattr(mx, dtype))
@@ -67,11 +67,12 @@ def step(model: str, context: str, repeats: str) -> dict[str, list[float]]:
     from mlx_lm_server.core.kv_layout import capacity_for
     from mlx_lm_server.core.plan import CreateSlab, RowWork, StepPlan
     from mlx_lm_server.protocol import LoadModel
-    from mlx_lm_server.runner import host_memory, loader
-    from mlx_lm_server.runner.forwards import PackedForward
-    from mlx_lm_server.runner.kernels import choose_kernel
-    from mlx_lm_server.runner.kv_quantisation import quantised
-    from mlx_lm_server.runner.kv_storage import KVStorage
+    from mlx_lm_server.runner.backends import host_memory
+    from mlx_lm_server.runner.backends.kernels import choose_kernel
+    from mlx_lm_server.runner.loading import loader
+    from mlx_lm_server.runner.seam.forwards import PackedForward
+    from mlx_lm_server.runner.state.kv_quantisation import quantised
+    from mlx_lm_server.runner.state.kv_storage import KVStorage
 
     host_memory.keep_freed_blocks()
     order = LoadModel(model, num_threads=1)
@@ -112,9 +113,9 @@ def _fill(storage: Any, length: int) -> None:
 
 def quality(count: str) -> dict[str, Any]:
     from mlx_lm_server.protocol import LoadModel
-    from mlx_lm_server.runner import loader
-    from mlx_lm_server.runner.kv_quantisation import quantised
-    from mlx_lm_server.runner.kv_storage import KVStorage
+    from mlx_lm_server.runner.loading import loader
+    from mlx_lm_server.runner.state.kv_quantisation import quantised
+    from mlx_lm_server.runner.state.kv_storage import KVStorage
 
     order = LoadModel(str(NANO), num_threads=1)
     loaded = loader.load(order, loader.memory_limit(None), lambda _s, _f: None)
@@ -162,8 +163,8 @@ def _logits(loaded: Any, storage: Any, prompt: list[int], answer: list[int]) -> 
     import mlx.core as mx
 
     from mlx_lm_server.core.plan import CreateSlab, DropSlab, RowWork, StepPlan
-    from mlx_lm_server.runner.forwards import PackedForward
-    from mlx_lm_server.runner.kernels import choose_kernel
+    from mlx_lm_server.runner.backends.kernels import choose_kernel
+    from mlx_lm_server.runner.seam.forwards import PackedForward
 
     ids = prompt + answer[:-1]
     storage.apply(CreateSlab(SLAB, 1, len(ids)))

@@ -23,7 +23,7 @@ from benchmarks.parts import Effort, Findings, console, run_parts
 from mlx_lm_server.core.kv_layout import capacity_for
 from mlx_lm_server.core.plan import CreateSlab, RowWork, StepPlan
 from mlx_lm_server.protocol import LoadModel
-from mlx_lm_server.runner import blas
+from mlx_lm_server.runner.backends.x86 import blas
 
 CHUNK_TOKENS = 32
 # Decode rows and how many tokens each holds: even, and one long row beside short ones.
@@ -39,10 +39,11 @@ class Candidates:
         blas.preload()
         import mlx.core as mx
 
-        from mlx_lm_server.runner import host_memory, loader
-        from mlx_lm_server.runner.forwards import PackedForward
-        from mlx_lm_server.runner.kernels import choose_kernel
-        from mlx_lm_server.runner.kv_storage import KVStorage
+        from mlx_lm_server.runner.backends import host_memory
+        from mlx_lm_server.runner.backends.kernels import choose_kernel
+        from mlx_lm_server.runner.loading import loader
+        from mlx_lm_server.runner.seam.forwards import PackedForward
+        from mlx_lm_server.runner.state.kv_storage import KVStorage
 
         host_memory.keep_freed_blocks()
         self._mx = mx

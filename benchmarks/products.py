@@ -83,7 +83,8 @@ def _measure_swiglu(repeats: int) -> dict[str, float]:
     import mlx.core as mx
     from mlx_lm.models import activations
 
-    from mlx_lm_server.runner import attention, fast_math
+    from mlx_lm_server.runner.backends.x86 import fast_math
+    from mlx_lm_server.runner.seam import attention
 
     ways = {"mlx": activations.swiglu, "fused": fast_math.swiglu}
     attention.install(use_arithmetic_swiglu=True)
@@ -102,7 +103,7 @@ def _measure_attention(repeats: int) -> dict[str, float]:
     _prepare()
     import mlx.core as mx
 
-    from mlx_lm_server.runner.kernels import CpuKernel, FusedKernel
+    from mlx_lm_server.runner.backends.kernels import CpuKernel, FusedKernel
 
     ours = CpuKernel()
     kernels = {"mlx": FusedKernel().chunk, "plain": ours.plain_chunk, "native": ours.chunk}
@@ -123,12 +124,12 @@ def _measure_attention(repeats: int) -> dict[str, float]:
 
 def _prepare(with_small_gemm: bool = True) -> None:
     """Our library and MLX, on one thread."""
-    from mlx_lm_server.runner import blas
+    from mlx_lm_server.runner.backends.x86 import blas
 
     blas.preload(1, with_small_gemm=with_small_gemm)
     import mlx.core as mx
 
-    from mlx_lm_server.runner import host_memory
+    from mlx_lm_server.runner.backends import host_memory
 
     host_memory.keep_freed_blocks()
     mx.set_default_device(mx.Device(mx.cpu))

@@ -22,7 +22,7 @@ import psutil
 from benchmarks.claims import Claim
 from benchmarks.parts import Effort, Findings, console, run_parts
 from benchmarks.processes import Server, ours, running
-from mlx_lm_server.runner.host_memory import IDLE_BEFORE_TRIM_S
+from mlx_lm_server.runner.backends.host_memory import IDLE_BEFORE_TRIM_S
 
 NUM_CLIENTS = 32
 SETTLE_LIMIT_S = 30.0

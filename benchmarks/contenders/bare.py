@@ -14,11 +14,12 @@ from benchmarks.contenders.load import Load
 from mlx_lm_server.core.kv_layout import capacity_for
 from mlx_lm_server.core.plan import CreateSlab, DropSlab, RowWork, StepPlan
 from mlx_lm_server.protocol import LoadModel
-from mlx_lm_server.runner import host_memory, loader
-from mlx_lm_server.runner.blas import Blas
-from mlx_lm_server.runner.forwards import PackedForward
-from mlx_lm_server.runner.kernels import choose_kernel
-from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.backends import host_memory
+from mlx_lm_server.runner.backends.kernels import choose_kernel
+from mlx_lm_server.runner.backends.x86.blas import Blas
+from mlx_lm_server.runner.loading import loader
+from mlx_lm_server.runner.seam.forwards import PackedForward
+from mlx_lm_server.runner.state.kv_storage import KVStorage
 
 SLAB = 0
 

@@ -9,8 +9,8 @@ from itertools import islice
 from benchmarks.contenders.load import Load
 from mlx_lm_server.engine.assembly import assemble
 from mlx_lm_server.protocol import AddRequest, LoadModel
-from mlx_lm_server.runner import replays
-from mlx_lm_server.runner.blas import Blas
+from mlx_lm_server.runner.backends.x86.blas import Blas
+from mlx_lm_server.runner.seam import replays
 
 
 class Engine:

@@ -19,9 +19,11 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_map
 
-from mlx_lm_server.runner import attention, fast_math, probe
-from mlx_lm_server.runner.cache_kinds import ModelState, UnbatchableState, read_state
-from mlx_lm_server.runner.language_model import LanguageModel
+from mlx_lm_server.runner.backends.x86 import fast_math
+from mlx_lm_server.runner.loading import probe
+from mlx_lm_server.runner.loading.cache_kinds import ModelState, UnbatchableState, read_state
+from mlx_lm_server.runner.loading.language_model import LanguageModel
+from mlx_lm_server.runner.seam import attention
 
 from .tiny_configs import families, tiny_config
 

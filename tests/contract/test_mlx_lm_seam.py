@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models import activations, base, cache
 
-from mlx_lm_server.runner.attention import LayerCache
-from mlx_lm_server.runner.rectangular import ChunkCache, DecodeRowsCache
+from mlx_lm_server.runner.seam.attention import LayerCache
+from mlx_lm_server.runner.seam.rectangular import ChunkCache, DecodeRowsCache
 
 from .models_table import examine
 from .tiny_configs import families

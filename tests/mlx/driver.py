@@ -23,7 +23,7 @@ from mlx_lm_server.protocol import (
     SamplingParams,
     TokenLogprobs,
 )
-from mlx_lm_server.runner.blas import Blas
+from mlx_lm_server.runner.backends.x86.blas import Blas
 
 __all__ = ["GREEDY", "EngineDriver", "random_prompts"]
 

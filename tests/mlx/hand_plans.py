@@ -16,9 +16,9 @@ from mlx_lm_server.core.plan import (
     StepPlan,
 )
 from mlx_lm_server.protocol import LoadModel
-from mlx_lm_server.runner import loader
-from mlx_lm_server.runner.kv_storage import RING_SPARE
+from mlx_lm_server.runner.loading import loader
 from mlx_lm_server.runner.model_runner import ModelRunner
+from mlx_lm_server.runner.state.kv_storage import RING_SPARE
 
 from .driver import GREEDY
 from .tiny_models import VOCAB_SIZE

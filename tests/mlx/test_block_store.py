@@ -11,10 +11,10 @@ import pytest
 
 from mlx_lm_server.core.plan import CreateSlab, DropState, OffloadState, SaveState
 from mlx_lm_server.core.tier import Label
-from mlx_lm_server.runner.block_store import BlockStore
-from mlx_lm_server.runner.cache_kinds import ArrayShape, RecurrentState
-from mlx_lm_server.runner.kv_storage import KVStorage, LayerShape
-from mlx_lm_server.runner.row_states import RowStates
+from mlx_lm_server.runner.loading.cache_kinds import ArrayShape, RecurrentState
+from mlx_lm_server.runner.state.block_store import BlockStore
+from mlx_lm_server.runner.state.kv_storage import KVStorage, LayerShape
+from mlx_lm_server.runner.state.row_states import RowStates
 from mlx_lm_server.tier import Record
 
 from .kept_records import KeptRecords

@@ -16,8 +16,8 @@ from mlx_lm_server.core import offloads, restores
 from mlx_lm_server.engine.disk_cache import DiskCache
 from mlx_lm_server.errors import ConfigError
 from mlx_lm_server.protocol import DiskTier
-from mlx_lm_server.runner import block_store, plane_spans
-from mlx_lm_server.runner.record_bytes import Span, copy_spans, read_array, stacked_bytes
+from mlx_lm_server.runner.state import block_store, plane_spans
+from mlx_lm_server.runner.state.record_bytes import Span, copy_spans, read_array, stacked_bytes
 from mlx_lm_server.server.boot import load_message
 from mlx_lm_server.tier.files import OsFiles
 from tests.observations import observes

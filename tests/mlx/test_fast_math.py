@@ -6,7 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_lm_server.runner import fast_math
+from mlx_lm_server.runner.backends.x86 import fast_math
 
 
 def test_exp_is_right_to_three_in_ten_million() -> None:

@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from mlx_lm_server import native
-from mlx_lm_server.runner import host_memory
-from mlx_lm_server.runner.host_memory import IDLE_BEFORE_TRIM_S, Upkeep
+from mlx_lm_server.runner.backends import host_memory
+from mlx_lm_server.runner.backends.host_memory import IDLE_BEFORE_TRIM_S, Upkeep
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("cc") or not {"avx2", "fma"} <= native.cpu_flags(),
@@ -21,10 +21,10 @@ pytestmark = pytest.mark.skipif(
 SCRIPT = """
 import resource, sys, time
 from pathlib import Path
-from mlx_lm_server.runner import blas
+from mlx_lm_server.runner.backends.x86 import blas
 blas.preload(1)
 import mlx.core as mx
-from mlx_lm_server.runner import host_memory
+from mlx_lm_server.runner.backends import host_memory
 
 def resident_mb():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20

@@ -12,11 +12,15 @@ import pytest
 from msgspec.structs import replace as changed
 
 from mlx_lm_server.errors import UnsupportedModelError
-from mlx_lm_server.runner import kv_quantisation
-from mlx_lm_server.runner.code_products import CodeProducts, NativeCodeProducts, choose_products
-from mlx_lm_server.runner.kernels import CpuKernel, FusedKernel, decode_packed
-from mlx_lm_server.runner.kv_quantisation import PackedKV, Quantisation, quantised
-from mlx_lm_server.runner.kv_storage import LayerShape
+from mlx_lm_server.runner.backends.kernels import CpuKernel, FusedKernel, decode_packed
+from mlx_lm_server.runner.backends.x86.code_products import (
+    CodeProducts,
+    NativeCodeProducts,
+    choose_products,
+)
+from mlx_lm_server.runner.state import kv_quantisation
+from mlx_lm_server.runner.state.kv_quantisation import PackedKV, Quantisation, quantised
+from mlx_lm_server.runner.state.kv_storage import LayerShape
 
 from .driver import GREEDY, EngineDriver, random_prompts
 from .tiny_models import VOCAB_SIZE, write_model

@@ -16,13 +16,13 @@ from mlx_lm_server.core.plan import (
     SaveBlocks,
     StepPlan,
 )
-from mlx_lm_server.runner import plane_spans
-from mlx_lm_server.runner.attention import LayerCache
-from mlx_lm_server.runner.block_store import BlockStore
-from mlx_lm_server.runner.kernels import AttentionKernel, CpuKernel, FusedKernel
-from mlx_lm_server.runner.kv_storage import MAX_COPIED_BYTES, KVStorage, LayerShape
-from mlx_lm_server.runner.rectangular import ChunkCache
-from mlx_lm_server.runner.step_layout import layout_of
+from mlx_lm_server.runner.backends.kernels import AttentionKernel, CpuKernel, FusedKernel
+from mlx_lm_server.runner.seam.attention import LayerCache
+from mlx_lm_server.runner.seam.rectangular import ChunkCache
+from mlx_lm_server.runner.seam.step_layout import layout_of
+from mlx_lm_server.runner.state import plane_spans
+from mlx_lm_server.runner.state.block_store import BlockStore
+from mlx_lm_server.runner.state.kv_storage import MAX_COPIED_BYTES, KVStorage, LayerShape
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 

@@ -17,7 +17,7 @@ LENGTHS = [20, 33]
 IMPORTS = """
 import contextlib, importlib, json, pkgutil, sys
 from pathlib import Path
-from mlx_lm_server.runner import light_import
+from mlx_lm_server.runner.loading import light_import
 """
 BEGIN = """
 light_import.import_mlx_lm(with_adapters=True)

@@ -9,9 +9,9 @@ from msgspec.structs import replace
 
 from mlx_lm_server.core.plan import CreateSlab, DropSlab
 from mlx_lm_server.protocol import LoadModel
-from mlx_lm_server.runner import loader
-from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.loading import loader
 from mlx_lm_server.runner.model_runner import ModelRunner
+from mlx_lm_server.runner.state.kv_storage import KVStorage
 
 from .driver import GREEDY, EngineDriver, random_prompts
 from .tiny_models import VOCAB_SIZE, WIDE_HEADS, write_model

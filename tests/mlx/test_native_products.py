@@ -9,7 +9,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_lm_server import native
-from mlx_lm_server.runner import native_products
+from mlx_lm_server.runner.backends.x86 import native_products
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("cc") or not {"avx2", "fma"} <= native.cpu_flags(),

@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.models import activations
 
 from mlx_lm_server import native
-from mlx_lm_server.runner.native_rows import NativeRows
+from mlx_lm_server.runner.backends.x86.native_rows import NativeRows
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("cc") or not {"avx2", "fma"} <= native.cpu_flags(),

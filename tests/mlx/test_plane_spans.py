@@ -8,8 +8,9 @@ import mlx.core as mx
 import pytest
 
 from mlx_lm_server.native.memory import SECTOR_BYTES, address_of, unwritten_bytes
-from mlx_lm_server.runner import native_products, plane_spans
-from mlx_lm_server.runner.plane_spans import Span, copy_between, copy_in, copy_out
+from mlx_lm_server.runner.backends.x86 import native_products
+from mlx_lm_server.runner.state import plane_spans
+from mlx_lm_server.runner.state.plane_spans import Span, copy_between, copy_in, copy_out
 
 WAYS = [
     pytest.param(

@@ -10,10 +10,12 @@ import pytest
 
 from mlx_lm_server.core.plan import CreateSlab, DropSlab, RowWork, StepPlan
 from mlx_lm_server.protocol import LoadModel
-from mlx_lm_server.runner import loader, native_products, probe, replays
-from mlx_lm_server.runner.forwards import PackedForward
-from mlx_lm_server.runner.kernels import choose_kernel
-from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.backends.kernels import choose_kernel
+from mlx_lm_server.runner.backends.x86 import native_products
+from mlx_lm_server.runner.loading import loader, probe
+from mlx_lm_server.runner.seam import replays
+from mlx_lm_server.runner.seam.forwards import PackedForward
+from mlx_lm_server.runner.state.kv_storage import KVStorage
 
 from .tiny_models import VOCAB_SIZE, write_model
 

@@ -15,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_lm_server.protocol import SamplingParams
-from mlx_lm_server.runner import native_draw
-from mlx_lm_server.runner.native_draw import NativeDraw
-from mlx_lm_server.runner.race import Vocabulary
-from mlx_lm_server.runner.sampler import RowSampling, Sampler, start_row
+from mlx_lm_server.runner.backends.x86 import native_draw
+from mlx_lm_server.runner.backends.x86.native_draw import NativeDraw
+from mlx_lm_server.runner.sampling.race import Vocabulary
+from mlx_lm_server.runner.sampling.sampler import RowSampling, Sampler, start_row
 
 PROBABILITIES = np.array([0.4, 0.25, 0.15, 0.1, 0.05, 0.03, 0.02])
 LOGITS = mx.array(np.log(PROBABILITIES).astype(np.float32))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from mlx_lm_server import native
-from mlx_lm_server.runner import span_attention
-from mlx_lm_server.runner.kernels import CpuKernel
-from mlx_lm_server.runner.span_attention import Part, Span
+from mlx_lm_server.runner.backends.kernels import CpuKernel
+from mlx_lm_server.runner.backends.x86 import span_attention
+from mlx_lm_server.runner.backends.x86.span_attention import Part, Span
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not shutil.which("cc") or not {"avx2", "fma"} <= native.cpu_flags(),

@@ -26,12 +26,12 @@ from mlx_lm_server.core.plan import (
     SaveState,
 )
 from mlx_lm_server.core.tier import Label
-from mlx_lm_server.runner import plane_spans
-from mlx_lm_server.runner.block_store import BlockStore
-from mlx_lm_server.runner.kv_quantisation import Quantisation
-from mlx_lm_server.runner.kv_storage import KVStorage, LayerShape
-from mlx_lm_server.runner.record_bytes import read_array
-from mlx_lm_server.runner.stages import ends_of
+from mlx_lm_server.runner.state import plane_spans
+from mlx_lm_server.runner.state.block_store import BlockStore
+from mlx_lm_server.runner.state.kv_quantisation import Quantisation
+from mlx_lm_server.runner.state.kv_storage import KVStorage, LayerShape
+from mlx_lm_server.runner.state.record_bytes import read_array
+from mlx_lm_server.runner.state.stages import ends_of
 from mlx_lm_server.tier import Record
 
 from .kept_records import KeptRecords

@@ -16,8 +16,8 @@ token (recurrent state, windows) lie beside them, one by one.
 
 A row goes on from where its work says: a `start` before the end of what the row holds takes the
 tokens from there on back. Layers with a window allow that for `RING_SPARE` tokens
-(runner/kv_storage.py); recurrent state has to be saved before such tokens and loaded after them. A
-row that runs alone gives nothing back.
+(runner/state/kv_storage.py); recurrent state has to be saved before such tokens and loaded after
+them. A row that runs alone gives nothing back.
 
 A plan consists of values only: it can be sent to other processes, which execute it with shards of
 the same model (`encode_plan`, `decode_plan`). What the tier holds is therefore named, never

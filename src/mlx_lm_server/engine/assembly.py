@@ -23,10 +23,11 @@ from mlx_lm_server.engine.disk_cache import DiskCache
 from mlx_lm_server.engine.engine_core import EngineCore
 from mlx_lm_server.engine.profiles import OthersWork, load_profile, profile_path, save_profile
 from mlx_lm_server.protocol import Batching, LoadModel, Ready
-from mlx_lm_server.runner import host_memory, loader
-from mlx_lm_server.runner.blas import Blas, usable_cores
-from mlx_lm_server.runner.loader import LoadedModel
-from mlx_lm_server.runner.measuring import Measured
+from mlx_lm_server.runner.backends import host_memory
+from mlx_lm_server.runner.backends.x86.blas import Blas, usable_cores
+from mlx_lm_server.runner.loading import loader
+from mlx_lm_server.runner.loading.loader import LoadedModel
+from mlx_lm_server.runner.loading.measuring import Measured
 from mlx_lm_server.runner.model_runner import ModelRunner
 from mlx_lm_server.tier import (
     FILE_VERSION,

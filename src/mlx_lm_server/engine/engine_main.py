@@ -34,7 +34,7 @@ from mlx_lm_server.protocol import (
 )
 
 if TYPE_CHECKING:
-    from mlx_lm_server.runner.host_memory import Upkeep
+    from mlx_lm_server.runner.backends.host_memory import Upkeep
 
 HEARTBEAT_S = 1.0
 TIER_LOOK_S = 0.001
@@ -67,12 +67,13 @@ def serve(link: ServerLink) -> None:
 
 def _load(link: ServerLink, order: LoadModel) -> EngineLoop | None:
     # The BLAS must be in the process before mlx is, so nothing above may import the runner.
-    from mlx_lm_server.runner import blas, light_import
+    from mlx_lm_server.runner.backends.x86 import blas
+    from mlx_lm_server.runner.loading import light_import
 
     chosen = blas.preload(order.num_threads)
     light_import.import_mlx_lm(with_adapters=order.adapter_path is not None)
     from mlx_lm_server.engine.assembly import assemble
-    from mlx_lm_server.runner.host_memory import Upkeep
+    from mlx_lm_server.runner.backends.host_memory import Upkeep
 
     def progress(stage: str, fraction: float) -> None:
         link.send(LoadProgress(stage, fraction))

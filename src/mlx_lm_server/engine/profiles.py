@@ -21,7 +21,7 @@ import psutil
 
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.folders import cache_folder
-from mlx_lm_server.runner.measuring import Measured
+from mlx_lm_server.runner.loading.measuring import Measured
 
 log = logging.getLogger(__name__)
 

@@ -29,14 +29,16 @@ import mlx.core as mx
 from mlx_lm_server.core.block import num_common
 from mlx_lm_server.core.plan import JoinedRow, RowResult, RowWork, StepPlan, StepResult
 from mlx_lm_server.protocol import Batching, TokenLogprobs
-from mlx_lm_server.runner import kv_quantisation, native_draw, probe
-from mlx_lm_server.runner.block_store import BlockStore
-from mlx_lm_server.runner.forwards import SplitForward
-from mlx_lm_server.runner.kv_storage import RING_SPARE, KVStorage
-from mlx_lm_server.runner.loader import LoadedModel
-from mlx_lm_server.runner.logprobs import PromptScores, RowScores
-from mlx_lm_server.runner.measuring import Measurer
-from mlx_lm_server.runner.sampler import Draw, RowSampling, Sampler, start_row
+from mlx_lm_server.runner.backends.x86 import native_draw
+from mlx_lm_server.runner.loading import probe
+from mlx_lm_server.runner.loading.loader import LoadedModel
+from mlx_lm_server.runner.loading.measuring import Measurer
+from mlx_lm_server.runner.sampling.logprobs import PromptScores, RowScores
+from mlx_lm_server.runner.sampling.sampler import Draw, RowSampling, Sampler, start_row
+from mlx_lm_server.runner.seam.forwards import SplitForward
+from mlx_lm_server.runner.state import kv_quantisation
+from mlx_lm_server.runner.state.block_store import BlockStore
+from mlx_lm_server.runner.state.kv_storage import RING_SPARE, KVStorage
 
 DEFAULT_BLOCK_SIZE = 16
 # Beyond that, tokens that are tried at once are seldom right.

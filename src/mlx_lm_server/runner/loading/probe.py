@@ -15,20 +15,10 @@ import mlx.core as mx
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.plan import CreateSlab, StepPlan
 from mlx_lm_server.protocol import Batching
-from mlx_lm_server.runner.attention import SEAM_ERRORS
-from mlx_lm_server.runner.cache_kinds import ModelState
-from mlx_lm_server.runner.forwards import (
-    AloneForward,
-    Candidate,
-    Forward,
-    PackedForward,
-    SplitForward,
-    arrays_of,
-)
-from mlx_lm_server.runner.kernels import choose_kernel
-from mlx_lm_server.runner.kv_storage import KVStorage
-from mlx_lm_server.runner.language_model import LanguageModel
-from mlx_lm_server.runner.tiny_plans import (
+from mlx_lm_server.runner.backends.kernels import choose_kernel
+from mlx_lm_server.runner.loading.cache_kinds import ModelState
+from mlx_lm_server.runner.loading.language_model import LanguageModel
+from mlx_lm_server.runner.loading.tiny_plans import (
     LARGE_SLAB,
     SMALL_SLAB,
     chunk_of,
@@ -37,6 +27,16 @@ from mlx_lm_server.runner.tiny_plans import (
     scratch,
     token_of,
 )
+from mlx_lm_server.runner.seam.attention import SEAM_ERRORS
+from mlx_lm_server.runner.seam.forwards import (
+    AloneForward,
+    Candidate,
+    Forward,
+    PackedForward,
+    SplitForward,
+    arrays_of,
+)
+from mlx_lm_server.runner.state.kv_storage import KVStorage
 
 PROBE_TOKENS = 12
 ALONE_STEP = 256

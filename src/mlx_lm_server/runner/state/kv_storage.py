@@ -33,11 +33,12 @@ from mlx_lm_server.core.plan import (
     MoveRow,
     ResizeSlab,
 )
-from mlx_lm_server.runner import native_products, plane_spans
-from mlx_lm_server.runner.kv_quantisation import PackedKV, Quantisation
-from mlx_lm_server.runner.plane_spans import Span, copy_between
-from mlx_lm_server.runner.stages import Stages, ends_of, unchanged
-from mlx_lm_server.runner.step_layout import Places, StepLayout
+from mlx_lm_server.runner.backends.x86 import native_products
+from mlx_lm_server.runner.seam.step_layout import Places, StepLayout
+from mlx_lm_server.runner.state import plane_spans
+from mlx_lm_server.runner.state.kv_quantisation import PackedKV, Quantisation
+from mlx_lm_server.runner.state.plane_spans import Span, copy_between
+from mlx_lm_server.runner.state.stages import Stages, ends_of, unchanged
 
 # K or V of some tokens, `[…, dim]`, as they are or in few bits.
 Stored = mx.array | PackedKV

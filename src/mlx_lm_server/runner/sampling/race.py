@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_lm_server.runner import fast_math
+from mlx_lm_server.runner.backends.x86 import fast_math
 
 RACE_MISS_PROBABILITY = 1e-6
 MAX_DEPTH = 64

@@ -15,8 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lm_server.runner import native_products
-from mlx_lm_server.runner.native_products import (
+from mlx_lm_server.runner.backends.x86 import native_products
+from mlx_lm_server.runner.backends.x86.native_products import (
     MAX_NUMBERS,
     RMS_NORM_ALPHA,
     ROTATION_ALPHA,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_lm_server.runner import native_products
+from mlx_lm_server.runner.backends.x86 import native_products
 
 
 class Span(NamedTuple):

@@ -35,20 +35,20 @@ from mlx_lm_server.core.plan import (
     SaveState,
 )
 from mlx_lm_server.core.tier import Label
-from mlx_lm_server.runner.block_bytes import BlockBytes
-from mlx_lm_server.runner.block_operations import BlockOperations
-from mlx_lm_server.runner.block_planes import BlockPlanes, Planes
-from mlx_lm_server.runner.kv_storage import KVStorage
-from mlx_lm_server.runner.plane_spans import Span
-from mlx_lm_server.runner.record_bytes import (
+from mlx_lm_server.runner.state.block_bytes import BlockBytes
+from mlx_lm_server.runner.state.block_operations import BlockOperations
+from mlx_lm_server.runner.state.block_planes import BlockPlanes, Planes
+from mlx_lm_server.runner.state.kv_storage import KVStorage
+from mlx_lm_server.runner.state.plane_spans import Span
+from mlx_lm_server.runner.state.record_bytes import (
     ArraySpec,
     RecordShapes,
     copy_spans,
     read_array,
     stacked_bytes,
 )
-from mlx_lm_server.runner.row_states import RowStates
-from mlx_lm_server.runner.stages import unchanged
+from mlx_lm_server.runner.state.row_states import RowStates
+from mlx_lm_server.runner.state.stages import unchanged
 from mlx_lm_server.tier import Kind, Record, Tensor
 
 

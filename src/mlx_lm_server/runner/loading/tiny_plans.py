@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from mlx_lm_server.core.plan import CreateSlab, DropSlab, RowWork, StepPlan
-from mlx_lm_server.runner.kv_storage import KVStorage
+from mlx_lm_server.runner.state.kv_storage import KVStorage
 
 SMALL_SLAB, LARGE_SLAB = -2, -1
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_lm_server.native.memory import address_of, unwritten_bytes
-from mlx_lm_server.runner import native_products
+from mlx_lm_server.runner.backends.x86 import native_products
 
 Move = tuple[int, int, int]  # from, to and length, in bytes
 

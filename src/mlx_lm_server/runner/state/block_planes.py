@@ -14,8 +14,8 @@ from itertools import groupby
 import mlx.core as mx
 
 from mlx_lm_server.core.block import Place
-from mlx_lm_server.runner import native_products
-from mlx_lm_server.runner.kv_storage import LayerShape
+from mlx_lm_server.runner.backends.x86 import native_products
+from mlx_lm_server.runner.state.kv_storage import LayerShape
 
 Planes = list[mx.array]
 

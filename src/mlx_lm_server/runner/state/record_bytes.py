@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 import mlx.core as mx
 
 from mlx_lm_server.native.memory import unwritten_bytes
-from mlx_lm_server.runner.cache_kinds import RecurrentState
-from mlx_lm_server.runner.kv_storage import LayerShape
-from mlx_lm_server.runner.plane_spans import Span, bytes_of, copy_out
+from mlx_lm_server.runner.loading.cache_kinds import RecurrentState
+from mlx_lm_server.runner.state.kv_storage import LayerShape
+from mlx_lm_server.runner.state.plane_spans import Span, bytes_of, copy_out
 from mlx_lm_server.tier import Record, Tensor
 
 DTYPES = {

@@ -23,11 +23,11 @@ import mlx.core as mx
 from mlx_lm_server.core.bad_words import BadWords
 from mlx_lm_server.core.thinking import ThinkingClock
 from mlx_lm_server.protocol import SamplingParams
-from mlx_lm_server.runner import fast_math
-from mlx_lm_server.runner.logprobs import PromptScores
-from mlx_lm_server.runner.native_draw import NativeDraw
-from mlx_lm_server.runner.race import Race, Vocabulary, race_rounds
-from mlx_lm_server.runner.truncation import exclude_top_choices, keep_typical
+from mlx_lm_server.runner.backends.x86 import fast_math
+from mlx_lm_server.runner.backends.x86.native_draw import NativeDraw
+from mlx_lm_server.runner.sampling.logprobs import PromptScores
+from mlx_lm_server.runner.sampling.race import Race, Vocabulary, race_rounds
+from mlx_lm_server.runner.sampling.truncation import exclude_top_choices, keep_typical
 
 MASK_64 = (1 << 64) - 1
 XTC_SALT = 0x58544358544358

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from mlx_lm_server.runner import native_products
+from mlx_lm_server.runner.backends.x86 import native_products
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3

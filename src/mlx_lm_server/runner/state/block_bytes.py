@@ -10,11 +10,11 @@ import mlx.core as mx
 
 from mlx_lm_server.core.block import Place
 from mlx_lm_server.core.plan import LoadBlocks, SaveBlocks
-from mlx_lm_server.runner.block_planes import BlockPlanes, Planes
-from mlx_lm_server.runner.kv_storage import KVStorage
-from mlx_lm_server.runner.plane_spans import Span, copy_in
-from mlx_lm_server.runner.record_bytes import PlaneGroups
-from mlx_lm_server.runner.stages import unchanged
+from mlx_lm_server.runner.state.block_planes import BlockPlanes, Planes
+from mlx_lm_server.runner.state.kv_storage import KVStorage
+from mlx_lm_server.runner.state.plane_spans import Span, copy_in
+from mlx_lm_server.runner.state.record_bytes import PlaneGroups
+from mlx_lm_server.runner.state.stages import unchanged
 from mlx_lm_server.tier import Record
 
 

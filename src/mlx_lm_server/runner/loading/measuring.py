@@ -15,9 +15,15 @@ import mlx.core as mx
 
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.plan import CreateSlab, StepPlan
-from mlx_lm_server.runner.forwards import Forward
-from mlx_lm_server.runner.kv_storage import KVStorage
-from mlx_lm_server.runner.tiny_plans import SMALL_SLAB, chunk_of, decode_of, plan_of, scratch
+from mlx_lm_server.runner.loading.tiny_plans import (
+    SMALL_SLAB,
+    chunk_of,
+    decode_of,
+    plan_of,
+    scratch,
+)
+from mlx_lm_server.runner.seam.forwards import Forward
+from mlx_lm_server.runner.state.kv_storage import KVStorage
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 256
 FAR_CONTEXT = 1024

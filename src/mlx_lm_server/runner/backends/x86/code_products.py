@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_lm_server.runner import native_products
-from mlx_lm_server.runner.kv_quantisation import PackedKV, Quantisation
+from mlx_lm_server.runner.backends.x86 import native_products
+from mlx_lm_server.runner.state.kv_quantisation import PackedKV, Quantisation
 
 # By the bits of a code, how the library is told that the matrix on the right consists of them.
 ALPHAS = {8: native_products.BYTES_ALPHA, 4: native_products.NIBBLES_ALPHA}

@@ -17,16 +17,16 @@ from mlx.utils import tree_map
 
 from mlx_lm_server.core.plan import RowWork, StepPlan
 from mlx_lm_server.protocol import Batching
-from mlx_lm_server.runner.attention import LayerCache
-from mlx_lm_server.runner.cache_kinds import ModelState
-from mlx_lm_server.runner.kernels import AttentionKernel
-from mlx_lm_server.runner.kv_storage import KVStorage
-from mlx_lm_server.runner.language_model import LanguageModel
-from mlx_lm_server.runner.rectangular import ChunkCache, DecodeRowsCache
-from mlx_lm_server.runner.replays import MAX_REPLAYED_TOKENS, Replays
-from mlx_lm_server.runner.row_states import RowStates
-from mlx_lm_server.runner.stages import ends_of
-from mlx_lm_server.runner.step_layout import StepLayout, layout_of
+from mlx_lm_server.runner.backends.kernels import AttentionKernel
+from mlx_lm_server.runner.loading.cache_kinds import ModelState
+from mlx_lm_server.runner.loading.language_model import LanguageModel
+from mlx_lm_server.runner.seam.attention import LayerCache
+from mlx_lm_server.runner.seam.rectangular import ChunkCache, DecodeRowsCache
+from mlx_lm_server.runner.seam.replays import MAX_REPLAYED_TOKENS, Replays
+from mlx_lm_server.runner.seam.step_layout import StepLayout, layout_of
+from mlx_lm_server.runner.state.kv_storage import KVStorage
+from mlx_lm_server.runner.state.row_states import RowStates
+from mlx_lm_server.runner.state.stages import ends_of
 
 
 @dataclass(slots=True)

@@ -6,10 +6,15 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_lm_server.runner import code_products, fast_math, native_products, span_attention
-from mlx_lm_server.runner.kv_quantisation import PackedKV, is_metal
-from mlx_lm_server.runner.kv_storage import Stored, read
-from mlx_lm_server.runner.step_layout import SlotsView
+from mlx_lm_server.runner.backends.x86 import (
+    code_products,
+    fast_math,
+    native_products,
+    span_attention,
+)
+from mlx_lm_server.runner.seam.step_layout import SlotsView
+from mlx_lm_server.runner.state.kv_quantisation import PackedKV, is_metal
+from mlx_lm_server.runner.state.kv_storage import Stored, read
 
 # Queries that share one pass over the keys on a CPU, and how many bytes of scores are worked on at
 # once, so that they stay in its second-level cache.

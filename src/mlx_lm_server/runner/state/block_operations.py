@@ -10,9 +10,9 @@ import mlx.core as mx
 
 from mlx_lm_server.core.block import Place
 from mlx_lm_server.core.plan import LoadBlocks, SaveBlocks
-from mlx_lm_server.runner.block_planes import BlockPlanes, Planes
-from mlx_lm_server.runner.kv_storage import KVStorage
-from mlx_lm_server.runner.record_bytes import PlaneGroups, read_array
+from mlx_lm_server.runner.state.block_planes import BlockPlanes, Planes
+from mlx_lm_server.runner.state.kv_storage import KVStorage
+from mlx_lm_server.runner.state.record_bytes import PlaneGroups, read_array
 from mlx_lm_server.tier import Record, Tensor
 
 Restored = tuple[Place, tuple[Tensor, ...]]

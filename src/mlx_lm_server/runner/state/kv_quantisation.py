@@ -20,7 +20,7 @@ import mlx.core as mx
 from mlx_lm_server.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from mlx_lm_server.runner.kv_storage import LayerShape
+    from mlx_lm_server.runner.state.kv_storage import LayerShape
 
 # What auto tries where the group that was asked for does not divide a head.
 SMALLEST_GROUP = 32

@@ -14,11 +14,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lm_server.core.plan import RowWork
-from mlx_lm_server.runner import span_attention
-from mlx_lm_server.runner.kernels import AttentionKernel
-from mlx_lm_server.runner.kv_storage import KVStorage, read
-from mlx_lm_server.runner.span_attention import Part, Span
-from mlx_lm_server.runner.step_layout import DecodeGroup, StepLayout
+from mlx_lm_server.runner.backends.kernels import AttentionKernel
+from mlx_lm_server.runner.backends.x86 import span_attention
+from mlx_lm_server.runner.backends.x86.span_attention import Part, Span
+from mlx_lm_server.runner.seam.step_layout import DecodeGroup, StepLayout
+from mlx_lm_server.runner.state.kv_storage import KVStorage, read
 
 
 class _FetchedCache:

@@ -20,12 +20,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lm_server.runner import fast_math, native_rows, span_attention
-from mlx_lm_server.runner.kernels import AttentionKernel
-from mlx_lm_server.runner.kv_storage import KVStorage
-from mlx_lm_server.runner.rectangular import ChunkCache
-from mlx_lm_server.runner.span_attention import Part, Span
-from mlx_lm_server.runner.step_layout import ChunkSpan, DecodeGroup, StepLayout
+from mlx_lm_server.runner.backends.kernels import AttentionKernel
+from mlx_lm_server.runner.backends.x86 import fast_math, native_rows, span_attention
+from mlx_lm_server.runner.backends.x86.span_attention import Part, Span
+from mlx_lm_server.runner.seam.rectangular import ChunkCache
+from mlx_lm_server.runner.seam.step_layout import ChunkSpan, DecodeGroup, StepLayout
+from mlx_lm_server.runner.state.kv_storage import KVStorage
 
 
 class UnknownMask(Exception):

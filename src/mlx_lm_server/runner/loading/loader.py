@@ -21,9 +21,10 @@ from mlx_lm_server.core import model_config
 from mlx_lm_server.core.memory_ledger import format_bytes
 from mlx_lm_server.errors import ModelNotFoundError, ModelTooLargeError, UnsupportedModelError
 from mlx_lm_server.protocol import CpuWeights, LoadModel
-from mlx_lm_server.runner import attention, fast_math
-from mlx_lm_server.runner.cache_kinds import ModelState, UnbatchableState, read_state
-from mlx_lm_server.runner.language_model import LanguageModel
+from mlx_lm_server.runner.backends.x86 import fast_math
+from mlx_lm_server.runner.loading.cache_kinds import ModelState, UnbatchableState, read_state
+from mlx_lm_server.runner.loading.language_model import LanguageModel
+from mlx_lm_server.runner.seam import attention
 
 # Of the memory limit, what float32 weights may take when nobody asked for them.
 FLOAT32_SHARE = 0.5

@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 
 from mlx_lm_server.core.plan import RowWork, StepPlan
-from mlx_lm_server.runner.span_attention import Span, Tell, told
+from mlx_lm_server.runner.backends.x86.span_attention import Span, Tell, told
 
 # Lengths of the KV read by decode rows are rounded up to this many tokens, so that the same
 # shapes (and compiled functions) serve many steps.

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from mlx_lm_server.runner.kv_storage import LayerShape
+from mlx_lm_server.runner.state.kv_storage import LayerShape
 
 
 class UnbatchableState(Exception):

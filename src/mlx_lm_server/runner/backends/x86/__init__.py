@@ -1,0 +1,1 @@
+"""C code and arithmetic of our own for x86 CPUs in float32."""
