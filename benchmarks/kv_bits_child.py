@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from mlx_lm_server.runner.backends.x86 import blas
+from mlx_lm_server.runner.backends import blas
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -31,12 +31,14 @@ def memory(name: str, rows: str) -> dict[str, int]:
     import mlx.core as mx
 
     from mlx_lm_server.core.kv_layout import KVLayout
+    from mlx_lm_server.runner.backends.choose import choose
     from mlx_lm_server.runner.state.kv_quantisation import quantised
     from mlx_lm_server.runner.state.kv_storage import KVStorage, LayerShape
 
     dtype, _, bits = name.partition("-")
     shape = LayerShape(KV_HEADS, HEAD_DIM, HEAD_DIM, dtype=getattr(mx, dtype))
-    storage = KVStorage(quantised([shape] * LAYERS, int(bits or 16), 64))
+    backend = choose()
+    storage = KVStorage(quantised([shape] * LAYERS, int(bits or 16), 64), backend)
     layout = KVLayout(storage.geometry, limit_bytes=1 << 40, max_rows=int(rows))
     token = mx.ones((KV_HEADS, ROW_TOKENS, HEAD_DIM), shape.dtype)
     storage.layers[0].to_planes(token, token)  # what the first use of anything takes
@@ -68,21 +70,21 @@ def step(model: str, context: str, repeats: str) -> dict[str, list[float]]:
     from mlx_lm_server.core.plan import CreateSlab, RowWork, StepPlan
     from mlx_lm_server.protocol import LoadModel
     from mlx_lm_server.runner.backends import host_memory
-    from mlx_lm_server.runner.backends.kernels import choose_kernel
+    from mlx_lm_server.runner.backends.choose import choose
     from mlx_lm_server.runner.loading import loader
     from mlx_lm_server.runner.seam.forwards import PackedForward
     from mlx_lm_server.runner.state.kv_quantisation import quantised
     from mlx_lm_server.runner.state.kv_storage import KVStorage
 
     host_memory.keep_freed_blocks()
-    order = LoadModel(model, num_threads=1)
-    loaded = loader.load(order, loader.memory_limit(None), lambda _s, _f: None)
+    order, backend = LoadModel(model, num_threads=1), choose()
+    loaded = loader.load(order, backend, lambda _s, _f: None)
     state, length = loaded.state, int(context)
     assert state is not None
-    kernel = choose_kernel(loaded.kv_dtype)
+    kernel = backend.kernel(loaded.kv_dtype)
     forwards = {}
     for bits in (16, 8, 4):
-        storage = KVStorage(quantised(state.kv, bits, 64))
+        storage = KVStorage(quantised(state.kv, bits, 64), backend)
         capacity = capacity_for(length + int(repeats) + 2)
         storage.apply(CreateSlab(SLAB, STEP_ROWS, capacity))
         _fill(storage, length)
@@ -113,18 +115,19 @@ def _fill(storage: Any, length: int) -> None:
 
 def quality(count: str) -> dict[str, Any]:
     from mlx_lm_server.protocol import LoadModel
+    from mlx_lm_server.runner.backends.choose import choose
     from mlx_lm_server.runner.loading import loader
     from mlx_lm_server.runner.state.kv_quantisation import quantised
     from mlx_lm_server.runner.state.kv_storage import KVStorage
 
-    order = LoadModel(str(NANO), num_threads=1)
-    loaded = loader.load(order, loader.memory_limit(None), lambda _s, _f: None)
+    order, backend = LoadModel(str(NANO), num_threads=1), choose()
+    loaded = loader.load(order, backend, lambda _s, _f: None)
     assert loaded.state is not None
     texts = list(_held_out_texts(int(count)))
-    plain = KVStorage(loaded.state.kv)
+    plain = KVStorage(loaded.state.kv, backend)
     totals = {kind: {"loss": 0.0, "difference": 0.0} for kind in KINDS}
     loss, size, num_tokens = 0.0, 0.0, 0
-    storages = {k: KVStorage(quantised(loaded.state.kv, *k)) for k in KINDS}
+    storages = {k: KVStorage(quantised(loaded.state.kv, *k), backend) for k in KINDS}
     for prompt, answer in texts:
         logits = _logits(loaded, plain, prompt, answer)
         loss += _loss(logits, answer)
@@ -163,12 +166,12 @@ def _logits(loaded: Any, storage: Any, prompt: list[int], answer: list[int]) -> 
     import mlx.core as mx
 
     from mlx_lm_server.core.plan import CreateSlab, DropSlab, RowWork, StepPlan
-    from mlx_lm_server.runner.backends.kernels import choose_kernel
     from mlx_lm_server.runner.seam.forwards import PackedForward
 
     ids = prompt + answer[:-1]
     storage.apply(CreateSlab(SLAB, 1, len(ids)))
-    forward = PackedForward(loaded.lm, loaded.state, storage, choose_kernel(loaded.kv_dtype))
+    kernel = storage.backend.kernel(loaded.kv_dtype)
+    forward = PackedForward(loaded.lm, loaded.state, storage, kernel)
     chunk = RowWork(0, SLAB, 0, 0, tuple(ids), yields=1)
     plan = StepPlan(0, chunks=(chunk,))
     outcome = forward.run(plan, mx.array(ids, mx.int32), kept=[0])

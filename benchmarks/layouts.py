@@ -23,7 +23,7 @@ from benchmarks.parts import Effort, Findings, console, run_parts
 from mlx_lm_server.core.kv_layout import capacity_for
 from mlx_lm_server.core.plan import CreateSlab, RowWork, StepPlan
 from mlx_lm_server.protocol import LoadModel
-from mlx_lm_server.runner.backends.x86 import blas
+from mlx_lm_server.runner.backends import blas
 
 CHUNK_TOKENS = 32
 # Decode rows and how many tokens each holds: even, and one long row beside short ones.
@@ -40,20 +40,20 @@ class Candidates:
         import mlx.core as mx
 
         from mlx_lm_server.runner.backends import host_memory
-        from mlx_lm_server.runner.backends.kernels import choose_kernel
+        from mlx_lm_server.runner.backends.choose import choose
         from mlx_lm_server.runner.loading import loader
         from mlx_lm_server.runner.seam.forwards import PackedForward
         from mlx_lm_server.runner.state.kv_storage import KVStorage
 
         host_memory.keep_freed_blocks()
         self._mx = mx
-        order = LoadModel(str(ensure_models()["float32"]))
-        self._loaded = loader.load(order, loader.memory_limit(None), lambda _s, _f: None)
+        order, backend = LoadModel(str(ensure_models()["float32"])), choose()
+        self._loaded = loader.load(order, backend, lambda _s, _f: None)
         state = self._loaded.state
         assert state is not None, self._loaded.why_no_state
         self._layers = state.kv
-        self._storage = KVStorage(state.kv)
-        kernel = choose_kernel(self._loaded.kv_dtype)
+        self._storage = KVStorage(state.kv, backend)
+        kernel = backend.kernel(self._loaded.kv_dtype)
         self._packed = PackedForward(self._loaded.lm, state, self._storage, kernel)
 
     def of(self, lengths: tuple[int, ...]) -> dict[str, Timed]:

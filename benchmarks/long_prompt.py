@@ -57,7 +57,7 @@ class Trial:
 
     def __init__(self, model: str, prompt_tokens: int) -> None:
         from mlx_lm_server.protocol import LoadModel
-        from mlx_lm_server.runner.backends.x86 import blas
+        from mlx_lm_server.runner.backends import blas
 
         chosen = blas.preload(1)
         from mlx_lm_server.engine.assembly import assemble

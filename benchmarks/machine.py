@@ -11,7 +11,7 @@ from typing import Any
 
 import psutil
 
-from mlx_lm_server.runner.backends.x86.blas import usable_cores
+from mlx_lm_server.platform import usable_cores
 
 PACKAGES = ("mlx", "mlx-lm", "mlx-lm-server", "scipy-openblas32", "uvicorn", "uvloop")
 

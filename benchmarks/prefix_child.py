@@ -26,7 +26,7 @@ class Trial:
     """An engine and its random prompts."""
 
     def __init__(self, **order: Any) -> None:
-        from mlx_lm_server.runner.backends.x86 import blas
+        from mlx_lm_server.runner.backends import blas
 
         chosen = blas.preload(None)
         from mlx_lm_server.engine.assembly import assemble
@@ -64,7 +64,7 @@ class Trial:
 
 def tail(prefix_tokens: int, new_tokens: int, rounds: int) -> dict[str, Any]:
     """The bare forward of some tokens after a context: what a warm start cannot go below."""
-    from mlx_lm_server.runner.backends.x86 import blas
+    from mlx_lm_server.runner.backends import blas
 
     chosen = blas.preload(None)
     import mlx.core as mx

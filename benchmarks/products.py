@@ -83,11 +83,12 @@ def _measure_swiglu(repeats: int) -> dict[str, float]:
     import mlx.core as mx
     from mlx_lm.models import activations
 
+    from mlx_lm_server.runner import patches
+    from mlx_lm_server.runner.backends.choose import choose
     from mlx_lm_server.runner.backends.x86 import fast_math
-    from mlx_lm_server.runner.seam import attention
 
     ways = {"mlx": activations.swiglu, "fused": fast_math.swiglu}
-    attention.install(use_arithmetic_swiglu=True)
+    patches.install(choose())
     ways["native"] = activations.swiglu
     found = {}
     for tokens in SWIGLU_TOKENS:
@@ -103,10 +104,11 @@ def _measure_attention(repeats: int) -> dict[str, float]:
     _prepare()
     import mlx.core as mx
 
-    from mlx_lm_server.runner.backends.kernels import CpuKernel, FusedKernel
+    from mlx_lm_server.runner.backends.choose import choose
+    from mlx_lm_server.runner.backends.x86.kernel import CpuKernel
 
-    ours = CpuKernel()
-    kernels = {"mlx": FusedKernel().chunk, "plain": ours.plain_chunk, "native": ours.chunk}
+    ours, plain = CpuKernel(), choose("plain").kernel(mx.float32)
+    kernels = {"mlx": plain.chunk, "plain": ours.plain_chunk, "native": ours.chunk}
     found = {}
     for new, before in CHUNKS:
         k, v = mx.random.normal((2, KV_HEADS, before + new, HEAD_DIM))
@@ -124,7 +126,7 @@ def _measure_attention(repeats: int) -> dict[str, float]:
 
 def _prepare(with_small_gemm: bool = True) -> None:
     """Our library and MLX, on one thread."""
-    from mlx_lm_server.runner.backends.x86 import blas
+    from mlx_lm_server.runner.backends import blas
 
     blas.preload(1, with_small_gemm=with_small_gemm)
     import mlx.core as mx

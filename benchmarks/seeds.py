@@ -13,7 +13,7 @@ from random import Random
 import msgspec
 
 from mlx_lm_server.protocol import AddRequest, LoadModel, SamplingParams, ThinkingBudget
-from mlx_lm_server.runner.backends.x86 import blas
+from mlx_lm_server.runner.backends import blas
 from mlx_lm_server.server.models.model_files import NANO_FOLDER
 
 VOCAB = (100, 3000)

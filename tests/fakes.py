@@ -145,6 +145,7 @@ class FakeEngine:
             model_type="fake",
             device="fake",
             blas="none",
+            way="plain",
             weights="none",
             weights_bytes=0,
             vocab_size=self.options.vocab_size,

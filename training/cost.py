@@ -12,7 +12,7 @@ from statistics import median
 from time import process_time
 from typing import Any
 
-from mlx_lm_server.runner.backends.x86 import blas
+from mlx_lm_server.runner.backends import blas
 
 NANO_FOLDER = Path(__file__).parents[1] / "src" / "mlx_lm_server" / "nano"
 CONTEXT_TOKENS = 64

@@ -14,7 +14,7 @@ import sys
 import msgspec
 
 from benchmarks.contenders.load import About, Load, measure
-from mlx_lm_server.runner.backends.x86 import blas
+from mlx_lm_server.runner.backends import blas
 
 CONTENDERS = {
     "engine": ("engine", "Engine"),

@@ -15,8 +15,8 @@ from mlx_lm_server.core.kv_layout import capacity_for
 from mlx_lm_server.core.plan import CreateSlab, DropSlab, RowWork, StepPlan
 from mlx_lm_server.protocol import LoadModel
 from mlx_lm_server.runner.backends import host_memory
-from mlx_lm_server.runner.backends.kernels import choose_kernel
-from mlx_lm_server.runner.backends.x86.blas import Blas
+from mlx_lm_server.runner.backends.blas import Blas
+from mlx_lm_server.runner.backends.choose import choose
 from mlx_lm_server.runner.loading import loader
 from mlx_lm_server.runner.seam.forwards import PackedForward
 from mlx_lm_server.runner.state.kv_storage import KVStorage
@@ -31,12 +31,12 @@ class BareLoop:
 
     def __init__(self, model: str, threads: int | None, _blas: Blas) -> None:
         host_memory.keep_freed_blocks()
-        order = LoadModel(model, num_threads=threads)
-        self._loaded = loader.load(order, loader.memory_limit(None), lambda _s, _f: None)
+        order, backend = LoadModel(model, num_threads=threads), choose()
+        self._loaded = loader.load(order, backend, lambda _s, _f: None)
         state = self._loaded.state
         assert state is not None, self._loaded.why_no_state
-        self.storage = KVStorage(state.kv)
-        kernel = choose_kernel(self._loaded.kv_dtype)
+        self.storage = KVStorage(state.kv, backend)
+        kernel = backend.kernel(self._loaded.kv_dtype)
         self._packed = PackedForward(self._loaded.lm, state, self.storage, kernel)
         self.kv_bytes_per_token = self.storage.bytes_per_token
 

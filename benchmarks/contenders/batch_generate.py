@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from benchmarks.contenders.load import Load
-from mlx_lm_server.runner.backends.x86.blas import Blas
+from mlx_lm_server.runner.backends.blas import Blas
 from mlx_lm_server.runner.seam.attention import SEAM_ERRORS
 
 

@@ -9,7 +9,7 @@ from itertools import islice
 from benchmarks.contenders.load import Load
 from mlx_lm_server.engine.assembly import assemble
 from mlx_lm_server.protocol import AddRequest, LoadModel
-from mlx_lm_server.runner.backends.x86.blas import Blas
+from mlx_lm_server.runner.backends.blas import Blas
 from mlx_lm_server.runner.seam import replays
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from mlx_lm_server.runner.backends.x86 import blas
+from mlx_lm_server.runner.backends import blas
 
 
 def main() -> None:

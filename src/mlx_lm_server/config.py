@@ -571,6 +571,13 @@ class CpuConfig:
         low=1,
         high=1024,
     )
+    way: Literal["x86", "metal", "cuda", "plain"] | None = option(
+        None,
+        "Treat the device as one of this kind: `x86` with code of our own, the others with MLX's "
+        "operations only. For tests, and for finding out what goes wrong.",
+        why="Each kind of device has one way that is right and fast on it.",
+        unset="that of the device",
+    )
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from mlx_lm_server.tier_stats import TierStats
 FinishReason = Literal["stop", "length", "abort", "error"]
 CpuWeights = Literal["auto", "float32", "native"]
 Batching = Literal["packed", "split", "alone"]
+# How a device is treated; see runner/backends.
+Way = Literal["x86", "metal", "cuda", "plain"]
 
 LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 256 * 1024 * 1024
@@ -87,7 +89,8 @@ class DiskTier(msgspec.Struct, frozen=True, array_like=True):
 
 class LoadModel(Message, frozen=True):
     """What to serve and within which bounds. None means: the engine chooses by measuring.
-    `keeps_profile`: what it measures is kept, and used at the next start."""
+    `keeps_profile`: what it measures is kept, and used at the next start. `way` treats the device
+    as one of another kind."""
 
     model_path: str
     adapter_path: str | None = None
@@ -109,6 +112,7 @@ class LoadModel(Message, frozen=True):
     kv_group_size: int = 64
     disk_tier: DiskTier | None = None
     keeps_profile: bool = True
+    way: Way | None = None
 
 
 class AddRequest(Message, frozen=True):
@@ -153,7 +157,8 @@ class Ready(Message, frozen=True):
     `kv_limit_tokens` is the longest row that fits alone; `kv_bytes_per_token` holds as long as no
     window is full. `batching` says how rows share forwards, `batching_reason` why not in a better
     way. `kv_bits` is the fewest of any layer, 16 where none is quantised; `kv_format` says it all.
-    `disk_tier` is the folder of this model's cache, or empty where there is none.
+    `disk_tier` is the folder of this model's cache, or empty where there is none. `way` is how the
+    device is treated.
     """
 
     model_type: str
@@ -173,6 +178,7 @@ class Ready(Message, frozen=True):
     kv_bits: int = 16
     kv_format: str = ""
     disk_tier: str = ""
+    way: str = ""
 
 
 class LoadFailed(Message, frozen=True):

@@ -19,11 +19,12 @@ import mlx.nn as nn
 import mlx_lm
 from mlx.utils import tree_map
 
-from mlx_lm_server.runner.backends.x86 import fast_math
+from mlx_lm_server.runner import patches
+from mlx_lm_server.runner.backends.choose import choose
 from mlx_lm_server.runner.loading import probe
-from mlx_lm_server.runner.loading.cache_kinds import ModelState, UnbatchableState, read_state
-from mlx_lm_server.runner.loading.language_model import LanguageModel
 from mlx_lm_server.runner.seam import attention
+from mlx_lm_server.runner.seam.language_model import LanguageModel
+from mlx_lm_server.runner.state.cache_kinds import ModelState, UnbatchableState, read_state
 
 from .tiny_configs import families, tiny_config
 
@@ -76,7 +77,7 @@ def examine(family: str) -> Row:
         state, why = _state_of(model)
     except NOT_LOADABLE as error:
         return Row(family, "not loaded", "", f"{type(error).__name__}: {error}".split("\n")[0])
-    choice = probe.choose_forward(LanguageModel(model), state, why)
+    choice = probe.choose_forward(LanguageModel(model), state, why, choose())
     keeps = ", ".join(state.kinds) if state else "state of its own"
     return Row(family, choice.batching, keeps, choice.reason)
 
@@ -94,7 +95,7 @@ def _widen(weight: mx.array) -> mx.array:
 
 def main(names: Sequence[str]) -> None:
     mx.set_default_device(mx.cpu)
-    attention.install(fast_math.is_slow_cpu())
+    patches.install(choose())
     print(HEAD.format(version=mlx_lm.__version__))
     for family in names or families():
         with contextlib.redirect_stdout(sys.stderr):  # some families print what they miss

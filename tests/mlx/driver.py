@@ -23,7 +23,8 @@ from mlx_lm_server.protocol import (
     SamplingParams,
     TokenLogprobs,
 )
-from mlx_lm_server.runner.backends.x86.blas import Blas
+from mlx_lm_server.runner.backends.blas import Blas
+from tests.back_ends import WAY
 
 __all__ = ["GREEDY", "EngineDriver", "random_prompts"]
 
@@ -39,7 +40,7 @@ class EngineDriver:
     """An engine core with its outputs collected by request."""
 
     def __init__(self, model: Path, proposer: Proposer | None = None, **order: object) -> None:
-        message = msgspec.structs.replace(LoadModel(str(model)), **order)
+        message = msgspec.structs.replace(LoadModel(str(model), way=WAY), **order)
         self.core: EngineCore
         self.core, self.ready = assemble(
             message, Blas("test"), lambda _stage, _fraction: None, proposer=proposer

@@ -19,6 +19,7 @@ from mlx_lm_server.protocol import LoadModel
 from mlx_lm_server.runner.loading import loader
 from mlx_lm_server.runner.model_runner import ModelRunner
 from mlx_lm_server.runner.state.kv_storage import RING_SPARE
+from tests.back_ends import BACKEND
 
 from .driver import GREEDY
 from .tiny_models import VOCAB_SIZE
@@ -55,8 +56,8 @@ class HandPlans:
 
     def __init__(self, folder: Path, max_rows: int) -> None:
         order = LoadModel(str(folder))
-        loaded = loader.load(order, loader.memory_limit(None), lambda _stage, _fraction: None)
-        self.runner = ModelRunner(loaded, max_rows)
+        loaded = loader.load(order, BACKEND, lambda _stage, _fraction: None)
+        self.runner = ModelRunner(loaded, BACKEND, max_rows)
         self._has_state = self.runner.geometry.bytes_per_row > 0
 
     def run(self, rows: Sequence[HandRow], num_tokens: int) -> None:

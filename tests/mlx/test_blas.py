@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lm_server import native
+from tests.back_ends import needs_native
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate")
 
@@ -31,7 +30,7 @@ def _run(code: str, environment: dict[str, str] | None = None) -> str:
 @linux_only
 def test_the_packaged_openblas_is_interposed_and_obeys_its_thread_count() -> None:
     code = """
-from mlx_lm_server.runner.backends.x86 import blas
+from mlx_lm_server.runner.backends import blas
 chosen = blas.preload(1)
 import ctypes, time
 import mlx.core as mx
@@ -54,7 +53,7 @@ print(chosen.name, threads, time.perf_counter() - begun, sep=";")
 def test_loading_it_after_mlx_is_an_error_and_not_a_silent_no_op() -> None:
     code = """
 import mlx.core
-from mlx_lm_server.runner.backends.x86 import blas
+from mlx_lm_server.runner.backends import blas
 try:
     blas.preload()
 except RuntimeError as error:
@@ -63,10 +62,7 @@ except RuntimeError as error:
     assert "before mlx.core" in _run(code)
 
 
-has_small_gemm = pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which("cc") or not {"avx2", "fma"} <= native.cpu_flags(),
-    reason="needs a C compiler and a CPU with AVX2",
-)
+has_small_gemm = needs_native
 
 
 @has_small_gemm
@@ -95,7 +91,7 @@ def test_products_over_slices_of_slabs_are_right() -> None:
 @has_small_gemm
 def test_threads_share_a_product_and_give_what_one_gives() -> None:
     code = """
-from mlx_lm_server.runner.backends.x86 import blas
+from mlx_lm_server.runner.backends import blas
 print(blas.preload({threads}).name)
 import mlx.core as mx
 mx.set_default_device(mx.cpu)
@@ -111,7 +107,7 @@ print([float(mx.abs(x @ (w + i).T).sum()) for i in range(200)][-1])
 def test_without_a_compiler_the_whole_blas_does_all_products(tmp_path: Path) -> None:
     """An empty cache and an empty PATH: nothing can be compiled or renamed, and it still works."""
     code = """
-from mlx_lm_server.runner.backends.x86 import blas
+from mlx_lm_server.runner.backends import blas
 print(blas.preload(1).name)
 import mlx.core as mx
 mx.set_default_device(mx.cpu)

@@ -11,11 +11,12 @@ import pytest
 
 from mlx_lm_server.core.plan import CreateSlab, DropState, OffloadState, SaveState
 from mlx_lm_server.core.tier import Label
-from mlx_lm_server.runner.loading.cache_kinds import ArrayShape, RecurrentState
 from mlx_lm_server.runner.state.block_store import BlockStore
+from mlx_lm_server.runner.state.cache_kinds import ArrayShape, RecurrentState
 from mlx_lm_server.runner.state.kv_storage import KVStorage, LayerShape
 from mlx_lm_server.runner.state.row_states import RowStates
 from mlx_lm_server.tier import Record
+from tests.back_ends import BACKEND
 
 from .kept_records import KeptRecords
 
@@ -28,7 +29,7 @@ class Cache:
     """A row of a model with a window and recurrent state, and what was offloaded of it."""
 
     def __init__(self, dtype: mx.Dtype = mx.float32) -> None:
-        self.storage = KVStorage(LAYERS)
+        self.storage = KVStorage(LAYERS, BACKEND)
         self.storage.apply(CreateSlab(0, 2, 100))
         states = RowStates([PART])
         states.put([ROW], [SimpleNamespace(cache=[mx.ones((1, 5), dtype)])])

@@ -16,10 +16,13 @@ from mlx_lm_server.core import offloads, restores
 from mlx_lm_server.engine.disk_cache import DiskCache
 from mlx_lm_server.errors import ConfigError
 from mlx_lm_server.protocol import DiskTier
-from mlx_lm_server.runner.state import block_store, plane_spans
+from mlx_lm_server.runner.backends import choose
+from mlx_lm_server.runner.state import block_store
+from mlx_lm_server.runner.state.plane_spans import PlaneCopies
 from mlx_lm_server.runner.state.record_bytes import Span, copy_spans, read_array, stacked_bytes
 from mlx_lm_server.server.boot import load_message
 from mlx_lm_server.tier.files import OsFiles
+from tests.back_ends import BACKEND, with_policy
 from tests.observations import observes
 
 from .driver import GREEDY, EngineDriver, random_prompts
@@ -90,7 +93,7 @@ def test_where_memory_is_not_the_hosts_blocks_are_restored_by_operations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block_store, "BlockBytes", None)
-    monkeypatch.setattr(plane_spans, "is_in_host_memory", lambda: False)
+    monkeypatch.setattr(choose, "choose", lambda _way: with_policy(is_in_host_memory=False))
     model = write_model("gemma3_text", tmp_path / "model")
     check_conversation(Restarts(model, tmp_path), Cold(model), is_killed=True)
 
@@ -307,7 +310,8 @@ def test_arrays_come_back_bit_by_bit(dtype: mx.Dtype) -> None:
 def test_spans_of_planes_are_copied_bit_by_bit(dtype: mx.Dtype) -> None:
     planes = [mx.random.randint(0, 1 << 16, (3, 2, 20, 8)).astype(dtype) for _ in range(2)]
     spans = [Span(0, 0, 20), Span(2, 16, 4), Span(1, 3, 1)]
-    for span, copy in zip(spans, copy_spans(planes, spans), strict=True):
+    copied = copy_spans(PlaneCopies(BACKEND.copy_heads), planes, spans)
+    for span, copy in zip(spans, copied, strict=True):
         stop = span.start + span.num_tokens
         wanted = mx.stack([plane[span.slot, :, span.start : stop] for plane in planes])
         assert mx.array_equal(read_array(copy), wanted).item()

@@ -21,12 +21,13 @@ from mlx_lm_server.config import (
     ModelConfig,
     TierConfig,
 )
+from mlx_lm_server.core.measured import Measured
 from mlx_lm_server.core.plan import StepPlan
 from mlx_lm_server.engine import assembly
 from mlx_lm_server.engine.profiles import OthersWork, load_profile
 from mlx_lm_server.errors import ModelTooLargeError, UnsupportedModelError
 from mlx_lm_server.protocol import Abort, AddRequest, LoadModel
-from mlx_lm_server.runner.loading.measuring import Measured, Measurer, fastest_threads
+from mlx_lm_server.runner.loading.measuring import Measurer, fastest_threads
 from mlx_lm_server.server.boot import load_message
 from tests.mlx.driver import GREEDY, EngineDriver, random_prompts
 from tests.mlx.tiny_models import VOCAB_SIZE, write_model
@@ -181,7 +182,7 @@ def test_the_blas_has_as_many_threads_as_asked() -> None:
     engine_main."""
     order = load_message(Config(cpu=CpuConfig(cpu_threads=3)), Path("x"))
     program = (
-        "import ctypes; from mlx_lm_server.runner.backends.x86 import blas; "
+        "import ctypes; from mlx_lm_server.runner.backends import blas; "
         f"loaded = blas.preload({order.num_threads}); "
         "print(ctypes.CDLL(str(loaded.path)).openblas_get_num_threads() if loaded.path else 3)"
     )

@@ -7,8 +7,8 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_lm_server.core.plan import RowWork, StepPlan
-from mlx_lm_server.runner.loading.language_model import LanguageModel
 from mlx_lm_server.runner.seam.forwards import AloneForward
+from mlx_lm_server.runner.seam.language_model import LanguageModel
 
 
 class OneLayer:

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 
 import pytest
 
-from mlx_lm_server import native
 from mlx_lm_server.runner.backends import host_memory
-from mlx_lm_server.runner.backends.host_memory import IDLE_BEFORE_TRIM_S, Upkeep
+from mlx_lm_server.runner.backends.host_memory import IDLE_BEFORE_TRIM_S, HeapUpkeep
+from tests.back_ends import needs_native
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which("cc") or not {"avx2", "fma"} <= native.cpu_flags(),
-    reason="needs a C compiler and a CPU with AVX2",
-)
+pytestmark = needs_native
 
 # A process of its own, whose heap has no large holes that others left.
 SCRIPT = """
 import resource, sys, time
 from pathlib import Path
-from mlx_lm_server.runner.backends.x86 import blas
+from mlx_lm_server.runner.backends import blas
 blas.preload(1)
 import mlx.core as mx
 from mlx_lm_server.runner.backends import host_memory
+from mlx_lm_server.runner.backends.choose import choose
 
 def resident_mb():
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
 
 host_memory.keep_freed_blocks()
-upkeep = host_memory.Upkeep(int(sys.argv[1]))
+upkeep = choose().upkeep(int(sys.argv[1]))
 x = mx.random.normal((1 << 20,))
 before = resident_mb()
 match sys.argv[2]:
@@ -66,7 +63,7 @@ def test_after_a_while_without_work_free_memory_goes_back_once(
 ) -> None:
     now_s, given_back = [0.0], []
     monkeypatch.setattr(host_memory, "give_back_freed_blocks", lambda: given_back.append(now_s[0]))
-    upkeep = Upkeep(1 << 30, clock=lambda: now_s[0])
+    upkeep = HeapUpkeep(1 << 30, None, clock=lambda: now_s[0])
     for now_s[0] in (1.0, 2.0, 2.5 + IDLE_BEFORE_TRIM_S, 100.0, 1000.0):
         upkeep.rest()
     assert given_back == [2.5 + IDLE_BEFORE_TRIM_S]

@@ -12,15 +12,16 @@ import pytest
 from msgspec.structs import replace as changed
 
 from mlx_lm_server.errors import UnsupportedModelError
-from mlx_lm_server.runner.backends.kernels import CpuKernel, FusedKernel, decode_packed
+from mlx_lm_server.runner.backends.fused_kernel import FusedKernel, decode_packed
 from mlx_lm_server.runner.backends.x86.code_products import (
     CodeProducts,
     NativeCodeProducts,
     choose_products,
 )
-from mlx_lm_server.runner.state import kv_quantisation
+from mlx_lm_server.runner.backends.x86.kernel import CpuKernel
 from mlx_lm_server.runner.state.kv_quantisation import PackedKV, Quantisation, quantised
-from mlx_lm_server.runner.state.kv_storage import LayerShape
+from mlx_lm_server.runner.state.kv_storage import KVStorage, LayerShape
+from tests.back_ends import BACKEND
 
 from .driver import GREEDY, EngineDriver, random_prompts
 from .tiny_models import VOCAB_SIZE, write_model
@@ -69,7 +70,8 @@ def test_what_is_read_is_what_mlx_dequantises(bits: int, group_size: int) -> Non
     plain = mx.dequantize(
         packed.codes, packed.scales, packed.biases, group_size=group_size, bits=bits
     )
-    assert mx.allclose(packed.read(), plain, atol=1e-6)
+    assert mx.allclose(packed.by_plain_operations(), plain, atol=1e-6)
+    assert mx.allclose(packed.dequantised(), plain, atol=1e-6)
 
 
 @pytest.mark.parametrize("share", [1, 2, 5])
@@ -81,12 +83,13 @@ def test_all_ways_to_attend_to_codes_agree(
     q = mx.random.normal((3, 2 * share, 1, dim))
     visible = (mx.arange(50)[None] < mx.array([5, 50, 17])[:, None])[:, None, None]
     view = Ragged(visible, mx.where(visible, 0.0, -mx.inf))
-    ways = [kernel_of(CodeProducts()).decode, FusedKernel().decode, decode_packed]
+    fused = FusedKernel(KVStorage([], BACKEND).read, multiplies_codes=False)
+    ways = [kernel_of(CodeProducts()).decode, fused.decode, decode_packed]
     if isinstance(choose_products(), NativeCodeProducts):
         ways.append(kernel_of(NativeCodeProducts()).decode)
     for sinks in (None, mx.random.normal((2 * share,))):
         plain = mx.fast.scaled_dot_product_attention(
-            q, k.read(), v.read(), scale=0.1, mask=visible, sinks=sinks
+            q, k.dequantised(), v.dequantised(), scale=0.1, mask=visible, sinks=sinks
         )
         for way in ways:
             assert mx.allclose(way(q, k, v, 0.1, view, sinks), plain, atol=2e-5)
@@ -97,11 +100,8 @@ def test_sixteen_bits_leave_every_layer_as_it_is() -> None:
     assert quantised(LAYERS, None, 64) == LAYERS  # the choice for a CPU
 
 
-def test_the_choice_for_metal_takes_smaller_groups_and_then_none(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(kv_quantisation, "is_metal", lambda: True)
-    kept = [layer.format for layer in quantised(LAYERS, None, 64)]
+def test_a_device_s_own_choice_takes_smaller_groups_and_then_none() -> None:
+    kept = [layer.format for layer in quantised(LAYERS, None, 64, default_bits=8)]
     assert kept == ["8-bit, groups of 64", "8-bit, groups of 32", "float32"]
 
 

@@ -16,13 +16,15 @@ from mlx_lm_server.core.plan import (
     SaveBlocks,
     StepPlan,
 )
-from mlx_lm_server.runner.backends.kernels import AttentionKernel, CpuKernel, FusedKernel
+from mlx_lm_server.runner.backend import AttentionKernel, Backend
+from mlx_lm_server.runner.backends.fused_kernel import FusedKernel
+from mlx_lm_server.runner.backends.x86.kernel import CpuKernel
 from mlx_lm_server.runner.seam.attention import LayerCache
 from mlx_lm_server.runner.seam.rectangular import ChunkCache
-from mlx_lm_server.runner.seam.step_layout import layout_of
-from mlx_lm_server.runner.state import plane_spans
 from mlx_lm_server.runner.state.block_store import BlockStore
 from mlx_lm_server.runner.state.kv_storage import MAX_COPIED_BYTES, KVStorage, LayerShape
+from mlx_lm_server.runner.state.step_layout import layout_of
+from tests.back_ends import BACKEND, with_policy
 
 HEADS, KV_HEADS, DIM = 4, 2, 16
 
@@ -34,13 +36,17 @@ def plain_cpu_kernel() -> CpuKernel:
     return kernel
 
 
+def fused_kernel() -> FusedKernel:
+    return FusedKernel(KVStorage([], BACKEND).read, multiplies_codes=False)
+
+
 KERNELS = pytest.mark.parametrize(
-    "kernel", [CpuKernel(), plain_cpu_kernel(), FusedKernel()], ids=["cpu", "plain", "fused"]
+    "kernel", [CpuKernel(), plain_cpu_kernel(), fused_kernel()], ids=["cpu", "plain", "fused"]
 )
 
 
-def storage_with(*ops: CreateSlab) -> KVStorage:
-    storage = KVStorage([LayerShape(KV_HEADS, DIM, DIM)])
+def storage_with(*ops: CreateSlab, backend: Backend = BACKEND) -> KVStorage:
+    storage = KVStorage([LayerShape(KV_HEADS, DIM, DIM)], backend)
     for op in ops:
         storage.apply(op)
     storage.stages.run()
@@ -177,11 +183,9 @@ def test_what_nobody_attends_to_is_written_all_the_same(kernel: AttentionKernel)
 
 @pytest.mark.parametrize("is_in_host_memory", [True, False])
 @pytest.mark.parametrize("is_one_plan", [True, False])
-def test_moves_and_resizes_keep_what_rows_hold(
-    is_one_plan: bool, is_in_host_memory: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plane_spans, "is_in_host_memory", lambda: is_in_host_memory)
-    storage = storage_with(CreateSlab(0, 2, 8), CreateSlab(1, 1, 16))
+def test_moves_and_resizes_keep_what_rows_hold(is_one_plan: bool, is_in_host_memory: bool) -> None:
+    backend = with_policy(is_in_host_memory=is_in_host_memory)
+    storage = storage_with(CreateSlab(0, 2, 8), CreateSlab(1, 1, 16), backend=backend)
     keys = storage.slabs[0].planes[0]
     keys[0] = mx.arange(keys[0].size, dtype=mx.float32).reshape(keys[0].shape)
     second = mx.array(keys[0][1, :, :5])
@@ -239,7 +243,7 @@ def test_a_chunk_that_fills_its_slab_leaves_it_as_it_lies() -> None:
 
 
 def test_layers_are_copied_a_few_at_a_time() -> None:
-    storage = KVStorage([LayerShape(KV_HEADS, DIM, DIM)] * 5)
+    storage = KVStorage([LayerShape(KV_HEADS, DIM, DIM)] * 5, BACKEND)
     num_tokens = MAX_COPIED_BYTES // (2 * storage.layers[0].bytes_per_token)
     assert [list(group) for group in storage.layer_groups(range(5), num_tokens)] == [
         [0, 1],
@@ -277,13 +281,13 @@ def test_sinks_and_windows_give_the_same_on_both_kernels(start: int, window: int
     sinks = mx.random.normal((HEADS,)) * 3
     whole = [
         kernel.chunk(q, k, v, DIM**-0.5, start, window, sinks)
-        for kernel in (CpuKernel(), plain_cpu_kernel(), FusedKernel())
+        for kernel in (CpuKernel(), plain_cpu_kernel(), fused_kernel())
     ]
     assert all(mx.allclose(out, whole[-1], atol=1e-5) for out in whole)
     group = layout_of(plan_of(RowWork(0, 0, 0, keys - 1)), {0: keys})
     view = group.view_of(group.decodes[0], window, None)
     for kernel, chunk_out in zip(
-        (CpuKernel(), plain_cpu_kernel(), FusedKernel()), whole, strict=True
+        (CpuKernel(), plain_cpu_kernel(), fused_kernel()), whole, strict=True
     ):
         last = kernel.decode(q[None, :, -1:], k[None], v[None], DIM**-0.5, view, sinks)
         assert mx.allclose(last[0, :, 0], chunk_out[:, -1], atol=1e-5)
@@ -295,7 +299,7 @@ def test_a_ring_keeps_the_last_tokens_whatever_the_chunks() -> None:
     k, v, _ = random_tokens(total)
     k, v = (x[:, :, 0].swapaxes(0, 1) for x in (k, v))
     for sizes in ((75,), (1,) * 75, (7,) * 10 + (5,), (30, 1, 44)):
-        storage = KVStorage([shape])
+        storage = KVStorage([shape], BACKEND)
         storage.apply(CreateSlab(0, 2, 100))
         start = 0
         for size in sizes:

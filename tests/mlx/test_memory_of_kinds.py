@@ -12,6 +12,7 @@ from mlx_lm_server.protocol import LoadModel
 from mlx_lm_server.runner.loading import loader
 from mlx_lm_server.runner.model_runner import ModelRunner
 from mlx_lm_server.runner.state.kv_storage import KVStorage
+from tests.back_ends import BACKEND
 
 from .driver import GREEDY, EngineDriver, random_prompts
 from .tiny_models import VOCAB_SIZE, WIDE_HEADS, write_model
@@ -63,9 +64,9 @@ def test_the_ledger_counts_what_quantised_slabs_hold(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_slot_takes_what_the_geometry_says_at_any_capacity(family: str, tmp_path: Path) -> None:
     order = LoadModel(str(write_model(family, tmp_path / family)))
-    loaded = loader.load(order, loader.memory_limit(None), lambda _s, _f: None)
+    loaded = loader.load(order, BACKEND, lambda _s, _f: None)
     assert loaded.state is not None
-    storage = KVStorage(loaded.state.kv)
+    storage = KVStorage(loaded.state.kv, BACKEND)
     for capacity in (1, 24, 31, 32, 33, 500):
         storage.apply(CreateSlab(0, 3, capacity))
         assert storage.nbytes == 3 * storage.geometry.slot_bytes(capacity)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from mlx_lm_server import native
+from mlx_lm_server import platform
 
 RUN_TESTS = """
 import sys
 import pytest
-from mlx_lm_server import native
+from mlx_lm_server import native, platform
 assert "-march=native" in native.OPTIONS
 native.OPTIONS = tuple("-march=haswell" if o == "-march=native" else o for o in native.OPTIONS)
 sys.exit(pytest.main(["-p", "no:cacheprovider", *sys.argv[1:]]))
@@ -24,7 +24,7 @@ FILES = ["test_span_attention.py", "test_native_products.py", "test_native_rows.
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which("cc") or "avx512f" not in native.cpu_flags(),
+    sys.platform != "linux" or not shutil.which("cc") or "avx512f" not in platform.cpu_flags(),
     reason="needs a C compiler and a CPU with AVX-512",
 )
 def test_operations_in_c_are_right_with_vectors_of_eight() -> None:

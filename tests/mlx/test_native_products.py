@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
-
 import mlx.core as mx
 import pytest
 
-from mlx_lm_server import native
 from mlx_lm_server.runner.backends.x86 import native_products
+from tests.back_ends import needs_native
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which("cc") or not {"avx2", "fma"} <= native.cpu_flags(),
-    reason="needs a C compiler and a CPU with AVX2",
-)
+pytestmark = needs_native
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 4, 100, 64), (5, 7)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from typing import Any
 
 import mlx.core as mx
@@ -11,13 +9,10 @@ import mlx.nn as nn
 import pytest
 from mlx_lm.models import activations
 
-from mlx_lm_server import native
 from mlx_lm_server.runner.backends.x86.native_rows import NativeRows
+from tests.back_ends import needs_native
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which("cc") or not {"avx2", "fma"} <= native.cpu_flags(),
-    reason="needs a C compiler and a CPU with AVX2",
-)
+pytestmark = needs_native
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,7 @@ import pytest
 
 from mlx_lm_server.native.memory import SECTOR_BYTES, address_of, unwritten_bytes
 from mlx_lm_server.runner.backends.x86 import native_products
-from mlx_lm_server.runner.state import plane_spans
-from mlx_lm_server.runner.state.plane_spans import Span, copy_between, copy_in, copy_out
+from mlx_lm_server.runner.state.plane_spans import PlaneCopies, Span
 
 WAYS = [
     pytest.param(
@@ -22,10 +21,9 @@ DTYPES = pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.uint32])
 HEADS = 2
 
 
-@pytest.fixture(params=WAYS, autouse=True)
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "Python":
-        monkeypatch.setattr(plane_spans, "_copy_heads", lambda: None)
+@pytest.fixture(params=WAYS)
+def copies(request: pytest.FixtureRequest) -> PlaneCopies:
+    return PlaneCopies(native_products.copy_heads() if request.param == "C" else None)
 
 
 def plane_of(num_slots: int, places: int, width: int, dtype: mx.Dtype) -> mx.array:
@@ -39,7 +37,9 @@ def tokens_of(plane: mx.array, span: Span) -> mx.array:
 
 
 @DTYPES
-def test_spans_go_to_other_places_and_nothing_else_changes(dtype: mx.Dtype) -> None:
+def test_spans_go_to_other_places_and_nothing_else_changes(
+    dtype: mx.Dtype, copies: PlaneCopies
+) -> None:
     """Planes of two widths, some large enough for all threads."""
     pairs = [
         (plane_of(3, 300, width, dtype), plane_of(2, 700, width, dtype)) for width in (8, 512, 8)
@@ -58,37 +58,37 @@ def test_spans_go_to_other_places_and_nothing_else_changes(dtype: mx.Dtype) -> N
             expected[new.slot, :, new.start : stop] = tokens_of(source, old)
         mx.eval(expected)
         wanted.append(expected)
-    copy_between(pairs, spans)
+    copies.between(pairs, spans)
     for (_, target), expected in zip(pairs, wanted, strict=True):
         assert mx.array_equal(target, expected)
 
 
 @DTYPES
-def test_what_goes_out_comes_in_bit_by_bit(dtype: mx.Dtype) -> None:
+def test_what_goes_out_comes_in_bit_by_bit(dtype: mx.Dtype, copies: PlaneCopies) -> None:
     planes = [plane_of(3, 160, 64, dtype) for _ in range(5)]
     spans = [Span(0, 0, 16), Span(2, 144, 16), Span(1, 3, 1), Span(1, 16, 16), Span(0, 0, 160)]
-    copies = copy_out(planes, spans)
+    taken = copies.out(planes, spans)
     for span, copy in zip(spans, copies, strict=True):
         stacked = mx.stack([tokens_of(plane, span) for plane in planes])
         assert copy.tobytes() == bytes(memoryview(stacked))  # type: ignore[arg-type]
     others = [mx.zeros_like(plane) for plane in planes]
     mx.eval(others)
-    copy_in(others, spans, [copies[0], bytes(copies[1]), *copies[2:]])
+    copies.into(others, spans, [taken[0], bytes(taken[1]), *taken[2:]])
     for plane, other in zip(planes, others, strict=True):
         for span in spans:
             assert mx.array_equal(tokens_of(plane, span), tokens_of(other, span))
         assert not mx.any(other[1, :, 32:])
 
 
-def test_what_goes_out_begins_at_a_sector_and_stays_as_it_is() -> None:
+def test_what_goes_out_begins_at_a_sector_and_stays_as_it_is(copies: PlaneCopies) -> None:
     planes = [plane_of(1, 64, 64, mx.float32)]
-    copies = copy_out(planes, [Span(0, 0, 16), Span(0, 16, 16)])
-    before = [bytes(copy) for copy in copies]
-    assert all(address_of(copy) % SECTOR_BYTES == 0 for copy in copies)
-    assert all(copy.readonly for copy in copies)
+    taken = copies.out(planes, [Span(0, 0, 16), Span(0, 16, 16)])
+    before = [bytes(copy) for copy in taken]
+    assert all(address_of(copy) % SECTOR_BYTES == 0 for copy in taken)
+    assert all(copy.readonly for copy in taken)
     planes[0][:] = 0.0
     mx.eval(planes)
-    assert [bytes(copy) for copy in copies] == before
+    assert [bytes(copy) for copy in taken] == before
 
 
 @pytest.mark.parametrize(
@@ -97,45 +97,45 @@ def test_what_goes_out_begins_at_a_sector_and_stays_as_it_is() -> None:
 @pytest.mark.parametrize(
     "copy",
     [
-        lambda plane, span: copy_between([(plane, plane)], [(span, other(span))]),
-        lambda plane, span: copy_between([(plane, plane)], [(other(span), span)]),
-        lambda plane, span: copy_out([plane], [span]),
-        lambda plane, span: copy_in([plane], [span], [bytes(4 * HEADS * 8 * 4)]),
+        lambda copies, plane, span: copies.between([(plane, plane)], [(span, other(span))]),
+        lambda copies, plane, span: copies.between([(plane, plane)], [(other(span), span)]),
+        lambda copies, plane, span: copies.out([plane], [span]),
+        lambda copies, plane, span: copies.into([plane], [span], [bytes(4 * HEADS * 8 * 4)]),
     ],
     ids=["from", "to", "out", "in"],
 )
 def test_nothing_outside_of_a_plane_is_touched(
-    copy: Callable[[mx.array, Span], None], span: Span
+    copy: Callable[[PlaneCopies, mx.array, Span], None], span: Span, copies: PlaneCopies
 ) -> None:
     with pytest.raises(ValueError, match=r"outside|bytes|size"):
-        copy(plane_of(2, 20, 8, mx.float32), span)
+        copy(copies, plane_of(2, 20, 8, mx.float32), span)
 
 
 def other(span: Span) -> Span:
     return Span(0, 0, span.num_tokens)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_what_does_not_fit_is_refused(copies: PlaneCopies) -> None:
     plane = plane_of(2, 20, 8, mx.float32)
     with pytest.raises(ValueError, match="different length"):
-        copy_between([(plane, plane)], [(Span(0, 0, 16), Span(1, 18, 2))])
+        copies.between([(plane, plane)], [(Span(0, 0, 16), Span(1, 18, 2))])
     with pytest.raises(ValueError, match="do not fit"):
-        copy_between([(plane, plane_of(2, 20, 4, mx.float32))], [(Span(0, 0, 4), Span(0, 0, 4))])
+        copies.between([(plane, plane_of(2, 20, 4, mx.float32))], [(Span(0, 0, 4), Span(0, 0, 4))])
 
 
-def test_nothing_is_copied_of_planes_and_spans_that_are_empty() -> None:
+def test_nothing_is_copied_of_planes_and_spans_that_are_empty(copies: PlaneCopies) -> None:
     empty, plane = mx.zeros((2, HEADS, 20, 0)), plane_of(2, 20, 8, mx.float32)
     mx.eval(empty)
-    copy_between([(empty, empty), (plane, plane)], [(Span(0, 0, 4), Span(1, 0, 4))])
+    copies.between([(empty, empty), (plane, plane)], [(Span(0, 0, 4), Span(1, 0, 4))])
     assert mx.array_equal(plane[0, :, :4], plane[1, :, :4])
-    assert [bytes(copy) for copy in copy_out([empty], [Span(0, 0, 4)])] == [b""]
-    assert [bytes(copy) for copy in copy_out([plane], [Span(0, 4, 0)])] == [b""]
-    copy_in([empty], [Span(0, 0, 4)], [b""])
+    assert [bytes(copy) for copy in copies.out([empty], [Span(0, 0, 4)])] == [b""]
+    assert [bytes(copy) for copy in copies.out([plane], [Span(0, 4, 0)])] == [b""]
+    copies.into([empty], [Span(0, 0, 4)], [b""])
 
 
-def test_bytes_that_are_too_few_are_refused() -> None:
+def test_bytes_that_are_too_few_are_refused(copies: PlaneCopies) -> None:
     with pytest.raises(ValueError, match="other planes"):
-        copy_in([plane_of(2, 20, 8, mx.float32)], [Span(0, 0, 4)], [bytes(8)])
+        copies.into([plane_of(2, 20, 8, mx.float32)], [Span(0, 0, 4)], [bytes(8)])
 
 
 @pytest.mark.parametrize("num_bytes", [0, 1, 512, 100_000])

@@ -10,12 +10,12 @@ import pytest
 
 from mlx_lm_server.core.plan import CreateSlab, DropSlab, RowWork, StepPlan
 from mlx_lm_server.protocol import LoadModel
-from mlx_lm_server.runner.backends.kernels import choose_kernel
 from mlx_lm_server.runner.backends.x86 import native_products
 from mlx_lm_server.runner.loading import loader, probe
 from mlx_lm_server.runner.seam import replays
 from mlx_lm_server.runner.seam.forwards import PackedForward
 from mlx_lm_server.runner.state.kv_storage import KVStorage
+from tests.back_ends import BACKEND
 
 from .tiny_models import VOCAB_SIZE, write_model
 
@@ -36,13 +36,13 @@ def make(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     alone with sinks, and of layers that share K and V."""
     folder = write_model(request.param, tmp_path_factory.mktemp("replays") / request.param)
     order = LoadModel(str(folder))
-    loaded = loader.load(order, loader.memory_limit(None), lambda _stage, _fraction: None)
+    loaded = loader.load(order, BACKEND, lambda _stage, _fraction: None)
     state = loaded.state
     assert state is not None
 
     def forward() -> PackedForward:
-        storage = KVStorage(state.kv)
-        made = PackedForward(loaded.lm, state, storage, choose_kernel(loaded.kv_dtype))
+        storage = KVStorage(state.kv, BACKEND)
+        made = PackedForward(loaded.lm, state, storage, BACKEND.kernel(loaded.kv_dtype))
         for slab_id in (0, 1):
             storage.apply(CreateSlab(slab_id, 2, CAPACITY))
         storage.stages.run()

@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_lm_server.protocol import SamplingParams
-from mlx_lm_server.runner.backends.x86 import native_draw
-from mlx_lm_server.runner.backends.x86.native_draw import NativeDraw
+from mlx_lm_server.runner.backend import RowDraw
 from mlx_lm_server.runner.sampling.race import Vocabulary
 from mlx_lm_server.runner.sampling.sampler import RowSampling, Sampler, start_row
+from tests.back_ends import BACKEND
 
 PROBABILITIES = np.array([0.4, 0.25, 0.15, 0.1, 0.05, 0.03, 0.02])
 LOGITS = mx.array(np.log(PROBABILITIES).astype(np.float32))
 NUM_DRAWS = 8000
-NATIVE = native_draw.load()
+NATIVE = BACKEND.draw
 SAMPLERS = [None] if NATIVE is None else [None, NATIVE]
 
 
@@ -37,12 +37,19 @@ def row(
     return start_row(params(**fields), prompt, output, vocab)
 
 
+def sampler_with(vocab: int, native: RowDraw | None) -> Sampler:
+    """Draws with arrays where `native` is None."""
+    sampler = Sampler(vocab, BACKEND)
+    sampler._native = native
+    return sampler
+
+
 def draw(logits: mx.array, rows: Sequence[RowSampling]) -> list[int]:
     """With arrays, and in C where it can be compiled: the same tokens."""
     vocab, again = logits.shape[-1], [replace(row) for row in rows]
-    tokens: list[int] = Sampler(vocab).sample(logits, rows).tolist()  # type: ignore[assignment]
+    tokens: list[int] = sampler_with(vocab, None).sample(logits, rows).tolist()  # type: ignore[assignment]
     if NATIVE is not None:
-        assert Sampler(vocab, NATIVE).sample(logits, again).tolist() == tokens
+        assert sampler_with(vocab, NATIVE).sample(logits, again).tolist() == tokens
     return tokens
 
 
@@ -144,11 +151,11 @@ def test_a_row_draws_the_same_token_whatever_shares_the_batch(
 
 @pytest.mark.parametrize("native", SAMPLERS)
 def test_the_index_of_the_token_changes_the_draw_and_a_restart_does_not(
-    native: NativeDraw | None,
+    native: RowDraw | None,
 ) -> None:
     vocab = 1000
     logits = mx.zeros((1, vocab))
-    sampler = Sampler(vocab, native)
+    sampler = sampler_with(vocab, native)
     going_on = row(vocab, prompt=(1, 2), seed=5)
     tokens = [sampler.sample(logits, [going_on]).item() for _ in range(6)]
     assert len(set(tokens)) > 3
@@ -177,8 +184,8 @@ def test_a_row_that_joins_again_has_its_prompt_scored_already() -> None:
 
 
 @pytest.mark.parametrize("native", SAMPLERS)
-def test_penalties_follow_the_tokens_that_are_drawn(native: NativeDraw | None) -> None:
-    sampler = Sampler(3, native)
+def test_penalties_follow_the_tokens_that_are_drawn(native: RowDraw | None) -> None:
+    sampler = sampler_with(3, native)
     punished = row(3, temperature=0.0, frequency_penalty=1.0)
     logits = mx.array([[1.5, 1.0, 0.0]])
     assert [sampler.sample(logits, [punished]).item() for _ in range(4)] == [0, 1, 0, 1]
@@ -252,14 +259,14 @@ def test_logits_that_are_no_numbers_draw_some_token_and_do_not_hang() -> None:
             row(100, temperature=0.0),
             row(100, top_p=0.0, min_p=0.1),
         ]
-        tokens = Sampler(100, NATIVE).sample(logits, rows).tolist()
+        tokens = sampler_with(100, NATIVE).sample(logits, rows).tolist()
         assert all(0 <= token < 100 for token in tokens)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 97, 300, 8192])
 def test_stacked_reductions_are_those_over_the_vocabulary(size: int) -> None:
     values = mx.random.normal((5, size))
-    vocabulary = Vocabulary(size)
+    vocabulary = Vocabulary(size, BACKEND.policy.reduction_depth)
     assert mx.array_equal(vocabulary.largest(values), values.max(axis=-1, keepdims=True))
     places = mx.argmax(values, axis=-1, keepdims=True)
     assert mx.array_equal(vocabulary.place_of_largest(values), places)

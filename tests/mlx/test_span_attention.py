@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_lm_server import native
-from mlx_lm_server.runner.backends.kernels import CpuKernel
 from mlx_lm_server.runner.backends.x86 import span_attention
+from mlx_lm_server.runner.backends.x86.kernel import CpuKernel
 from mlx_lm_server.runner.backends.x86.span_attention import Part, Span
+from tests.back_ends import needs_native
 
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which("cc") or not {"avx2", "fma"} <= native.cpu_flags(),
-    reason="needs a C compiler and a CPU with AVX2",
-)
+pytestmark = needs_native
 
 SCALE = 0.125
 

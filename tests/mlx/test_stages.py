@@ -26,13 +26,13 @@ from mlx_lm_server.core.plan import (
     SaveState,
 )
 from mlx_lm_server.core.tier import Label
-from mlx_lm_server.runner.state import plane_spans
 from mlx_lm_server.runner.state.block_store import BlockStore
 from mlx_lm_server.runner.state.kv_quantisation import Quantisation
 from mlx_lm_server.runner.state.kv_storage import KVStorage, LayerShape
 from mlx_lm_server.runner.state.record_bytes import read_array
 from mlx_lm_server.runner.state.stages import ends_of
 from mlx_lm_server.tier import Record
+from tests.back_ends import BACKEND, with_policy
 
 from .kept_records import KeptRecords
 
@@ -43,9 +43,16 @@ class Cache:
     """A slab of random K and V of two layers, and what was offloaded."""
 
     def __init__(
-        self, capacity: int = 18, dim: int = 8, quantisation: Quantisation | None = None
+        self,
+        capacity: int = 18,
+        dim: int = 8,
+        quantisation: Quantisation | None = None,
+        *,
+        is_in_host_memory: bool = BACKEND.policy.is_in_host_memory,
     ) -> None:
-        self.storage = KVStorage([LayerShape(2, dim, dim, quantisation=quantisation)] * 2)
+        backend = with_policy(is_in_host_memory=is_in_host_memory)
+        layers = [LayerShape(2, dim, dim, quantisation=quantisation)] * 2
+        self.storage = KVStorage(layers, backend)
         self.blocks = BlockStore(self.storage, None, BLOCK)
         self.blocks.tier = self.kept = KeptRecords()
         self.storage.apply(CreateSlab(0, SLOTS, capacity))
@@ -163,11 +170,8 @@ def test_only_a_few_blocks_to_copy_are_short() -> None:
 
 
 @pytest.mark.parametrize("is_in_host_memory", [True, False])
-def test_restored_blocks_are_moved_with_what_came_back(
-    is_in_host_memory: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plane_spans, "is_in_host_memory", lambda: is_in_host_memory)
-    cache = Cache()
+def test_restored_blocks_are_moved_with_what_came_back(is_in_host_memory: bool) -> None:
+    cache = Cache(is_in_host_memory=is_in_host_memory)
     wanted = [cache.tokens(2, 0, 4), cache.tokens(2, 12, 16)]
     cache.blocks.save(OffloadTokens(0, (2, 2), (0, 3), (label(0), label(1))))
     cache.storage.stages.run()
@@ -185,11 +189,10 @@ def test_restored_blocks_are_moved_with_what_came_back(
 @pytest.mark.parametrize("is_in_host_memory", [True, False])
 @pytest.mark.parametrize("change", [Cache.overwrite, drop, shrink, move_another_row_there])
 def test_blocks_of_a_row_are_saved_as_they_were(
-    change: Callable[[Cache], None], is_in_host_memory: bool, monkeypatch: pytest.MonkeyPatch
+    change: Callable[[Cache], None], is_in_host_memory: bool
 ) -> None:
     """The first is there already; the last is filled in part, and in another segment."""
-    monkeypatch.setattr(plane_spans, "is_in_host_memory", lambda: is_in_host_memory)
-    cache = Cache()
+    cache = Cache(is_in_host_memory=is_in_host_memory)
     wanted = [cache.tokens(2, 4, 8), cache.tokens(2, 8, 12), cache.tokens(2, 12, 15)]
     places = (Place(0, 2), Place(0, 0), Place(1, 1))
     for segment_id in range(2):
@@ -208,16 +211,10 @@ def test_blocks_of_a_row_are_saved_as_they_were(
     [(18, 0, 11), (16, 0, 12), (16, 0, 11), (16, 4, 12), (16, 5, 11), (18, 3, 4), (16, 7, 8)],
 )
 def test_blocks_come_back_to_another_row(
-    capacity: int,
-    start: int,
-    stop: int,
-    quantisation: Quantisation | None,
-    is_in_host_memory: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    capacity: int, start: int, stop: int, quantisation: Quantisation | None, is_in_host_memory: bool
 ) -> None:
     """Into a slab that the same plan makes, and into one that is there; nothing else changes."""
-    monkeypatch.setattr(plane_spans, "is_in_host_memory", lambda: is_in_host_memory)
-    cache = Cache(quantisation=quantisation)
+    cache = Cache(quantisation=quantisation, is_in_host_memory=is_in_host_memory)
     places = (Place(0, 1), Place(1, 0), Place(1, 2))
     for segment_id in range(2):
         cache.blocks.save(CreateSegment(segment_id, 3))
@@ -248,11 +245,8 @@ def test_blocks_are_loaded_for_all_tokens_or_not_at_all() -> None:
 
 
 @pytest.mark.parametrize("is_in_host_memory", [True, False])
-def test_tokens_are_copied_between_slots(
-    is_in_host_memory: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plane_spans, "is_in_host_memory", lambda: is_in_host_memory)
-    cache = Cache()
+def test_tokens_are_copied_between_slots(is_in_host_memory: bool) -> None:
+    cache = Cache(is_in_host_memory=is_in_host_memory)
     wanted = cache.tokens(2, 3, 14)
     cache.storage.apply(CreateSlab(1, 1, 40))
     cache.blocks.load(CopyTokens(0, 2, 1, 0, 3, 14))
@@ -270,17 +264,11 @@ def test_tokens_are_copied_between_slots(
     ids=["the only slot", "a tiny ring", "a ring"],
 )
 def test_a_checkpoint_stays_as_it_is_when_another_row_moves_in(
-    num_slots: int,
-    from_slab: int,
-    from_slot: int,
-    window: int,
-    dim: int,
-    is_in_host_memory: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    num_slots: int, from_slab: int, from_slot: int, window: int, dim: int, is_in_host_memory: bool
 ) -> None:
     """MLX lets a small slice share the memory of what it was taken from."""
-    monkeypatch.setattr(plane_spans, "is_in_host_memory", lambda: is_in_host_memory)
-    storage = KVStorage([LayerShape(2, dim, dim, window=window)])
+    backend = with_policy(is_in_host_memory=is_in_host_memory)
+    storage = KVStorage([LayerShape(2, dim, dim, window=window)], backend)
     blocks = BlockStore(storage, None, BLOCK)
     for slab_id, slots, capacity in ((0, 2, 64), (1, num_slots, 128)):
         storage.apply(CreateSlab(slab_id, slots, capacity))

@@ -36,6 +36,14 @@ class Runner(Protocol):
         """Takes a plan, at most one ahead of the last that was collected."""
 
 
+class Upkeep(Protocol):
+    """What is done about the host's memory between steps."""
+
+    def after_step(self, *, took_memory: bool) -> None: ...
+
+    def rest(self) -> None: ...
+
+
 @dataclass(slots=True)
 class _Running:
     plan: StepPlan
@@ -57,16 +65,17 @@ class EngineCore:
         clock: Callable[[], float],
         peak_memory: Callable[[], int] = lambda: 0,
         disk: DiskCache | None = None,
+        upkeep: Upkeep | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._clock = clock
         self._peak_memory = peak_memory
         self._disk = disk
+        self._upkeep = upkeep
         self._running: _Running | None = None
         self._progress = PrefillProgress()
         self._step_tokens: list[int] = []
-        self.took_memory = False  # whether the last plan made slabs or segments
 
     @property
     def geometry(self) -> KVGeometry:
@@ -144,7 +153,6 @@ class EngineCore:
         if self._scheduler.plans_after_reading:
             yield from self._read()
         plan = self._scheduler.schedule(self._clock())
-        self.took_memory = plan is not None and plan.takes_memory
         if plan is None:
             yield from self._read()
             return
@@ -153,6 +161,13 @@ class EngineCore:
         if self._running is not None:
             yield from self._read(following)
         self._running = following
+        if self._upkeep is not None:
+            self._upkeep.after_step(took_memory=plan.takes_memory)
+
+    def rest(self) -> None:
+        """Uses the time in which there is nothing to do."""
+        if self._upkeep is not None:
+            self._upkeep.rest()
 
     def _read(self, following: _Running | None = None) -> Iterator[list[RequestOutput]]:
         """Wait for the forward under way, and take in what it gave."""

@@ -16,7 +16,6 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from mlx_lm_server import errors
 from mlx_lm_server.engine.engine_core import EngineCore
@@ -32,9 +31,6 @@ from mlx_lm_server.protocol import (
     Shutdown,
     ToEngine,
 )
-
-if TYPE_CHECKING:
-    from mlx_lm_server.runner.backends.host_memory import Upkeep
 
 HEARTBEAT_S = 1.0
 TIER_LOOK_S = 0.001
@@ -67,13 +63,12 @@ def serve(link: ServerLink) -> None:
 
 def _load(link: ServerLink, order: LoadModel) -> EngineLoop | None:
     # The BLAS must be in the process before mlx is, so nothing above may import the runner.
-    from mlx_lm_server.runner.backends.x86 import blas
+    from mlx_lm_server.runner.backends import blas
     from mlx_lm_server.runner.loading import light_import
 
     chosen = blas.preload(order.num_threads)
     light_import.import_mlx_lm(with_adapters=order.adapter_path is not None)
     from mlx_lm_server.engine.assembly import assemble
-    from mlx_lm_server.runner.backends.host_memory import Upkeep
 
     def progress(stage: str, fraction: float) -> None:
         link.send(LoadProgress(stage, fraction))
@@ -84,17 +79,16 @@ def _load(link: ServerLink, order: LoadModel) -> EngineLoop | None:
         link.send(LoadFailed(type(error).__name__, str(error)))
         return None
     link.send(ready)
-    return EngineLoop(link, core, Upkeep(ready.memory_limit_bytes))
+    return EngineLoop(link, core)
 
 
 class EngineLoop:
     """Steps as long as there is work and listens in between. The border of the engine: what no
     one expected ends the process here, and the server restarts it."""
 
-    def __init__(self, link: ServerLink, core: EngineCore, memory: Upkeep) -> None:
+    def __init__(self, link: ServerLink, core: EngineCore) -> None:
         self._link = link
         self._core = core
-        self._memory = memory
         self._told_s = 0.0
 
     def run(self, messages: Sequence[ToEngine]) -> None:
@@ -105,7 +99,7 @@ class EngineLoop:
                 self._step(ended)
             else:
                 if not messages:
-                    self._memory.rest()
+                    self._core.rest()
                 self._tell(ended)
             messages = self._link.receive(self._wait_s())
         self._core.close()
@@ -119,7 +113,6 @@ class EngineLoop:
                 ended, is_told = [], True
         if not is_told and (ended or not self._core.has_work or self._is_silent):
             self._tell(ended)
-        self._memory.after_step(took_memory=self._core.took_memory)
 
     @property
     def _is_silent(self) -> bool:

@@ -20,8 +20,8 @@ from typing import Any
 import psutil
 
 from mlx_lm_server.core.cost_model import StepCosts
+from mlx_lm_server.core.measured import Measured
 from mlx_lm_server.folders import cache_folder
-from mlx_lm_server.runner.loading.measuring import Measured
 
 log = logging.getLogger(__name__)
 

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import platform
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from mlx_lm_server import folders
+from mlx_lm_server import folders, platform
 from mlx_lm_server.errors import ConfigError
 
 COMPILE_TIMEOUT_S = 60
@@ -34,7 +33,7 @@ def load(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL | None:
     """The library made of the folder `name` beside this file; None where it cannot be compiled
     here."""
     folder = Path(__file__).parent / name
-    machine = " ".join([platform.machine(), *sorted(cpu_flags()), *OPTIONS])
+    machine = " ".join([platform.machine(), *sorted(platform.cpu_flags()), *OPTIONS])
     code = b"".join(file.read_bytes() for file in sorted(folder.glob("*.[ch]")))
     identity = hashlib.sha256(code + machine.encode()).hexdigest()[:16]
     cache = cache_folder()
@@ -55,15 +54,6 @@ def cache_folder() -> Path | None:
         return folders.cache_folder() / "native"
     except ConfigError:
         return None
-
-
-def cpu_flags() -> set[str]:
-    """What the processor can do, in the words of Linux; empty elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return set()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
 
 
 def _compile(sources: Sequence[Path], target: Path) -> bool:

@@ -29,7 +29,7 @@ import mlx.core as mx
 from mlx_lm_server.core.block import num_common
 from mlx_lm_server.core.plan import JoinedRow, RowResult, RowWork, StepPlan, StepResult
 from mlx_lm_server.protocol import Batching, TokenLogprobs
-from mlx_lm_server.runner.backends.x86 import native_draw
+from mlx_lm_server.runner.backend import Backend
 from mlx_lm_server.runner.loading import probe
 from mlx_lm_server.runner.loading.loader import LoadedModel
 from mlx_lm_server.runner.loading.measuring import Measurer
@@ -81,6 +81,7 @@ class ModelRunner:
     def __init__(
         self,
         loaded: LoadedModel,
+        backend: Backend,
         max_batch_size: int,
         block_size: int = DEFAULT_BLOCK_SIZE,
         kv_bits: int | None = 16,
@@ -90,10 +91,11 @@ class ModelRunner:
         K and V cannot be kept in `kv_bits`; None chooses."""
         self._loaded = loaded
         state = loaded.state
-        choice = probe.choose_forward(loaded.lm, state, loaded.why_no_state)
+        choice = probe.choose_forward(loaded.lm, state, loaded.why_no_state, backend)
         is_alone = choice.batching == "alone"
         layers = [] if is_alone or state is None else state.kv
-        self._storage = KVStorage(kv_quantisation.quantised(layers, kv_bits, kv_group_size))
+        stored = kv_quantisation.quantised(layers, kv_bits, kv_group_size, backend.policy.kv_bits)
+        self._storage = KVStorage(stored, backend)
         self._forward_of = choice.over(self._storage)
         probe.check_replays(self._forward_of, self._storage)
         self.reason = choice.reason
@@ -103,12 +105,12 @@ class ModelRunner:
             self.geometry = probe.geometry_of_rows_alone(loaded.lm)
         states = self._forward_of.states if isinstance(self._forward_of, SplitForward) else None
         self._blocks = BlockStore(self._storage, states, block_size)
-        self._sampler = Sampler(loaded.vocab_size, native_draw.load())
+        self._sampler = Sampler(loaded.vocab_size, backend)
         self._sampling: dict[int, RowSampling] = {}
         self._last_tokens = mx.zeros((max_batch_size,), mx.int32)
         self._under_way: _Step | None = None
         self._built: _Step | None = None  # to be submitted after that
-        self._is_on_cpu = mx.default_device() == mx.Device(mx.cpu)
+        self.policy = backend.policy
 
     @property
     def batching(self) -> Batching:
@@ -333,8 +335,8 @@ class ModelRunner:
 
     @property
     def _submits_slowly(self) -> bool:
-        """Whether submitting takes as long as a forward, as MLX does on a CPU, or copies much."""
-        return self._is_on_cpu or not self._storage.stages.are_short
+        """Whether submitting takes as long as a forward, or copies much."""
+        return self.policy.submits_slowly or not self._storage.stages.are_short
 
 
 def places_of(works: Iterable[RowWork]) -> Iterator[tuple[int, RowWork]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from contextlib import suppress
+
+from mlx_lm_server import platform
 
 
 def never_interrupt() -> None:
@@ -12,6 +13,6 @@ def never_interrupt() -> None:
     a thread that wakes up takes a core from one that computes, and the other threads of a product
     then wait for that one. Its share stays what it is: a lower one would let it hold the
     interpreter's lock while it waits."""
-    if sys.platform == "linux":
+    if platform.is_linux():
         with suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

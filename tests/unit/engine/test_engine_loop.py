@@ -17,7 +17,6 @@ class LongPrefill:
 
     has_work = True
     waits_for_tier = False
-    took_memory = False
 
     def handle(self, _messages: Any) -> list[Any]:
         return []
@@ -33,14 +32,6 @@ class LongPrefill:
         return [1]
 
     def close(self) -> None:
-        pass
-
-
-class NoUpkeep:
-    def after_step(self, *, took_memory: bool) -> None:
-        pass
-
-    def rest(self) -> None:
         pass
 
 
@@ -61,6 +52,6 @@ class Link:
 def test_a_prefill_without_outputs_is_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_main, "HEARTBEAT_S", 0.1)
     link = Link(lasts_s=1.0)
-    EngineLoop(link, LongPrefill(), NoUpkeep()).run([])  # type: ignore[arg-type]
+    EngineLoop(link, LongPrefill()).run([])  # type: ignore[arg-type]
     assert 2 <= len(link.sent) <= 11
     assert all(message.step_tokens == [1] for message in link.sent)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from mlx_lm_server.core.cost_model import StepCosts
+from mlx_lm_server.core.measured import Measured
 from mlx_lm_server.engine.profiles import load_profile, profile_path, save_profile
-from mlx_lm_server.runner.loading.measuring import Measured
 
 MEASURED = Measured(2, StepCosts(base_s=0.01, per_prefill_token_s=0.002), 4096)
 FACTS = {"server": "1", "cores": "2"}

@@ -2,18 +2,17 @@
 
 By default glibc gives each large block back to the system when it is freed, and every temporary
 array pays for fresh, zeroed pages again: about a third of a long prefill. What is never given back
-is still fresh once: `Upkeep` lets another thread find those pages.
+is still fresh once: `HeapUpkeep` lets another thread find those pages.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-import sys
 import time
 from collections.abc import Callable
 
-from mlx_lm_server.runner.backends.x86 import native_products
+from mlx_lm_server import platform
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -40,16 +39,29 @@ def give_back_freed_blocks() -> None:
         libc.malloc_trim(0)
 
 
-class Upkeep:
-    """What is done about it between steps. Used on the engine's main thread."""
+class NoUpkeep:
+    """Where arrays do not lie in the C library's memory."""
+
+    def after_step(self, *, took_memory: bool) -> None:
+        pass
+
+    def rest(self) -> None:
+        pass
+
+
+class HeapUpkeep:
+    """What is done about it between steps. Used on the engine's main thread. `grow_ahead` lets
+    another thread find pages, where there is something that can."""
 
     def __init__(
-        self, memory_limit_bytes: int, clock: Callable[[], float] = time.monotonic
+        self,
+        memory_limit_bytes: int,
+        grow_ahead: Callable[..., object] | None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._most_ahead = min(MOST_AHEAD, int(MOST_AHEAD_SHARE * memory_limit_bytes))
         self._clock = clock
-        library = native_products.library() if _glibc() is not None else None
-        self._grow_ahead = None if library is None else library.grow_heap_ahead
+        self._grow_ahead = None if _glibc() is None else grow_ahead
         self._num_steps = 0
         self._idle_since_s: float | None = None
 
@@ -77,7 +89,7 @@ class Upkeep:
 
 
 def _glibc() -> ctypes.CDLL | None:
-    if sys.platform != "linux":
+    if not platform.is_linux():
         return None
     libc = ctypes.CDLL(None)
     return libc if hasattr(libc, "malloc_trim") and hasattr(libc, "mallopt") else None

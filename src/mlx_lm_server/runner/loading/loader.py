@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import psutil
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten, tree_unflatten
 
@@ -21,16 +20,15 @@ from mlx_lm_server.core import model_config
 from mlx_lm_server.core.memory_ledger import format_bytes
 from mlx_lm_server.errors import ModelNotFoundError, ModelTooLargeError, UnsupportedModelError
 from mlx_lm_server.protocol import CpuWeights, LoadModel
-from mlx_lm_server.runner.backends.x86 import fast_math
-from mlx_lm_server.runner.loading.cache_kinds import ModelState, UnbatchableState, read_state
-from mlx_lm_server.runner.loading.language_model import LanguageModel
+from mlx_lm_server.runner import patches
+from mlx_lm_server.runner.backend import Backend
 from mlx_lm_server.runner.seam import attention
+from mlx_lm_server.runner.seam.language_model import LanguageModel
+from mlx_lm_server.runner.state.cache_kinds import ModelState, UnbatchableState, read_state
 
 # Of the memory limit, what float32 weights may take when nobody asked for them.
 FLOAT32_SHARE = 0.5
 DEFAULT_CONTEXT_TOKENS = 32768
-CPU_MEMORY_SHARE = 0.75
-GPU_MEMORY_SHARE = 0.9
 
 Progress = Callable[[str, float], None]
 
@@ -48,16 +46,19 @@ class LoadedModel:
     kv_dtype: mx.Dtype
     weights: str
     weights_bytes: int
+    memory_limit_bytes: int
 
 
-def load(order: LoadModel, memory_limit_bytes: int, progress: Progress) -> LoadedModel:
-    """Read the model that `order` names; raises the classes of `ModelError`."""
+def load(order: LoadModel, backend: Backend, progress: Progress) -> LoadedModel:
+    """Reads the model that `order` names. Raises the classes of `ModelError`."""
     path = Path(order.model_path)
     config = read_config(path)
-    attention.install(use_arithmetic_swiglu=fast_math.is_slow_cpu())
+    memory_limit_bytes = order.memory_limit_bytes or backend.memory_limit_bytes()
+    patches.install(backend)
     progress("reading weights", 0.1)
     model = _read_model(path, order)
-    weights = _settle_weights(model, order.cpu_weights, memory_limit_bytes)
+    widens = backend.policy.widens_weights
+    weights = _settle_weights(model, order.cpu_weights, memory_limit_bytes, widens=widens)
     _materialise(model, progress)
     weights_bytes = _num_bytes(model)
     state, why_no_state = _read_state(model, config["model_type"])
@@ -73,6 +74,7 @@ def load(order: LoadModel, memory_limit_bytes: int, progress: Progress) -> Loade
         kv_dtype=kv_dtype,
         weights=weights,
         weights_bytes=weights_bytes,
+        memory_limit_bytes=memory_limit_bytes,
     )
 
 
@@ -100,19 +102,6 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def memory_limit(asked_bytes: int | None) -> int:
-    """What the engine may use, in bytes: as asked, else a share of what the device has."""
-    if asked_bytes is not None:
-        return asked_bytes
-    if mx.default_device() == mx.Device(mx.cpu):
-        return int(psutil.virtual_memory().available * CPU_MEMORY_SHARE)
-    info = mx.device_info()
-    recommended = info.get("max_recommended_working_set_size") or info.get("memory_size")
-    if not recommended:
-        recommended = psutil.virtual_memory().total
-    return int(int(recommended) * GPU_MEMORY_SHARE)
-
-
 def _read_model(path: Path, order: LoadModel) -> Module:
     from mlx_lm.utils import load_adapters, load_model
 
@@ -129,9 +118,10 @@ def _read_model(path: Path, order: LoadModel) -> Module:
     return model
 
 
-def _settle_weights(model: Module, asked: CpuWeights, memory_limit_bytes: int) -> str:
+def _settle_weights(
+    model: Module, asked: CpuWeights, memory_limit_bytes: int, *, widens: bool
+) -> str:
     """Choose what the weights are held in, and say it."""
-    is_cpu = mx.default_device() == mx.Device(mx.cpu)
     size = _float32_bytes(model)
     fits = size <= FLOAT32_SHARE * memory_limit_bytes
     if asked == "float32" and size > memory_limit_bytes:
@@ -139,7 +129,7 @@ def _settle_weights(model: Module, asked: CpuWeights, memory_limit_bytes: int) -
             f"--cpu-weights float32 needs {format_bytes(size)}, "
             f"the memory limit is {format_bytes(memory_limit_bytes)}"
         )
-    if is_cpu and (asked == "float32" or (asked == "auto" and fits)):
+    if widens and (asked == "float32" or (asked == "auto" and fits)):
         _to_float32(model)
         return "float32"
     if min(_num_bytes(model), size) > memory_limit_bytes:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_lm_server.core.cost_model import StepCosts
+from mlx_lm_server.core.measured import Measured
 from mlx_lm_server.core.plan import CreateSlab, StepPlan
 from mlx_lm_server.runner.loading.tiny_plans import (
     SMALL_SLAB,
@@ -37,16 +37,6 @@ AGREEMENT = 0.15
 # Until copies are timed: a host's memory, some of it fresh. A guess that is too slow is given up
 # sooner than one that is too fast.
 FIRST_COPIED_BYTES_PER_S = 4e9
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """`is_steady`: what there was time to run twice took the same time twice."""
-
-    num_threads: int | None
-    costs: StepCosts
-    activation_bytes_per_token: int
-    is_steady: bool = True
 
 
 class Measurer:

@@ -15,9 +15,7 @@ import mlx.core as mx
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.plan import CreateSlab, StepPlan
 from mlx_lm_server.protocol import Batching
-from mlx_lm_server.runner.backends.kernels import choose_kernel
-from mlx_lm_server.runner.loading.cache_kinds import ModelState
-from mlx_lm_server.runner.loading.language_model import LanguageModel
+from mlx_lm_server.runner.backend import Backend
 from mlx_lm_server.runner.loading.tiny_plans import (
     LARGE_SLAB,
     SMALL_SLAB,
@@ -36,6 +34,8 @@ from mlx_lm_server.runner.seam.forwards import (
     SplitForward,
     arrays_of,
 )
+from mlx_lm_server.runner.seam.language_model import LanguageModel
+from mlx_lm_server.runner.state.cache_kinds import ModelState
 from mlx_lm_server.runner.state.kv_storage import KVStorage
 
 PROBE_TOKENS = 12
@@ -59,17 +59,19 @@ class Choice:
         return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in ways.items())
 
 
-def choose_forward(lm: LanguageModel, state: ModelState | None, why_no_state: str) -> Choice:
+def choose_forward(
+    lm: LanguageModel, state: ModelState | None, why_no_state: str, backend: Backend
+) -> Choice:
     """The first of the ways, the best first, that gives mlx-lm's logits where K and V are kept as
     the model makes them."""
     refused = {}
-    storage = KVStorage(state.kv if state else [])
+    storage = KVStorage(state.kv if state else [], backend)
     if state is None:
         refused["batched"] = why_no_state
     elif state.recurrent:
         refused["packed"] = "recurrent state takes a row's tokens in order"
     reference = _Reference(lm)
-    for name, candidate in _candidates(lm, state):
+    for name, candidate in _candidates(lm, state, backend):
         forward = candidate(storage)
         reason = _disagreement(forward, reference, storage)
         if reason is None:
@@ -78,19 +80,21 @@ def choose_forward(lm: LanguageModel, state: ModelState | None, why_no_state: st
     return Choice("alone", lambda _: AloneForward(lm), refused)
 
 
-def _candidates(lm: LanguageModel, state: ModelState | None) -> list[tuple[str, Candidate]]:
+def _candidates(
+    lm: LanguageModel, state: ModelState | None, backend: Backend
+) -> list[tuple[str, Candidate]]:
     if state is None:
         return []
     dtype = state.kv[0].dtype if state.kv else mx.float32
-    kernel = choose_kernel(dtype)
+    kernel = backend.kernel(dtype)
     ways: list[tuple[str, Candidate]] = []
     if not state.recurrent:
         ways.append(("packed", lambda storage: PackedForward(lm, state, storage, kernel)))
     ways.append(("split", lambda storage: SplitForward(lm, state, storage, kernel)))
     if state.kv:
-        ways.append(("fetched", lambda storage: SplitForward(lm, state, storage, None)))
+        ways.append(("fetched", lambda storage: SplitForward(lm, state, storage, kernel, 4)))
         by_head = "fetched, by KV head"
-        ways.append((by_head, lambda storage: SplitForward(lm, state, storage, None, 5)))
+        ways.append((by_head, lambda storage: SplitForward(lm, state, storage, kernel, 5)))
     return ways
 
 

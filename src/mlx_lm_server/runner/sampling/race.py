@@ -21,10 +21,10 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_lm_server.runner.backends.x86 import fast_math
+from mlx_lm_server.runner.backend import Unary
+from mlx_lm_server.runner.bounded_compile import BoundedCompile
 
 RACE_MISS_PROBABILITY = 1e-6
-MAX_DEPTH = 64
 
 
 def race_rounds(top_p: float) -> int:
@@ -44,12 +44,11 @@ def race_rounds(top_p: float) -> int:
 
 
 class Vocabulary:
-    """Reductions over `[n, vocab]`, each to `[n, 1]`."""
+    """Reductions over `[n, vocab]`, each to `[n, 1]`, in up to `max_depth` parts."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, max_depth: int) -> None:
         self.size = size
-        is_cpu = mx.default_device() == mx.Device(mx.cpu)
-        depths = range(MAX_DEPTH if is_cpu else 1, 0, -1)
+        depths = range(max_depth, 0, -1)
         self._depth = next(depth for depth in depths if size % depth == 0)
         self._width = size // self._depth
 
@@ -73,12 +72,11 @@ class Vocabulary:
 class Race:
     """Draws one token for each row from its weights. Owned by the sampler."""
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, log: Unary) -> None:
         self._vocabulary = vocabulary
-        log = fast_math.log_of(fast_math.is_slow_cpu())
         self._spread_ids = mx.arange(vocabulary.size, dtype=mx.uint32)[None] * 0x9E3779B1
-        self._mix = fast_math.BoundedCompile(_mix)
-        self._run = fast_math.BoundedCompile(lambda weights, h: weights / -log(_uniform(h)))
+        self._mix = BoundedCompile(_mix)
+        self._run = BoundedCompile(lambda weights, h: weights / -log(_uniform(h)))
 
     def draw(
         self, weights: mx.array, keys: Sequence[int], top_p: mx.array, rounds: Sequence[int]

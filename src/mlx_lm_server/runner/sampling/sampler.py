@@ -1,8 +1,8 @@
 """One vectorised sampler for all rows of a step.
 
-The draw is a race (`race.py`; on CPUs `native_draw.py`) with noise hashed from the row's seed, the
-index of the token in its sequence and the token id. So a row's token depends on its own logits and
-parameters only, never on what shares the batch.
+The draw is a race (`race.py`, or what a back end has for it) with noise hashed from the row's seed,
+the index of the token in its sequence and the token id. So a row's token depends on its own logits
+and parameters only, never on what shares the batch.
 
 Candidates are dropped in this order: penalties, logit bias, allowed tokens and bad words,
 temperature, min_p, top_k, typical_p, XTC, top_p.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -23,8 +23,8 @@ import mlx.core as mx
 from mlx_lm_server.core.bad_words import BadWords
 from mlx_lm_server.core.thinking import ThinkingClock
 from mlx_lm_server.protocol import SamplingParams
-from mlx_lm_server.runner.backends.x86 import fast_math
-from mlx_lm_server.runner.backends.x86.native_draw import NativeDraw
+from mlx_lm_server.runner.backend import Backend, RowDraw
+from mlx_lm_server.runner.bounded_compile import BoundedCompile
 from mlx_lm_server.runner.sampling.logprobs import PromptScores
 from mlx_lm_server.runner.sampling.race import Race, Vocabulary, race_rounds
 from mlx_lm_server.runner.sampling.truncation import exclude_top_choices, keep_typical
@@ -184,7 +184,7 @@ class Draw:
     what reads them must not be submitted before that, but for the arrays given to `submit`."""
 
     tokens: mx.array
-    _native: NativeDraw | None = None
+    _native: RowDraw | None = None
     _logits: mx.array | None = None
     _params: Sequence[SamplingParams] = ()
     _keys: Sequence[int] = ()
@@ -209,27 +209,22 @@ class Draw:
         self._native.fill(self.tokens, self._logits, self._params, self._keys, drawn)
 
 
-@dataclass(slots=True)
 class Sampler:
-    """Owned by the model runner, used on the engine's main thread only. Rows whose parameters
-    `native` knows are drawn by it, where there is one, whatever the others ask for."""
+    """Owned by the model runner, used on the engine's main thread only. Rows whose parameters the
+    back end's own draw knows are drawn by it, where there is one, whatever the others ask for."""
 
-    vocab_size: int
-    native: NativeDraw | None = None
-    _params: _DrawParams | None = None
-    _race: Race = field(init=False)
-    _vocabulary: Vocabulary = field(init=False)
-    _exp: fast_math.BoundedCompile = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._vocabulary = Vocabulary(self.vocab_size)
-        self._race = Race(self._vocabulary)
-        self._exp = fast_math.BoundedCompile(fast_math.exp_of(fast_math.is_slow_cpu()))
+    def __init__(self, vocab_size: int, backend: Backend) -> None:
+        self.vocab_size = vocab_size
+        self._native = backend.draw
+        self._params: _DrawParams | None = None
+        self._vocabulary = Vocabulary(vocab_size, backend.policy.reduction_depth)
+        self._race = Race(self._vocabulary, backend.log)
+        self._exp = BoundedCompile(backend.exp)
 
     def start(self, logits: mx.array, rows: Sequence[RowSampling]) -> Draw:
         """Draw a token for each row of logits `[n, vocab]`. Advances the rows."""
         logits = _adjust(logits.astype(mx.float32), rows)
-        draw = self._start_native(logits, rows) if self.native else Draw(self._all(logits, rows))
+        draw = self._start_native(logits, rows) if self._native else Draw(self._all(logits, rows))
         for i, row in enumerate(rows):
             row.next_index += 1
             if row.has_penalties:
@@ -250,7 +245,7 @@ class Sampler:
             other_tokens = self._draw(logits[mx.array(others, mx.int32)], other_rows)
         return Draw(
             tokens=mx.array([0] * len(rows), mx.int32),
-            _native=self.native,
+            _native=self._native,
             _logits=mx.contiguous(logits),
             _params=[row.params for row in rows],
             _keys=[row.key for row in rows],

@@ -17,16 +17,16 @@ from mlx.utils import tree_map
 
 from mlx_lm_server.core.plan import RowWork, StepPlan
 from mlx_lm_server.protocol import Batching
-from mlx_lm_server.runner.backends.kernels import AttentionKernel
-from mlx_lm_server.runner.loading.cache_kinds import ModelState
-from mlx_lm_server.runner.loading.language_model import LanguageModel
+from mlx_lm_server.runner.backend import AttentionKernel
 from mlx_lm_server.runner.seam.attention import LayerCache
+from mlx_lm_server.runner.seam.language_model import LanguageModel
 from mlx_lm_server.runner.seam.rectangular import ChunkCache, DecodeRowsCache
 from mlx_lm_server.runner.seam.replays import MAX_REPLAYED_TOKENS, Replays
-from mlx_lm_server.runner.seam.step_layout import StepLayout, layout_of
+from mlx_lm_server.runner.state.cache_kinds import ModelState
 from mlx_lm_server.runner.state.kv_storage import KVStorage
 from mlx_lm_server.runner.state.row_states import RowStates
 from mlx_lm_server.runner.state.stages import ends_of
+from mlx_lm_server.runner.state.step_layout import StepLayout, layout_of
 
 
 @dataclass(slots=True)
@@ -61,12 +61,13 @@ class PackedForward:
     ) -> None:
         self._lm = lm
         self.storage = storage
-        storage.needs_zeros = not _reads_in_place(kernel, storage)
+        is_in_place = kernel.is_in_place(storage.layers)
+        storage.needs_zeros = not is_in_place
         self._layers = [LayerCache(n, storage, kernel) for n in range(len(state.kv))]
         self._caches = state.nest(self._layers, [])
         self._has_rings = any(layer.ring is not None for layer in storage.layers)
         self.replays: Replays | None = None
-        if _reads_in_place(kernel, storage):
+        if is_in_place:
             self.replays = Replays(lambda *step: self._build(*step)[0], storage)
 
     def run(self, plan: StepPlan, ids: mx.array, kept: Collection[int] = ()) -> Outcome:
@@ -107,21 +108,24 @@ class SplitForward:
         lm: LanguageModel,
         state: ModelState,
         storage: KVStorage,
-        kernel: AttentionKernel | None,
-        mask_dims: int = 4,
+        kernel: AttentionKernel,
+        fetched_mask_dims: int | None = None,
     ) -> None:
-        """With a kernel, decode rows attend slab by slab and chunks where their K and V lie; else
-        K and V are fetched for them, with a mask of so many dimensions."""
+        """Decode rows attend slab by slab and chunks where their K and V lie; or K and V are
+        fetched for them, with a mask of so many dimensions."""
         self._lm = lm
         self._state = state
         self._storage = storage
-        storage.needs_zeros = kernel is None or not _reads_in_place(kernel, storage)
+        attends = fetched_mask_dims is None
+        storage.needs_zeros = not (attends and kernel.is_in_place(storage.layers))
         layers = range(len(state.kv))
         self._row_layers: list[Any] = [
-            LayerCache(n, storage, kernel) if kernel else DecodeRowsCache(n, storage, mask_dims)
+            LayerCache(n, storage, kernel)
+            if fetched_mask_dims is None
+            else DecodeRowsCache(n, storage, fetched_mask_dims)
             for n in layers
         ]
-        self._chunk_layers = [ChunkCache(n, storage, kernel) for n in layers]
+        self._chunk_layers = [ChunkCache(n, storage, kernel, attends=attends) for n in layers]
         self.states = RowStates(state.recurrent)
 
     def run(self, plan: StepPlan, ids: mx.array, kept: Collection[int] = ()) -> Outcome:
@@ -233,11 +237,6 @@ class _begun:
             if error is None:
                 cache.write_unattended()
             cache.end()
-
-
-def _reads_in_place(kernel: AttentionKernel, storage: KVStorage) -> bool:
-    """Whether attention sees nothing but what was written."""
-    return kernel.reads_in_place and all(layer.is_plain_float32 for layer in storage.layers)
 
 
 def _layout(plan: StepPlan, storage: KVStorage) -> StepLayout:

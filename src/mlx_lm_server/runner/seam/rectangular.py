@@ -14,11 +14,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_lm_server.core.plan import RowWork
-from mlx_lm_server.runner.backends.kernels import AttentionKernel
-from mlx_lm_server.runner.backends.x86 import span_attention
-from mlx_lm_server.runner.backends.x86.span_attention import Part, Span
-from mlx_lm_server.runner.seam.step_layout import DecodeGroup, StepLayout
-from mlx_lm_server.runner.state.kv_storage import KVStorage, read
+from mlx_lm_server.runner.backend import AttentionKernel, ChunkAttention
+from mlx_lm_server.runner.seam.slab_attention import RowAttention
+from mlx_lm_server.runner.state.kv_storage import KVStorage
+from mlx_lm_server.runner.state.step_layout import DecodeGroup, StepLayout
 
 
 class _FetchedCache:
@@ -114,22 +113,25 @@ class DecodeRowsCache(_FetchedCache):
         held = self._storage.read_slots(
             self._layer, group.slab_id, group.num_slots, self._group_length(group)
         )
-        return [_pad(_of_tokens(read(array), group), self._length, axis=2) for array in held]
+        return [
+            _pad(_of_tokens(self._storage.read(array), group), self._length, axis=2)
+            for array in held
+        ]
 
 
 class ChunkCache(_FetchedCache):
-    """One layer's cache for one row's chunk `[1, L]`, in the manner of mlx-lm's own caches."""
+    """One layer's cache for one row's chunk `[1, L]`, in the manner of mlx-lm's own caches. K and V
+    that the model hands on untouched are attended to by the kernel, if `attends`."""
 
     def __init__(
-        self, layer: int, storage: KVStorage, kernel: AttentionKernel | None = None
+        self, layer: int, storage: KVStorage, kernel: AttentionKernel, *, attends: bool = True
     ) -> None:
-        """With a kernel, K and V that the model hands on untouched are attended to by it."""
-        self._layer = layer
-        self._storage = storage
-        self._kernel = kernel
-        self._shape = storage.layers[layer]
+        self._attends = attends
+        self._attention: ChunkAttention = (
+            kernel.of_chunks(storage, layer) if attends else RowAttention(storage, layer, kernel)
+        )
+        self._window = storage.layers[layer].window
         self._chunk: RowWork | None = None
-        self._unwritten: tuple[mx.array, mx.array] | None = None
         self.offset = 0
 
     def begin(self, chunk: RowWork) -> None:
@@ -138,54 +140,34 @@ class ChunkCache(_FetchedCache):
         self.offset = chunk.start
 
     @property
-    def _attends_in_place(self) -> bool:
-        is_whole = self._shape.is_plain_float32 and not self._shape.window
-        return self._kernel is not None and self._kernel.reads_in_place and is_whole
+    def chunk(self) -> RowWork:
+        assert self._chunk is not None
+        return self._chunk
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
         from mlx_lm.models.cache import create_attention_mask
 
-        assert self._chunk is not None
-        before = self._chunk.start
-        if self._shape.window is not None:
-            before = min(before, self._shape.window - 1)
-            window_size = window_size or self._shape.window
+        before = self.chunk.start
+        if self._window is not None:
+            before = min(before, self._window - 1)
+            window_size = window_size or self._window
         if window_size is not None and before + n <= window_size:
             window_size = None
         return create_attention_mask(n, before, return_array, window_size)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """`[1, kv_heads, L, dim]` → K and V of all tokens that these see."""
-        assert self._chunk is not None
-        chunk, layer, storage = self._chunk, self._layer, self._storage
-        place = (layer, chunk.slab_id, chunk.slot)
-        if self._shape.window is not None:
-            k, v = storage.extend_ring(*place, chunk.start, keys[0, :], values[0, :])
-        elif self._attends_in_place:
-            k, v = keys[0, :], values[0, :]
-            self._unwritten = k, v
-            if chunk.start:  # what is put together is computed only if the model looks into it
-                before = storage.read_row(*place, chunk.start)
-                pairs = zip(before, self._unwritten, strict=True)
-                k, v = (mx.concatenate(list(pair), axis=1) for pair in pairs)
-        else:
-            storage.write_chunk(*place, chunk.start, keys[0, :], values[0, :])
-            k, v = storage.read_row(*place, chunk.start + keys.shape[2])
-        self.offset = chunk.start + keys.shape[2]
+        k, v = self._attention.put(self.chunk, keys[0, :], values[0, :])
+        self.offset = self.chunk.start + keys.shape[2]
         self._fetched = k[None], v[None]
         return self._fetched
 
     def write_unattended(self) -> None:
-        """What was handed on and not attended to."""
-        if self._unwritten is not None:
-            assert self._chunk is not None
-            place = (self._layer, self._chunk.slab_id, self._chunk.slot)
-            self._storage.write_chunk(*place, self._chunk.start, *self._unwritten)
-            self._unwritten = None
+        self._attention.settle(self.chunk)
 
     def end(self) -> None:
         super().end()
-        self._unwritten = None
+        self._attention.end()
 
     def attend(
         self,
@@ -200,38 +182,13 @@ class ChunkCache(_FetchedCache):
         those that were fetched, or the mask is not the usual one."""
         length = queries.shape[2]
         is_usual = (mask is None and length == 1) or (isinstance(mask, str) and mask == "causal")
-        if self._kernel is None or self._fetched is None or not is_usual:
+        if not self._attends or self._fetched is None or not is_usual:
             return None
         k, v = self._fetched
         if keys is not k or values is not v:
             return None
-        chunk, start = self._chunk, k.shape[2] - length
-        assert chunk is not None
-        if self._attends_in_place:
-            return self._attend_in_place(chunk, queries, start, scale, sinks)
-        out = self._kernel.chunk(queries[0, :], k[0, :], v[0, :], scale, start, None, sinks)
+        out = self._attention.attend(self.chunk, queries[0, :], k[0, :], v[0, :], scale, sinks)
         return out[None]
-
-    def _attend_in_place(
-        self,
-        chunk: RowWork,
-        queries: mx.array,
-        start: int,
-        scale: float,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        planes = self._storage.keys_and_values(self._layer, chunk.slab_id)
-        part = Part(*planes, (Span(chunk.slot, 0, queries.shape[2], start),))
-        new = None
-        if self._unwritten is not None:
-            k, v = self._unwritten
-            new = k.swapaxes(0, 1), v.swapaxes(0, 1)
-        by_token = queries.transpose(2, 1, 0, 3)
-        out = span_attention.attend(by_token, [part], scale, None, sinks, new)
-        if new is not None:
-            out = self._storage.was_written(self._layer, [chunk.slab_id], by=out)
-            self._unwritten = None
-        return out.transpose(2, 1, 0, 3)
 
 
 def _of_tokens(by_slot: mx.array, group: DecodeGroup) -> mx.array:

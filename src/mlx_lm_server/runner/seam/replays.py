@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from mlx_lm_server.runner.seam.attention import SEAM_ERRORS
-from mlx_lm_server.runner.seam.step_layout import StepArray, StepLayout
 from mlx_lm_server.runner.state.kv_storage import KVStorage
+from mlx_lm_server.runner.state.step_layout import StepArray, StepLayout
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from mlx_lm_server.core.block import Place
 from mlx_lm_server.core.plan import LoadBlocks, SaveBlocks
 from mlx_lm_server.runner.state.block_planes import BlockPlanes, Planes
 from mlx_lm_server.runner.state.kv_storage import KVStorage
-from mlx_lm_server.runner.state.plane_spans import Span, copy_in
+from mlx_lm_server.runner.state.plane_spans import Span
 from mlx_lm_server.runner.state.record_bytes import PlaneGroups
 from mlx_lm_server.runner.state.stages import unchanged
 from mlx_lm_server.tier import Record
@@ -69,7 +69,7 @@ class BlockBytes:
     ) -> None:
         def write() -> None:
             mx.eval(planes)
-            copy_in(planes, spans, copies)
+            self._storage.copies.into(planes, spans, copies)
 
         self._storage.stages.add_copy(write, sum(map(len, copies)))
 

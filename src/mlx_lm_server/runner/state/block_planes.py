@@ -8,13 +8,12 @@ Only layers that keep every token lie in blocks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 
 import mlx.core as mx
 
 from mlx_lm_server.core.block import Place
-from mlx_lm_server.runner.backends.x86 import native_products
 from mlx_lm_server.runner.state.kv_storage import LayerShape
 
 Planes = list[mx.array]
@@ -22,10 +21,16 @@ Planes = list[mx.array]
 
 class BlockPlanes:
     """Owned by the block store. `layers` are the numbers of those in blocks, `token_bytes` is what
-    a token takes in all of them."""
+    a token takes in all of them; `unwritten` makes arrays."""
 
-    def __init__(self, shapes: Sequence[LayerShape], block_size: int) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        block_size: int,
+        unwritten: Callable[[tuple[int, ...], mx.Dtype], mx.array],
+    ) -> None:
         self._shapes = shapes
+        self._unwritten = unwritten
         self.block_size = block_size
         self.layers = [number for number, shape in enumerate(shapes) if shape.ring is None]
         self.token_bytes = sum(shapes[number].bytes_per_token for number in self.layers)
@@ -41,7 +46,7 @@ class BlockPlanes:
         """Blocks are read as far as they were written."""
         self._segments[segment_id] = {
             layer: [
-                native_products.unwritten(plane.shape(num_blocks, self.block_size), plane.dtype)
+                self._unwritten(plane.shape(num_blocks, self.block_size), plane.dtype)
                 for plane in self._shapes[layer].planes
             ]
             for layer in self.layers

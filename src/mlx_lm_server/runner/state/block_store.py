@@ -105,7 +105,7 @@ class BlockStore:
         self._states: dict[int, _KeptState] = {}
         self.shapes = RecordShapes(storage.layers, states.parts if states else (), block_size)
         self.tier: TierRecords = NoRecords()
-        self._pool = BlockPlanes(storage.layers, block_size)
+        self._pool = BlockPlanes(storage.layers, block_size, storage.backend.unwritten)
         way = BlockBytes if storage.is_in_host_memory else BlockOperations
         self._copies: BlockCopies = way(storage, self._pool, self.shapes.plane_groups)
 
@@ -196,7 +196,7 @@ class BlockStore:
 
         def give() -> None:
             mx.eval(groups)
-            tensors = [copy_spans(group, spans) for group in groups]
+            tensors = [copy_spans(self._storage.copies, group, spans) for group in groups]
             for number, label in enumerate(labels):
                 self._give(label, [copies[number] for copies in tensors])
 

@@ -33,12 +33,11 @@ from mlx_lm_server.core.plan import (
     MoveRow,
     ResizeSlab,
 )
-from mlx_lm_server.runner.backends.x86 import native_products
-from mlx_lm_server.runner.seam.step_layout import Places, StepLayout
-from mlx_lm_server.runner.state import plane_spans
+from mlx_lm_server.runner.backend import Backend
 from mlx_lm_server.runner.state.kv_quantisation import PackedKV, Quantisation
-from mlx_lm_server.runner.state.plane_spans import Span, copy_between
+from mlx_lm_server.runner.state.plane_spans import PlaneCopies, Span
 from mlx_lm_server.runner.state.stages import Stages, ends_of, unchanged
+from mlx_lm_server.runner.state.step_layout import Places, StepLayout
 
 # K or V of some tokens, `[…, dim]`, as they are or in few bits.
 Stored = mx.array | PackedKV
@@ -122,11 +121,6 @@ class LayerShape:
             PackedKV(planes[3], planes[4], planes[5], self.quantisation, whole[3]),
         )
 
-    def read_planes(self, planes: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
-        """K and V `[…, dim]` as the planes give them back."""
-        keys, values = self.of_planes(planes)
-        return read(keys), read(values)
-
     @property
     def bytes_per_token(self) -> int:
         return sum(plane.bytes_per_token for plane in self.planes)
@@ -137,10 +131,6 @@ class LayerShape:
 
     def num_places(self, capacity: int) -> int:
         return capacity if self.ring is None else min(capacity, self.ring)
-
-
-def read(stored: Stored) -> mx.array:
-    return stored.read() if isinstance(stored, PackedKV) else stored
 
 
 @dataclass(slots=True)
@@ -158,10 +148,12 @@ class Slab:
 class KVStorage:
     """Owned by the model runner, used on the engine's main thread only."""
 
-    def __init__(self, layers: Sequence[LayerShape]) -> None:
+    def __init__(self, layers: Sequence[LayerShape], backend: Backend) -> None:
         self.layers = list(layers)
         self.slabs: dict[int, Slab] = {}
-        self.is_in_host_memory = plane_spans.is_in_host_memory()
+        self.backend = backend
+        self.is_in_host_memory = backend.policy.is_in_host_memory
+        self.copies = PlaneCopies(backend.copy_heads)
         # Whether places that no token was written to may be multiplied by zero.
         self.needs_zeros = True
         self.stages = Stages()
@@ -229,7 +221,7 @@ class KVStorage:
 
     def new_array(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         """For places that no token was written to yet."""
-        return (mx.zeros if self.needs_zeros else native_products.unwritten)(shape, dtype)
+        return (mx.zeros if self.needs_zeros else self.backend.unwritten)(shape, dtype)
 
     def copy_tokens(self, op: CopyTokens, layers: Sequence[int]) -> None:
         """Between slots, of these layers. A ring is copied as it lies, whole from token 0, and by
@@ -267,7 +259,7 @@ class KVStorage:
 
         def copy() -> None:
             mx.eval(held)
-            copy_between(held, spans)
+            self.copies.between(held, spans)
 
         num_tokens = sum(span.num_tokens for span, _ in spans)
         token_bytes = sum(p.shape[1] * p.shape[3] * p.itemsize for p, _ in pairs)
@@ -335,7 +327,7 @@ class KVStorage:
     ) -> tuple[mx.array, mx.array]:
         """`[kv_heads, num_tokens, dim]` of a layer without a window."""
         planes = [plane[slot, :, :num_tokens] for plane in self._planes(layer, slab_id)]
-        return self.layers[layer].read_planes(planes)
+        return self._read_planes(layer, planes)
 
     def extend_ring(
         self, layer: int, slab_id: int, slot: int, start: int, keys: mx.array, values: mx.array
@@ -359,7 +351,16 @@ class KVStorage:
             _put(plane, slot, places, last)
             seen.append(mx.contiguous(whole))
         self._written_unread.add((slab_id, layer))
-        return shape.read_planes(seen)
+        return self._read_planes(layer, seen)
+
+    def read(self, stored: Stored) -> mx.array:
+        """Returns the numbers, whatever they are kept in."""
+        return self.backend.read(stored) if isinstance(stored, PackedKV) else stored
+
+    def _read_planes(self, layer: int, planes: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+        """K and V `[…, dim]` as the planes give them back."""
+        keys, values = self.layers[layer].of_planes(planes)
+        return self.read(keys), self.read(values)
 
     def keys_and_values(self, layer: int, slab_id: int) -> tuple[mx.array, mx.array]:
         """All of a slab, of a layer that is not quantised: `[slots, kv_heads, places, dim]`."""

@@ -9,8 +9,7 @@ writes, which is not done here.
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, cast
@@ -18,7 +17,7 @@ from typing import Any, cast
 import mlx.core as mx
 
 from mlx_lm_server.native.memory import address_of, unwritten_bytes
-from mlx_lm_server.runner.backends.x86 import native_products
+from mlx_lm_server.runner.backend import CopyHeads
 
 Move = tuple[int, int, int]  # from, to and length, in bytes
 
@@ -32,59 +31,86 @@ class Span:
     num_tokens: int
 
 
-def is_in_host_memory() -> bool:
-    """Whether what is written to an array's buffer is what MLX computes with."""
-    return bool(mx.default_device() == mx.Device(mx.cpu))
+class PlaneCopies:
+    """Copies tokens between planes and to bytes; with `copy_heads`, which is native code with
+    threads, or here."""
 
+    def __init__(self, copy_heads: CopyHeads | None) -> None:
+        self._copy_heads = copy_heads
 
-def copy_between(
-    pairs: Iterable[tuple[mx.array, mx.array]], spans: Sequence[tuple[Span, Span]]
-) -> None:
-    """In each pair of planes from the first span of each pair to the second. Raises ValueError
-    where they do not fit each other."""
-    alike: dict[tuple[_Layout, _Layout], list[tuple[mx.array, mx.array]]] = {}
-    for source, target in pairs:
-        alike.setdefault((_Layout.of(source), _Layout.of(target)), []).append((source, target))
-    for (old, new), group in alike.items():
-        if (old.kv_heads, old.token_bytes) != (new.kv_heads, new.token_bytes):
-            raise ValueError(f"tokens of {old} do not fit {new}")
-        if any(a.num_tokens != b.num_tokens for a, b in spans):
-            raise ValueError("spans of different length")
-        moves = [(old.start(a), new.start(b), a.num_tokens * old.token_bytes) for a, b in spans]
-        sources = [bytes_of(source) for source, _ in group]
-        targets = [_memory_of(target) for _, target in group]
-        from_, to = list(map(address_of, sources)), list(map(address_of, targets))
-        _copy(from_, to, moves, old.kv_heads, old.head_bytes, new.head_bytes)
+    def between(
+        self, pairs: Iterable[tuple[mx.array, mx.array]], spans: Sequence[tuple[Span, Span]]
+    ) -> None:
+        """In each pair of planes from the first span of each pair to the second. Raises ValueError
+        where they do not fit each other."""
+        alike: dict[tuple[_Layout, _Layout], list[tuple[mx.array, mx.array]]] = {}
+        for source, target in pairs:
+            alike.setdefault((_Layout.of(source), _Layout.of(target)), []).append((source, target))
+        for (old, new), group in alike.items():
+            if (old.kv_heads, old.token_bytes) != (new.kv_heads, new.token_bytes):
+                raise ValueError(f"tokens of {old} do not fit {new}")
+            if any(a.num_tokens != b.num_tokens for a, b in spans):
+                raise ValueError("spans of different length")
+            moves = [(old.start(a), new.start(b), a.num_tokens * old.token_bytes) for a, b in spans]
+            sources = [bytes_of(source) for source, _ in group]
+            targets = [_memory_of(target) for _, target in group]
+            from_, to = list(map(address_of, sources)), list(map(address_of, targets))
+            self._copy(from_, to, moves, old.kv_heads, old.head_bytes, new.head_bytes)
 
+    def out(self, planes: Sequence[mx.array], spans: Sequence[Span]) -> list[memoryview]:
+        """Returns for each span of planes of one shape the bytes of `[planes, kv_heads,
+        num_tokens, width]`."""
+        layout, views = _Layout.of(planes[0]), [bytes_of(plane) for plane in planes]
+        from_ = list(map(address_of, views))
+        copies = [unwritten_bytes(len(planes) * layout.plane_bytes(span)) for span in spans]
+        pairs = zip(spans, copies, strict=True)
+        for num_tokens, run in groupby(pairs, key=lambda pair: pair[0].num_tokens):
+            alike, length = list(run), num_tokens * layout.token_bytes
+            moves = [(layout.start(span), address_of(copy), length) for span, copy in alike]
+            to = [number * layout.plane_bytes(alike[0][0]) for number in range(len(planes))]
+            self._copy(from_, to, moves, layout.kv_heads, layout.head_bytes, length)
+        return [copy.toreadonly() for copy in copies]
 
-def copy_out(planes: Sequence[mx.array], spans: Sequence[Span]) -> list[memoryview]:
-    """For each span of planes of one shape the bytes of `[planes, kv_heads, num_tokens, width]`."""
-    layout, views = _Layout.of(planes[0]), [bytes_of(plane) for plane in planes]
-    from_ = list(map(address_of, views))
-    copies = [unwritten_bytes(len(planes) * layout.plane_bytes(span)) for span in spans]
-    pairs = zip(spans, copies, strict=True)
-    for num_tokens, run in groupby(pairs, key=lambda pair: pair[0].num_tokens):
-        alike, length = list(run), num_tokens * layout.token_bytes
-        moves = [(layout.start(span), address_of(copy), length) for span, copy in alike]
-        to = [number * layout.plane_bytes(alike[0][0]) for number in range(len(planes))]
-        _copy(from_, to, moves, layout.kv_heads, layout.head_bytes, length)
-    return [copy.toreadonly() for copy in copies]
+    def into(
+        self,
+        planes: Sequence[mx.array],
+        spans: Sequence[Span],
+        copies: Sequence[bytes | memoryview],
+    ) -> None:
+        """The way back. Raises ValueError where the bytes are not as many."""
+        layout, views = _Layout.of(planes[0]), [_memory_of(plane) for plane in planes]
+        to = list(map(address_of, views))
+        pairs = [(span, memoryview(copy)) for span, copy in zip(spans, copies, strict=True)]
+        if any(copy.nbytes != len(planes) * layout.plane_bytes(span) for span, copy in pairs):
+            raise ValueError("bytes of other planes")
+        for num_tokens, run in groupby(pairs, key=lambda pair: pair[0].num_tokens):
+            alike, length = list(run), num_tokens * layout.token_bytes
+            moves = [(address_of(copy), layout.start(span), length) for span, copy in alike]
+            from_ = [number * layout.plane_bytes(alike[0][0]) for number in range(len(planes))]
+            self._copy(from_, to, moves, layout.kv_heads, length, layout.head_bytes)
 
-
-def copy_in(
-    planes: Sequence[mx.array], spans: Sequence[Span], copies: Sequence[bytes | memoryview]
-) -> None:
-    """The way back. Raises ValueError where the bytes are not as many."""
-    layout, views = _Layout.of(planes[0]), [_memory_of(plane) for plane in planes]
-    to = list(map(address_of, views))
-    pairs = [(span, memoryview(copy)) for span, copy in zip(spans, copies, strict=True)]
-    if any(copy.nbytes != len(planes) * layout.plane_bytes(span) for span, copy in pairs):
-        raise ValueError("bytes of other planes")
-    for num_tokens, run in groupby(pairs, key=lambda pair: pair[0].num_tokens):
-        alike, length = list(run), num_tokens * layout.token_bytes
-        moves = [(address_of(copy), layout.start(span), length) for span, copy in alike]
-        from_ = [number * layout.plane_bytes(alike[0][0]) for number in range(len(planes))]
-        _copy(from_, to, moves, layout.kv_heads, length, layout.head_bytes)
+    def _copy(
+        self,
+        sources: Sequence[int],
+        targets: Sequence[int],
+        moves: Sequence[Move],
+        num_heads: int,
+        from_stride: int,
+        to_stride: int,
+    ) -> None:
+        """What native/products/copies.c says, with its threads or here."""
+        columns = list(zip(*moves, strict=True)) or [(), (), ()]
+        if self._copy_heads is not None:
+            arrays = len(sources), _longs(sources), _longs(targets)
+            self._copy_heads(
+                *arrays, len(moves), *map(_longs, columns), num_heads, from_stride, to_stride
+            )
+            return
+        for source, target in zip(sources, targets, strict=True):
+            for from_, to, length in moves:
+                for head in range(num_heads):
+                    into = target + to + head * to_stride
+                    ctypes.memmove(into, source + from_ + head * from_stride, length)
 
 
 def bytes_of(array: mx.array) -> memoryview:
@@ -126,37 +152,6 @@ class _Layout:
         if not (0 <= span.slot < self.num_slots and 0 <= span.start <= stop <= self.places):
             raise ValueError(f"{span} is outside of {self}")
         return span.slot * self.kv_heads * self.head_bytes + span.start * self.token_bytes
-
-
-def _copy(
-    sources: Sequence[int],
-    targets: Sequence[int],
-    moves: Sequence[Move],
-    num_heads: int,
-    from_stride: int,
-    to_stride: int,
-) -> None:
-    """What native/products/copies.c says, with its threads or here."""
-    columns = list(zip(*moves, strict=True)) or [(), (), ()]
-    if (copy_heads := _copy_heads()) is not None:
-        arrays = len(sources), _longs(sources), _longs(targets)
-        copy_heads(*arrays, len(moves), *map(_longs, columns), num_heads, from_stride, to_stride)
-        return
-    for source, target in zip(sources, targets, strict=True):
-        for from_, to, length in moves:
-            for head in range(num_heads):
-                into = target + to + head * to_stride
-                ctypes.memmove(into, source + from_ + head * from_stride, length)
-
-
-@functools.cache
-def _copy_heads() -> Callable[..., None] | None:
-    if (library := native_products.library()) is None:
-        return None
-    one, many = ctypes.c_long, ctypes.POINTER(ctypes.c_long)
-    library.copy_heads.argtypes = one, many, many, one, many, many, many, one, one, one
-    library.copy_heads.restype = None
-    return cast(Callable[..., None], library.copy_heads)
 
 
 def _longs(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_long]:

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple, TypeVar, cast
 import mlx.core as mx
 
 from mlx_lm_server.native.memory import unwritten_bytes
-from mlx_lm_server.runner.loading.cache_kinds import RecurrentState
+from mlx_lm_server.runner.state.cache_kinds import RecurrentState
 from mlx_lm_server.runner.state.kv_storage import LayerShape
-from mlx_lm_server.runner.state.plane_spans import Span, bytes_of, copy_out
+from mlx_lm_server.runner.state.plane_spans import PlaneCopies, Span, bytes_of
 from mlx_lm_server.tier import Record, Tensor
 
 DTYPES = {
@@ -118,14 +118,16 @@ def stacked_bytes(arrays: Sequence[mx.array]) -> Tensor:
     return Tensor(DTYPE_NAMES[first.dtype], (len(arrays), *first.shape), data.toreadonly())
 
 
-def copy_spans(planes: Sequence[mx.array], spans: Sequence[Span]) -> list[Tensor]:
+def copy_spans(
+    copies: PlaneCopies, planes: Sequence[mx.array], spans: Sequence[Span]
+) -> list[Tensor]:
     """Each span of planes of one shape, `[slots, kv_heads, places, width]`, as a tensor
     `[planes, kv_heads, num_tokens, width]`. The planes are computed."""
     _, kv_heads, _, width = planes[0].shape
     name = DTYPE_NAMES[planes[0].dtype]
     return [
         Tensor(name, (len(planes), kv_heads, span.num_tokens, width), data)
-        for span, data in zip(spans, copy_out(planes, spans), strict=True)
+        for span, data in zip(spans, copies.out(planes, spans), strict=True)
     ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_lm_server.runner.loading.cache_kinds import RecurrentState
+from mlx_lm_server.runner.state.cache_kinds import RecurrentState
 
 
 class RowStates:

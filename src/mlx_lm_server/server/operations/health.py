@@ -179,7 +179,7 @@ class HealthRoutes:
             facts |= {"pid": supervisor.pid, "restarts": supervisor.num_restarts}
             if supervisor.ready is not None:
                 ready = supervisor.ready
-                facts |= {"device": ready.device, "blas": ready.blas}
+                facts |= {"device": ready.device, "way": ready.way, "blas": ready.blas}
                 facts |= {"batching": ready.batching, "batching_reason": ready.batching_reason}
                 facts |= {"kv_bits": ready.kv_bits, "kv_format": ready.kv_format}
         return facts

@@ -2,7 +2,7 @@
 
 There `mx.exp` calls the C library once per element (13 ns); these are plain arithmetic that the
 compiler vectorises (about 2 ns fused by `mx.compile`, 5 ns without a C++ compiler at run time).
-Relative errors stay below 3e-7. Other back ends keep mlx's own functions.
+Relative errors stay below 3e-7.
 
 The reductions are the classic ones (Cody & Waite 1980): exp(x) = 2^n · exp(r) with n whole and
 |r| ≤ ln 2 / 2; log(x) = e·ln 2 + log(m) with m in [1/√2, √2).
@@ -10,10 +10,9 @@ The reductions are the classic ones (Cody & Waite 1980): exp(x) = 2^n · exp(r) 
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable
-
 import mlx.core as mx
+
+from mlx_lm_server.runner.bounded_compile import BoundedCompile
 
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -63,8 +62,6 @@ TANH_DIVISOR = (
 )
 SWIGLU_BLOCK_TOKENS = 128
 
-Unary = Callable[[mx.array], mx.array]
-
 
 def _horner(terms: tuple[float, ...], x: mx.array) -> mx.array:
     total = x * terms[0] + terms[1]
@@ -92,42 +89,6 @@ def arithmetic_log(x: mx.array) -> mx.array:
     return series + exponent * LN_2
 
 
-def is_slow_cpu() -> bool:
-    """True where the default device is a CPU whose `mx.exp` is not vectorised."""
-    return mx.default_device() == mx.Device(mx.cpu) and platform.machine() in ("x86_64", "AMD64")
-
-
-def exp_of(use_arithmetic: bool) -> Unary:
-    return arithmetic_exp if use_arithmetic else mx.exp
-
-
-def log_of(use_arithmetic: bool) -> Unary:
-    return arithmetic_log if use_arithmetic else mx.log
-
-
-class BoundedCompile:
-    """`mx.compile` for functions that meet ever new shapes.
-
-    A compiled function keeps one trace per combination of input shapes for as long as it lives;
-    this one is made anew after `max_shapes` of them.
-    """
-
-    def __init__(self, function: Callable[..., mx.array], max_shapes: int = 512) -> None:
-        self._function = function
-        self._max_shapes = max_shapes
-        self._seen: set[tuple[tuple[int, ...], ...]] = set()
-        self._compiled = mx.compile(function)
-
-    def __call__(self, *inputs: mx.array) -> mx.array:
-        shapes = tuple(x.shape for x in inputs)
-        if shapes not in self._seen:
-            if len(self._seen) >= self._max_shapes:
-                self._seen.clear()
-                self._compiled = mx.compile(self._function)
-            self._seen.add(shapes)
-        return self._compiled(*inputs)
-
-
 def arithmetic_sigmoid(x: mx.array) -> mx.array:
     """1 / (1 + exp(-x)) of float32, to 1e-7 of the whole range: (1 + tanh(x / 2)) / 2."""
     half = mx.minimum(mx.maximum(x * 0.5, -TANH_LIMIT), TANH_LIMIT)
@@ -139,7 +100,7 @@ _compiled_swiglu = BoundedCompile(lambda gate, x: gate * x * arithmetic_sigmoid(
 
 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
-    """SiLU(gate) · x, for float32 `[tokens, …]`; stands in for mlx-lm's where `is_slow_cpu`.
+    """SiLU(gate) · x, for float32 `[tokens, …]`; stands in for mlx-lm's.
 
     Done in blocks of tokens, whose intermediate arrays stay in the CPU's cache.
     """

@@ -1,7 +1,7 @@
 """The draw of a whole batch in C, for CPUs: `native/draw` on the buffers of evaluated arrays.
 
-`race.py` says the same with arrays, for GPUs and machines without a compiler. There a row of 8192
-costs thirty passes over memory, here it stays in the cache (docs/adr/0004).
+`sampling/race.py` says the same with arrays, for GPUs and machines without a compiler. There a row
+of 8192 costs thirty passes over memory, here it stays in the cache (docs/adr/0004).
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ class NativeDraw:
 
 
 def load() -> NativeDraw | None:
-    """None where arrays lie on a GPU or nothing can be compiled."""
-    if mx.default_device() != mx.Device(mx.cpu):
-        return None
+    """Returns the draw, or None where nothing can be compiled."""
     library = native.load("draw")
     return None if library is None else NativeDraw(library)
 

@@ -12,6 +12,8 @@ import ctypes
 import functools
 import math
 import struct
+from collections.abc import Callable
+from typing import cast
 
 import mlx.core as mx
 
@@ -49,6 +51,16 @@ def is_there() -> bool:
 def library() -> ctypes.CDLL | None:
     """The library itself, for what it does beside operations; None where it is not there."""
     return native.load("products") if is_there() else None
+
+
+def copy_heads() -> Callable[..., None] | None:
+    """Returns what copies.c does with its threads; None where the library is not there."""
+    if (found := library()) is None:
+        return None
+    one, many = ctypes.c_long, ctypes.POINTER(ctypes.c_long)
+    found.copy_heads.argtypes = one, many, many, one, many, many, many, one, one, one
+    found.copy_heads.restype = None
+    return cast(Callable[..., None], found.copy_heads)
 
 
 def unwritten(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:

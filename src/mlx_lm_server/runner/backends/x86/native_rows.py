@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_lm_server.runner.backend import ModelOperations
 from mlx_lm_server.runner.backends.x86 import native_products
 from mlx_lm_server.runner.backends.x86.native_products import (
     MAX_NUMBERS,
@@ -136,18 +137,13 @@ def _alpha_with(eps: float) -> float:
     return RMS_NORM_ALPHA * (1 + (native_products.bits_of(eps) >> 8) / 2**23)
 
 
-def install() -> None:
-    """Put them in the place of MLX's and mlx-lm's, where the library in C is there and gives the
-    same. Must run before a model's module is first imported."""
-    from mlx_lm.models import activations
-
-    if isinstance(getattr(mx.fast.rms_norm, "__self__", None), NativeRows):
-        return
-    ours = NativeRows(activations.swiglu)
-    if native_products.is_there() and _is_right(ours):
-        mx.fast.rms_norm = ours.rms_norm
-        mx.fast.rope = ours.rope
-        activations.swiglu = ours.swiglu
+def operations(plain_swiglu: Callable[..., mx.array]) -> ModelOperations:
+    """Returns ours, or none where the library in C is not there or does not give the same.
+    `plain_swiglu` does what they do not know."""
+    ours = NativeRows(plain_swiglu)
+    if not (native_products.is_there() and _is_right(ours)):
+        return ModelOperations(swiglu=plain_swiglu)
+    return ModelOperations(rms_norm=ours.rms_norm, rope=ours.rope, swiglu=ours.swiglu)
 
 
 def _is_right(ours: NativeRows) -> bool:

@@ -17,17 +17,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_lm_server.runner.backends.x86 import native_products
-
-
-class Span(NamedTuple):
-    """Tokens side by side in the batch and in a slot, the first of them after `start` others. A
-    single one may look back around the end of its slot, which is a ring then."""
-
-    slot: int
-    first_token: int
-    num_tokens: int
-    start: int
-
+from mlx_lm_server.runner.state.step_layout import Span
 
 # Gives the rows `told` makes of some spans, of these facts and this width.
 Tell = Callable[[tuple[int, ...], int], mx.array]

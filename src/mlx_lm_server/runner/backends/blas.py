@@ -27,7 +27,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlx_lm_server import native
+from mlx_lm_server import native, platform
 
 PREFIX = b"scipy_"
 REFERENCE_BLAS = "reference BLAS (slow; install the `cpu` extra)"
@@ -63,12 +63,12 @@ def preload(num_threads: int | None = None, *, with_small_gemm: bool = True) -> 
     `num_threads` None takes the cores that this process may run on; without `with_small_gemm` it
     is the plain OpenBLAS. Raises RuntimeError where mlx is imported already.
     """
-    if sys.platform != "linux":
+    if not platform.is_linux():
         return Blas("Accelerate")
     if "mlx.core" in sys.modules:
         raise RuntimeError("the BLAS must be loaded before mlx.core is imported")
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", OPENBLAS_SPIN_LOG2_CYCLES)
-    num_threads = num_threads or usable_cores()
+    num_threads = num_threads or platform.usable_cores()
     path = next(filter(None, (find() for find in (_packaged_openblas, _system_openblas))), None)
     if path is None:
         return Blas(REFERENCE_BLAS)
@@ -80,20 +80,6 @@ def preload(num_threads: int | None = None, *, with_small_gemm: bool = True) -> 
         small_gemm.products_init(full, num_threads, SMALL_GEMM_SPIN_US)
     name = _name_of(library, small_gemm is not None)
     return Blas(name, path).with_threads(num_threads)
-
-
-def usable_cores() -> int:
-    """Cores this process may use: its affinity mask, and the CPU quota of its control group."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, min(cores or 1, _cgroup_cores()))
-
-
-def _cgroup_cores() -> int:
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, int(quota) // int(period))
-    except (OSError, ValueError):
-        return sys.maxsize
 
 
 def _is_openblas(path: Path | str) -> bool:
@@ -173,6 +159,6 @@ def _scripts_folder() -> str:
 def _load_small_gemm() -> ctypes.CDLL | None:
     """Products with few rows; None where the CPU has no AVX2 or the machine no C compiler. It must
     not be called before `products_init`."""
-    if not {"avx2", "fma"} <= native.cpu_flags():
+    if not {"avx2", "fma"} <= platform.cpu_flags():
         return None
     return native.load("products", ctypes.RTLD_GLOBAL)

@@ -11,28 +11,39 @@ prefill chunks, each chunk's tokens side by side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import mlx.core as mx
 
 from mlx_lm_server.core.plan import RowWork, StepPlan
-from mlx_lm_server.runner.backends.x86.span_attention import Span, Tell, told
 
 # Lengths of the KV read by decode rows are rounded up to this many tokens, so that the same
 # shapes (and compiled functions) serve many steps.
 LENGTH_STEP = 32
+
+T = TypeVar("T")
+
+
+class Span(NamedTuple):
+    """Tokens side by side in the batch and in a slot, the first of them after `start` others. A
+    single one may look back around the end of its slot, which is a ring then."""
+
+    slot: int
+    first_token: int
+    num_tokens: int
+    start: int
 
 
 @dataclass(frozen=True)
 class DecodeGroup:
     """The decode rows of one slab.
 
-    Plain operations run over the slab's first `num_slots` slots and `length` positions, attention
-    in C over the `spans`; each asks for what it needs.
+    Plain operations run over the slab's first `num_slots` slots and `length` positions, others over
+    the `spans`; each asks for what it needs.
     """
 
     slab_id: int
@@ -145,19 +156,6 @@ class Places(NamedTuple):
         return mx.array(places, mx.uint32)
 
 
-class Told(NamedTuple):
-    """What attention in C is told of the tokens of a slab; see `span_attention.told`."""
-
-    slab: int  # among the layout's
-    with_chunks: bool
-    facts: tuple[int, ...]
-    width: int
-
-    def of(self, layout: StepLayout) -> mx.array:
-        spans = layout.spans(self.with_chunks)[layout.slab_ids[self.slab]]
-        return told(spans, self.facts, self.width)
-
-
 @dataclass(frozen=True, slots=True)
 class StepLayout:
     """What layers of a kind have in common is computed for the first and kept for the others."""
@@ -168,7 +166,7 @@ class StepLayout:
     is_sealed: bool = False  # its arrays stand for those of other steps
     _arrays: dict[StepArray, mx.array] = field(default_factory=dict)
     _views: dict[tuple[int, int | None, int | None], SlotsView] = field(default_factory=dict)
-    _spans: dict[bool, dict[int, tuple[Span, ...]]] = field(default_factory=dict)
+    _kept: dict[Hashable, Any] = field(default_factory=dict)
 
     @property
     def num_tokens(self) -> int:
@@ -206,21 +204,13 @@ class StepLayout:
 
     def sealed(self, arrays: Mapping[StepArray, mx.array]) -> StepLayout:
         """This layout with these arrays and no other."""
-        return replace(self, is_sealed=True, _arrays=dict(arrays), _views={}, _spans={})
+        return replace(self, is_sealed=True, _arrays=dict(arrays), _views={}, _kept={})
 
-    def spans(self, with_chunks: bool) -> dict[int, tuple[Span, ...]]:
-        """The decode rows of each slab, and its chunks."""
-        if with_chunks not in self._spans:
-            found: dict[int, tuple[Span, ...]] = {}
-            for group in self.groups if with_chunks else self.decodes:
-                found[group.slab_id] = (*found.get(group.slab_id, ()), *group.spans)
-            self._spans[with_chunks] = found
-        return self._spans[with_chunks]
-
-    def tell(self, slab_id: int, with_chunks: bool) -> Tell:
-        """What `span_attention` asks for a slab."""
-        slab = self.slab_ids.index(slab_id)
-        return lambda facts, width: self.array(Told(slab, with_chunks, facts, width))
+    def kept(self, key: Hashable, find: Callable[[], T]) -> T:
+        """Returns what `find` gave when it was first asked for."""
+        if key not in self._kept:
+            self._kept[key] = find()
+        return cast(T, self._kept[key])
 
     def view_of(self, group: DecodeGroup, window: int | None, ring: int | None) -> SlotsView:
         """What the group's slots see of a layer that looks back `window` tokens, None for all."""

@@ -1,20 +1,25 @@
-"""The arithmetic of attention: MLX's fused kernel, and one for x86 CPUs."""
+"""Attention for x86 CPUs in float32."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
 
 import mlx.core as mx
 
+from mlx_lm_server.runner.backend import ChunkAttention, LayerAttention
+from mlx_lm_server.runner.backends.fused_kernel import sees
 from mlx_lm_server.runner.backends.x86 import (
     code_products,
     fast_math,
     native_products,
     span_attention,
 )
-from mlx_lm_server.runner.seam.step_layout import SlotsView
-from mlx_lm_server.runner.state.kv_quantisation import PackedKV, is_metal
-from mlx_lm_server.runner.state.kv_storage import Stored, read
+from mlx_lm_server.runner.backends.x86.in_place import InPlaceAttention, InPlaceRowAttention
+from mlx_lm_server.runner.bounded_compile import BoundedCompile
+from mlx_lm_server.runner.seam.slab_attention import RowAttention, SlabAttention
+from mlx_lm_server.runner.state.kv_quantisation import PackedKV
+from mlx_lm_server.runner.state.kv_storage import KVStorage, LayerShape, Stored
+from mlx_lm_server.runner.state.step_layout import SlotsView
 
 # Queries that share one pass over the keys on a CPU, and how many bytes of scores are worked on at
 # once, so that they stay in its second-level cache.
@@ -23,81 +28,6 @@ CPU_SCORES_BYTES = 2 * 1024 * 1024
 # Keys that a row does not see weigh exp(-60), not less: times a scale it must not become a
 # denormal number, which x86 multiplies a hundred times as slowly.
 LOWEST_EXPONENT = -60.0
-
-
-class AttentionKernel(Protocol):
-    """The two shapes of attention. Q is `[…, heads, …]`, K and V `[…, kv_heads, …]`; `sinks`
-    `[heads]` are logits of keys without a value, which take part in the softmax only. Single
-    tokens attend to K and V as they are stored, chunks to what has been read."""
-
-    @property
-    def reads_in_place(self) -> bool:
-        """Whether float32 K and V may stay in their slabs, for `span_attention`."""
-
-    def decode(
-        self,
-        q: mx.array,
-        k: Stored,
-        v: Stored,
-        scale: float,
-        view: SlotsView,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
-        """q `[n, heads, 1, dim]`, k and v `[n, kv_heads, length, dim]` → `[n, heads, 1, dim]`."""
-
-    def chunk(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        scale: float,
-        start: int,
-        window: int | None = None,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
-        """q `[heads, L, dim]`, whose first query comes after `start` keys; k and v
-        `[kv_heads, start + L, dim]`, whose rows lie one after the other → `[heads, L, dim]`. A
-        query sees the last `window` keys up to its own."""
-
-
-class FusedKernel:
-    """MLX's own fused attention: Metal, CUDA, and CPUs with a fast exp. On Metal quantised K and V
-    are multiplied as they are; elsewhere `mx.quantized_matmul` takes longer than reading them."""
-
-    reads_in_place = False
-
-    def decode(
-        self,
-        q: mx.array,
-        k: Stored,
-        v: Stored,
-        scale: float,
-        view: SlotsView,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
-        if isinstance(k, PackedKV) and isinstance(v, PackedKV) and is_metal():
-            return decode_packed(q, k, v, scale, view, sinks)
-        return mx.fast.scaled_dot_product_attention(
-            q, read(k), read(v), scale=scale, mask=view.visible, sinks=sinks
-        )
-
-    def chunk(
-        self,
-        q: mx.array,
-        k: mx.array,
-        v: mx.array,
-        scale: float,
-        start: int,
-        window: int | None = None,
-        sinks: mx.array | None = None,
-    ) -> mx.array:
-        length = q.shape[1]
-        mask: str | mx.array = "causal"
-        if window is not None and start + length > window:
-            mask = _sees(start, length, 0, start + length, window)
-        return mx.fast.scaled_dot_product_attention(
-            q[None], k[None], v[None], scale=scale, mask=mask, sinks=sinks
-        )[0]
 
 
 class CpuKernel:
@@ -110,9 +40,21 @@ class CpuKernel:
     """
 
     def __init__(self) -> None:
-        self._exp_below = fast_math.BoundedCompile(_exp_below)
+        self._exp_below = BoundedCompile(_exp_below)
         self._products = code_products.choose_products()
         self.reads_in_place = native_products.is_there() and _are_spans_right(self)
+
+    def is_in_place(self, layers: Sequence[LayerShape]) -> bool:
+        return self.reads_in_place and all(layer.is_plain_float32 for layer in layers)
+
+    def of_layer(self, storage: KVStorage, layer: int) -> LayerAttention:
+        way = InPlaceAttention if self.is_in_place([storage.layers[layer]]) else SlabAttention
+        return way(storage, layer, self)
+
+    def of_chunks(self, storage: KVStorage, layer: int) -> ChunkAttention:
+        shape = storage.layers[layer]
+        is_whole = self.is_in_place([shape]) and not shape.window
+        return (InPlaceRowAttention if is_whole else RowAttention)(storage, layer, self)
 
     def decode(
         self,
@@ -190,7 +132,7 @@ class CpuKernel:
         first, end = 0 if window is None else max(0, start + 1 - window), start + block
         bias = None
         if block > 1:
-            bias = mx.where(_sees(start, block, first, end, window), 0.0, -mx.inf)
+            bias = mx.where(sees(start, block, first, end, window), 0.0, -mx.inf)
         at_once = max(1, CPU_SCORES_BYTES // (share * block * (end - first) * q.itemsize))
         parts = []
         for h in range(0, kv_heads, at_once):
@@ -235,44 +177,6 @@ def _exp_below(x: mx.array, top: mx.array) -> mx.array:
     return fast_math.arithmetic_exp(mx.maximum(x - top, LOWEST_EXPONENT))
 
 
-def decode_packed(
-    q: mx.array, k: PackedKV, v: PackedKV, scale: float, view: SlotsView, sinks: mx.array | None
-) -> mx.array:
-    """`AttentionKernel.decode` with `mx.quantized_matmul`."""
-    n, heads, _, dim = q.shape
-    kv_heads = k.shape[1]
-    folded = (q * scale).reshape(n, kv_heads, heads // kv_heads, dim)
-    scores = _quantised_product(folded, k, transpose=True)
-    if view.visible is not None:
-        scores = mx.where(view.visible, scores, -mx.inf)
-    if sinks is None:
-        weights = mx.softmax(scores, axis=-1, precise=True)
-    else:
-        sinks = mx.broadcast_to(sinks.reshape(kv_heads, -1, 1), (*scores.shape[:-1], 1))
-        both = mx.concatenate([sinks.astype(scores.dtype), scores], axis=-1)
-        weights = mx.softmax(both, axis=-1, precise=True)[..., 1:]
-    out = _quantised_product(weights, v, transpose=False)
-    return out.reshape(n, heads, 1, out.shape[-1])
-
-
-def _quantised_product(x: mx.array, packed: PackedKV, transpose: bool) -> mx.array:
-    return mx.quantized_matmul(
-        x,
-        packed.codes,
-        packed.scales,
-        packed.biases,
-        transpose=transpose,
-        group_size=packed.quantisation.group_size,
-        bits=packed.quantisation.bits,
-    )
-
-
-def _sees(start: int, length: int, first: int, end: int, window: int | None) -> mx.array:
-    """`[length, end - first]`: whether query `start + i` sees key `first + j`."""
-    ages = mx.arange(start, start + length)[:, None] - mx.arange(first, end)[None]
-    return ages >= 0 if window is None else (ages >= 0) & (ages < window)
-
-
 def _are_spans_right(kernel: CpuKernel) -> bool:
     """Whether `span_attention` gives what plain operations give."""
     heads, kv_heads, num_keys, dim = 4, 2, 40, 64
@@ -281,9 +185,3 @@ def _are_spans_right(kernel: CpuKernel) -> bool:
     ours = span_attention.attend_chunk(q, k, v, dim**-0.5, num_keys - 7)
     plain = kernel.plain_chunk(q, k, v, dim**-0.5, num_keys - 7)
     return bool(mx.allclose(ours, plain, rtol=1e-4, atol=1e-5))
-
-
-def choose_kernel(dtype: mx.Dtype) -> AttentionKernel:
-    if fast_math.is_slow_cpu() and dtype == mx.float32:
-        return CpuKernel()
-    return FusedKernel()

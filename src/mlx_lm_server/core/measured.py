@@ -1,0 +1,18 @@
+"""What is measured of a model on a machine before it is served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mlx_lm_server.core.cost_model import StepCosts
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """`num_threads` is how many a BLAS is fastest with, None where that was not asked. `is_steady`:
+    what there was time to run twice took the same time twice."""
+
+    num_threads: int | None
+    costs: StepCosts
+    activation_bytes_per_token: int
+    is_steady: bool = True

@@ -1,0 +1,112 @@
+"""How large things are made, from what was measured and what the memory holds."""
+
+from __future__ import annotations
+
+from mlx_lm_server.core.block_pool import DEFAULT_SEGMENT_BYTES
+from mlx_lm_server.core.cost_model import StepCosts
+from mlx_lm_server.core.kv_layout import KVLayout
+from mlx_lm_server.core.measured import Measured
+from mlx_lm_server.core.memory_ledger import MemoryLedger
+from mlx_lm_server.core.prefix_cache import CacheSettings
+from mlx_lm_server.core.scheduler import SchedulerLimits
+from mlx_lm_server.protocol import LoadModel
+from mlx_lm_server.runner.backend import Policy
+from mlx_lm_server.runner.loading.loader import LoadedModel
+from mlx_lm_server.runner.model_runner import ModelRunner
+
+# With nobody decoding, a step takes about so long: a request that arrives waits for its end.
+IDLE_STEP_S = 0.5
+MIN_BATCHED_TOKENS, MAX_BATCHED_TOKENS = 256, 2048
+MIN_KV_TOKENS = 1024
+# Rows of one capacity share slabs of up to so much, and each slab is one attention call a layer.
+MIN_SLAB_BYTES = 64 * 1024 * 1024
+SLABS_IN_MEMORY = 8
+# A row gets room for so many tokens of its answer at once, where that takes no more than a share of
+# the memory in all rows.
+MIN_LOOKAHEAD, MAX_LOOKAHEAD = 256, 1024
+MAX_LOOKAHEAD_SHARE = 0.25
+# Logits and the sampler's arrays of the same size, in float32, per row that samples.
+SAMPLER_ARRAYS = 8
+
+
+class Sizes:
+    """What of the memory goes where. Raises ModelTooLargeError where it leaves no room for rows."""
+
+    def __init__(
+        self, order: LoadModel, loaded: LoadedModel, runner: ModelRunner, measured: Measured
+    ) -> None:
+        self._order = order
+        self._runner = runner
+        self._policy: Policy = runner.policy
+        self._is_float32 = loaded.weights == "float32"
+        geometry = runner.geometry
+        rows = order.max_batch_size
+        self._max_step_tokens = order.max_num_batched_tokens or max(
+            _affordable_tokens(measured.costs), rows
+        )
+        self.ledger = MemoryLedger(
+            memory_limit_bytes=loaded.memory_limit_bytes,
+            weights_bytes=loaded.weights_bytes,
+            activation_bytes_per_token=measured.activation_bytes_per_token,
+            max_step_tokens=self._max_step_tokens,
+            geometry=geometry,
+            max_kv_tokens=order.max_kv_tokens,
+            reserve_bytes=rows * loaded.vocab_size * 4 * SAMPLER_ARRAYS
+            + rows * geometry.bytes_per_row,  # states before and after a step
+            max_rows=rows,
+        )
+        self.ledger.check_model_fits(min(MIN_KV_TOKENS, order.max_kv_tokens or MIN_KV_TOKENS))
+
+    def layout(self) -> KVLayout:
+        """Returns the layout of rows, in which there is none yet."""
+        limit_bytes = self.ledger.kv_limit_bytes
+        return KVLayout(
+            geometry=self._runner.geometry,
+            limit_bytes=limit_bytes,
+            max_slab_bytes=max(MIN_SLAB_BYTES, limit_bytes // SLABS_IN_MEMORY),
+            max_rows=self._order.max_batch_size,
+            max_tokens=self.ledger.kv_limit_tokens,
+            max_resized_bytes=self._policy.max_resized_bytes,
+            keeps_holes=self._runner.passes_over_holes,
+        )
+
+    def limits(self) -> SchedulerLimits:
+        """Returns what bounds a step."""
+        order = self._order
+        kv_tokens = self.ledger.kv_limit_bytes // max(1, self._runner.geometry.bytes_per_token)
+        lookahead = int(MAX_LOOKAHEAD_SHARE * kv_tokens) // order.max_batch_size
+        return SchedulerLimits(
+            max_batch_size=order.max_batch_size,
+            max_num_batched_tokens=self._max_step_tokens,
+            prefill_step_size=order.prefill_step_size,
+            prefill_batch_size=order.prefill_batch_size,
+            itl_goal_s=order.itl_goal_s,
+            token_tile=self._token_tile,
+            max_guesses=self._runner.max_guesses,
+            lookahead_tokens=min(MAX_LOOKAHEAD, max(MIN_LOOKAHEAD, lookahead)),
+        )
+
+    @property
+    def _token_tile(self) -> int:
+        """Where forwards are replayed, steps beside decoding rows have few sizes."""
+        is_replayed = self._is_float32 and self._runner.batching == "packed"
+        return self._policy.token_tile if is_replayed else 1
+
+    def cache_settings(self) -> CacheSettings:
+        """Returns those of the prefix cache. Rows that run alone hold nothing that others could
+        share."""
+        order = self._order
+        segment_bytes = self.ledger.kv_limit_bytes // self._policy.pool_segments
+        return CacheSettings(
+            is_on=order.prefix_cache and self._runner.batching != "alone",
+            block_size=order.block_size,
+            max_blocks=order.num_blocks,
+            max_sequences=order.sequence_cache_size,
+            segment_bytes=max(DEFAULT_SEGMENT_BYTES, segment_bytes),
+        )
+
+
+def _affordable_tokens(costs: StepCosts) -> int:
+    """The token budget that makes an idle machine's prefill step take IDLE_STEP_S."""
+    tokens = int(IDLE_STEP_S / costs.per_prefill_token_s) // 64 * 64
+    return min(MAX_BATCHED_TOKENS, max(MIN_BATCHED_TOKENS, tokens))
