@@ -40,7 +40,8 @@ class EngineDriver:
     """An engine core with its outputs collected by request."""
 
     def __init__(self, model: Path, proposer: Proposer | None = None, **order: object) -> None:
-        message = msgspec.structs.replace(LoadModel(str(model), way=WAY), **order)
+        order["way"] = order.get("way") or WAY
+        message = msgspec.structs.replace(LoadModel(str(model)), **order)
         self.core: EngineCore
         self.core, self.ready = assemble(
             message, Blas("test"), lambda _stage, _fraction: None, proposer=proposer

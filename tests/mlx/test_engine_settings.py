@@ -270,3 +270,9 @@ def test_a_moment_of_other_work_takes_no_thread_away(
 def test_threads_are_tried_once_where_there_is_no_time_for_more() -> None:
     taken_s = [1.9, 1.5]
     assert fastest_threads(2, lambda _: taken_s.pop(0), lambda: False) == 1
+
+
+@observes("CpuConfig.way")
+def test_the_device_is_treated_as_it_is_said(folder: Path) -> None:
+    assert engine(folder, cpu=CpuConfig(way="plain")).ready.way == "plain"
+    assert engine(folder, cpu=CpuConfig(way="cuda")).ready.device == "cuda (forced)"

@@ -68,7 +68,7 @@ def test_what_goes_out_comes_in_bit_by_bit(dtype: mx.Dtype, copies: PlaneCopies)
     planes = [plane_of(3, 160, 64, dtype) for _ in range(5)]
     spans = [Span(0, 0, 16), Span(2, 144, 16), Span(1, 3, 1), Span(1, 16, 16), Span(0, 0, 160)]
     taken = copies.out(planes, spans)
-    for span, copy in zip(spans, copies, strict=True):
+    for span, copy in zip(spans, taken, strict=True):
         stacked = mx.stack([tokens_of(plane, span) for plane in planes])
         assert copy.tobytes() == bytes(memoryview(stacked))  # type: ignore[arg-type]
     others = [mx.zeros_like(plane) for plane in planes]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import mlx.core as mx
 
 from mlx_lm_server import platform
@@ -9,6 +11,8 @@ from mlx_lm_server.protocol import Way
 from mlx_lm_server.runner.backend import Backend, Policy
 from mlx_lm_server.runner.backends.fused import FusedBackend
 from mlx_lm_server.runner.backends.x86.backend import X86Backend
+
+log = logging.getLogger(__name__)
 
 # A copy of a slab up to so much is made in a few milliseconds on a CPU.
 MAX_RESIZED_BYTES = 64 * 1024 * 1024
@@ -19,6 +23,8 @@ def choose(forced: Way | None = None) -> Backend:
     can go: without its device, so that nothing is known of how fast it is there."""
     own = _own_way()
     way = forced or own
+    if way != own:
+        log.warning("the device is treated as %s, which it is not (its own way: %s)", way, own)
     policy = policy_of(way, _device_name() if way == own else f"{way} (forced)")
     if way == "x86":
         return X86Backend(policy)
