@@ -6,7 +6,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_lm_server.runner import code_products, fast_math, native_products, span_attention
+from mlx_lm_server.runner import code_products, fast_math, span_attention
 from mlx_lm_server.runner.kv_quantisation import PackedKV, is_metal
 from mlx_lm_server.runner.kv_storage import Stored, read
 from mlx_lm_server.runner.step_layout import SlotsView
@@ -107,7 +107,7 @@ class CpuKernel:
     def __init__(self) -> None:
         self._exp_below = fast_math.BoundedCompile(_exp_below)
         self._products = code_products.choose_products()
-        self.reads_in_place = native_products.is_there() and _are_spans_right(self)
+        self.reads_in_place = span_attention.is_there() and _are_spans_right(self)
 
     def decode(
         self,

@@ -140,7 +140,9 @@ def _copy(
     columns = list(zip(*moves, strict=True)) or [(), (), ()]
     if (copy_heads := _copy_heads()) is not None:
         arrays = len(sources), _longs(sources), _longs(targets)
-        copy_heads(*arrays, len(moves), *map(_longs, columns), num_heads, from_stride, to_stride)
+        to_do = len(moves), *map(_longs, columns), num_heads, from_stride, to_stride
+        if not copy_heads(*arrays, *to_do):
+            raise ValueError(f"{len(moves)} moves of {num_heads} heads cannot be made")
         return
     for source, target in zip(sources, targets, strict=True):
         for from_, to, length in moves:
@@ -150,13 +152,12 @@ def _copy(
 
 
 @functools.cache
-def _copy_heads() -> Callable[..., None] | None:
+def _copy_heads() -> Callable[..., int] | None:
     if (library := native_products.library()) is None:
         return None
     one, many = ctypes.c_long, ctypes.POINTER(ctypes.c_long)
     library.copy_heads.argtypes = one, many, many, one, many, many, many, one, one, one
-    library.copy_heads.restype = None
-    return cast(Callable[..., None], library.copy_heads)
+    return cast(Callable[..., int], library.copy_heads)
 
 
 def _longs(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_long]:
