@@ -44,8 +44,8 @@ def load(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL | None:
 
 
 def compiled(name: str) -> Path | None:
-    """Returns where the library of that folder is kept, and compiles it where it is not yet; None
-    where that cannot be done here."""
+    """Returns where the library of that folder, beside this file or elsewhere, is kept, and
+    compiles it where it is not yet; None where that cannot be done here."""
     folder = Path(__file__).parent / name
     machine = " ".join([platform.machine(), *sorted(cpu_flags()), *OPTIONS])
     code = b"".join(file.read_bytes() for file in sorted(folder.glob("*.[ch]")))
@@ -53,7 +53,7 @@ def compiled(name: str) -> Path | None:
     cache = cache_folder()
     if cache is None:
         return None
-    target = cache / f"{name}-{identity}.so"
+    target = cache / f"{folder.name}-{identity}.so"
     if target.exists() or _compile(sorted(folder.glob("*.c")), target):
         return target
     return None

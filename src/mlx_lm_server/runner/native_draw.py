@@ -65,13 +65,13 @@ def load() -> NativeDraw | None:
     if mx.default_device() != mx.Device(mx.cpu):
         return None
     library = native.load("draw")
-    if library is None or native.text_in(library, "draw_fields") != _listed_fields():
-        return None
-    return NativeDraw(library)
+    return NativeDraw(library) if library is not None and knows_fields(library) else None
 
 
-def _listed_fields() -> str:
-    return "".join(f"{name}:{kind._type_} " for name, kind in _FIELDS)
+def knows_fields(library: ctypes.CDLL) -> bool:
+    """Returns whether parameters have the same fields, in the same order, there and here."""
+    fields = "".join(f"{name}:{kind._type_} " for name, kind in _FIELDS)
+    return native.text_in(library, "draw_fields") == fields
 
 
 def _row_params(params: SamplingParams, key: int) -> _RowParams:

@@ -9,6 +9,7 @@ queries, with what the code in C is to know before them, and the new K and V aft
 
 from __future__ import annotations
 
+import ctypes
 import functools
 from array import array
 from collections.abc import Callable, Sequence
@@ -65,12 +66,14 @@ class Part(NamedTuple):
 @functools.cache
 def is_there() -> bool:
     """Returns whether the library is there and takes what it is told for what it is."""
-    library, names = native_products.library(), (*Facts._fields, "/", *Span._fields)
-    return library is not None and native.text_in(library, "attention_fields") == _listed(names)
+    library = native_products.library()
+    return library is not None and knows_fields(library)
 
 
-def _listed(names: Sequence[str]) -> str:
-    return "".join(f"{name} " for name in names)
+def knows_fields(library: ctypes.CDLL) -> bool:
+    """Returns whether facts and spans have the same fields, in the same order, there and here."""
+    names = *Facts._fields, "/", *Span._fields
+    return native.text_in(library, "attention_fields") == "".join(f"{name} " for name in names)
 
 
 def can_attend(q: mx.array, k: mx.array, v: mx.array) -> bool:

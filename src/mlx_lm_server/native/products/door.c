@@ -17,7 +17,7 @@
 #include "threads.h"
 #include "words.h"
 
-enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
+enum { ROW_MAJOR = 101, COLUMN_MAJOR = 102, NO_TRANS = 111, TRANS = 112 };
 
 typedef void (*sgemm)(int, int, int, int, int, int, float, const float *, int, const float *, int,
                       float, float *, int);
@@ -113,7 +113,8 @@ void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float
                  const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc) {
   const call p = {trans_a == TRANS, trans_b == TRANS, m, n, k, alpha, a, b, lda, ldb, c, ldc};
   const int rows = order == ROW_MAJOR ? m : n, columns = order == ROW_MAJOR ? n : m;
-  const int can_be_written = can_lie(c, columns, ldc);
+  const int is_order = order == ROW_MAJOR || order == COLUMN_MAJOR;
+  const int can_be_written = is_order && can_lie(c, columns, ldc);
   const int fits = order == ROW_MAJOR && is_known(trans_a) && is_known(trans_b) && can_be_written &&
                    can_be_read(&p);
   if (alpha >= ROTATION_ALPHA && alpha <= NIBBLES_ALPHA) {
