@@ -101,9 +101,13 @@ LIES: list[dict[str, int]] = [
     for value in values
 ] + [
     {"num_slots": INT_MAX, "capacity": INT_MAX},
+    {"num_slots": INT_MAX, "capacity": INT_MAX, "kv_heads": 4, "share": 1},
     {"kv_heads": INT_MAX, "share": INT_MAX},
     {"kv_heads": 2**16, "share": 2**16},
     {"kv_heads": 1, "share": 4, "has_new": 1},
+    {"share": 0, "has_new": 1},
+    {"first_row": -2, "num_tokens": 21},
+    {"first_row": 86, "num_tokens": -1, "num_spans": 0},
 ]
 
 

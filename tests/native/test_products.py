@@ -183,7 +183,18 @@ def test_where_no_answer_can_stand_nothing_is_written(kind: str, odd: dict[str, 
     assert np.array_equal(whole_one.c, before)
 
 
-@pytest.mark.parametrize("odd", [{"n": 33}, {"ldb": 33}, {"ldc": 40}, {"trans_b": TRANS}], ids=str)
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"n": 33},
+        {"n": 33, "ldb": 33},
+        {"lda": 33},
+        {"ldb": 33},
+        {"ldc": 40},
+        {"trans_b": TRANS},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["norm", "swiglu", "rotation"])
 def test_rows_and_a_matrix_of_another_size_give_nan(kind: str, odd: dict[str, Any]) -> None:
     call = replace(whole(ALPHAS[kind]), **odd)

@@ -29,7 +29,7 @@ void rms_norm(const float *x, long num_rows, long dim, float epsilon, float *out
 int rotate(const float *x, long num_rows, long dim, const float *packed, float *out) {
   if (!(packed[0] >= 0 && packed[0] <= dim)) return 0;
   const long half = (long)packed[0] / 2;
-  if (packed[0] != 2 * half || dim * dim < 1 + 2 * half) return 0;
+  if (packed[0] != 2 * half) return 0;
   const float *cosines = packed + 1, *sines = cosines + half;
   for (; num_rows > 0; num_rows--, x += dim, out += dim) {
     for (long i = 0; i < half; i++) {
