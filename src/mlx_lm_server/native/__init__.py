@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import re
 import shutil
 import subprocess
 import tempfile
@@ -30,8 +31,20 @@ LINK_OPTIONS = ("-fPIC", "-shared", "-pthread")
 
 
 def load(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL | None:
-    """The library made of the folder `name` beside this file; None where it cannot be compiled
-    here."""
+    """Loads the library made of the folder `name` beside this file; gives None where it cannot be
+    compiled here."""
+    target = compiled(name)
+    if target is None:
+        return None
+    try:
+        return ctypes.CDLL(str(target), mode)
+    except OSError:
+        return None
+
+
+def compiled(name: str) -> Path | None:
+    """Returns where the library of that folder, beside this file or elsewhere, is kept, and
+    compiles it where it is not yet; None where that cannot be done here."""
     folder = Path(__file__).parent / name
     machine = " ".join([platform.machine(), *sorted(platform.cpu_flags()), *OPTIONS])
     code = b"".join(file.read_bytes() for file in sorted(folder.glob("*.[ch]")))
@@ -39,13 +52,31 @@ def load(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL | None:
     cache = cache_folder()
     if cache is None:
         return None
-    target = cache / f"{name}-{identity}.so"
-    if not target.exists() and not _compile(sorted(folder.glob("*.c")), target):
-        return None
+    target = cache / f"{folder.name}-{identity}.so"
+    if target.exists() or _compile(sorted(folder.glob("*.c")), target):
+        return target
+    return None
+
+
+def numbers_in(header: str) -> dict[str, tuple[float, ...]]:
+    """Returns the numbers that a header beside this file defines, by name: what C code and its
+    callers have in common is written down there and nowhere else."""
+    code = (Path(__file__).parent / header).read_text()
+    defined = re.findall(r"^#define (\w+) (.*?)(?: *//.*| */\*.*)?$", code, re.MULTILINE)
+    return {name: tuple(map(_number, re.findall(r"[\w.+-]+", text))) for name, text in defined}
+
+
+def _number(text: str) -> float:
+    return float.fromhex(text.removesuffix("f")) if "p" in text else int(text, 0)
+
+
+def text_in(library: ctypes.CDLL, name: str) -> str | None:
+    """Returns the text that a library exports by that name; None where there is none."""
     try:
-        return ctypes.CDLL(str(target), mode)
-    except OSError:
+        text = ctypes.c_char_p.in_dll(library, name).value
+    except ValueError:
         return None
+    return None if text is None else text.decode()
 
 
 def cache_folder() -> Path | None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 
+from mlx_lm_server import native
+
+_MEDIA = native.numbers_in("files/media.h")
 # A direct write or read wants memory and files to be cut at the first; some media at the second.
-SECTOR_BYTES, PAGE_BYTES = 512, 4096
+(SECTOR_BYTES,), (PAGE_BYTES,) = (map(int, _MEDIA[n]) for n in ("SECTOR_BYTES", "PAGE_BYTES"))
 
 
 class _Buffer(ctypes.Structure):

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from mlx_lm_server.runner.state.step_layout import SlotsView, StepLayout
 
 Unary = Callable[[mx.array], mx.array]
-# Sources, targets and moves as addresses and lengths; see native/products/copies.c.
-CopyHeads = Callable[..., None]
+# Takes sources, targets and moves as addresses and lengths, and gives 0 where it refuses; see
+# native/products/copies.c.
+CopyHeads = Callable[..., int]
 
 
 @dataclass(frozen=True, slots=True)

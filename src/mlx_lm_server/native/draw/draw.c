@@ -1,4 +1,4 @@
-/* Draws a token for each row of logits: what runner/race.py does with arrays, in one pass per row
+/* Draws a token for each row of logits: what runner/sampling/race.py does with arrays, in one pass per row
  * while the row lies in the cache, and with as many rounds of the race as it takes.
  *
  * Every loop runs over the vocabulary without a branch, in LANES independent lanes where it sums up
@@ -10,12 +10,24 @@
 
 enum { LANES = 64, MAX_ROUNDS = 64 };
 
-/* Of one row. `inverse_temperature` 0 is greedy; `top_k` 0, `min_p` 0 and `top_p` 1 keep all. */
+/* Of one row, in this order; the caller has the same (runner/backends/x86/native_draw.py). `inverse_temperature` 0 is
+ * greedy; `top_k` 0, `min_p` 0 and `top_p` 1 keep all. */
+#define DRAW_PARAMS(REAL, WHOLE, BITS) \
+  REAL(inverse_temperature) REAL(min_p) REAL(top_p) WHOLE(top_k) BITS(key_a) BITS(key_b)
+
+#define REAL_FIELD(name) float name;
+#define WHOLE_FIELD(name) int32_t name;
+#define BITS_FIELD(name) uint32_t name;
+
 typedef struct {
-  float inverse_temperature, min_p, top_p;
-  int32_t top_k;
-  uint32_t key_a, key_b;
+  DRAW_PARAMS(REAL_FIELD, WHOLE_FIELD, BITS_FIELD)
 } draw_params;
+
+/* Names and kinds, the latter as Python's struct calls them; a caller that has others must not call. */
+#define REAL_NAME(name) #name ":f "
+#define WHOLE_NAME(name) #name ":i "
+#define BITS_NAME(name) #name ":I "
+const char *const draw_fields = DRAW_PARAMS(REAL_NAME, WHOLE_NAME, BITS_NAME);
 
 /* ---- passes over a row */
 
@@ -80,7 +92,7 @@ static float kth_largest(float *x, int n, int k) {
   return x[place];
 }
 
-/* ---- exp, log and noise: the arithmetic of runner/fast_math.py */
+/* ---- exp, log and noise: the arithmetic of runner/backends/x86/fast_math.py */
 
 static inline float exp_of(float x) {
   x = x > -87.0f ? x : -87.0f;
@@ -158,10 +170,12 @@ static int draw(const float *logits, int n, const draw_params *params, float *we
   return place_of_largest(weights, n);
 }
 
-/* `scratch` has room for two rows. */
-void draw_rows(int num_rows, int vocab_size, const float *logits, const draw_params *params,
-               float *scratch, int32_t *tokens) {
+/* `scratch` has room for two rows. 0, and nothing is touched, where there is no vocabulary or no array. */
+int draw_rows(int num_rows, int vocab_size, const float *logits, const draw_params *params,
+              float *scratch, int32_t *tokens) {
+  if (num_rows < 0 || vocab_size <= 0 || !logits || !params || !scratch || !tokens) return 0;
   for (int row = 0; row < num_rows; row++)
     tokens[row] = draw(logits + (size_t)row * vocab_size, vocab_size, &params[row], scratch,
                        scratch + vocab_size);
+  return 1;
 }

@@ -10,11 +10,13 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include "media.h"
+
 #ifndef O_DIRECT
 #define O_DIRECT 0
 #endif
 
-enum { MAX_THREADS = 16, PAGE_BYTES = 4096, SECTOR_BYTES = 512 };
+enum { MAX_THREADS = 16 };
 
 static const long NOT_YET = LONG_MIN;
 
@@ -43,6 +45,7 @@ static int open_uncached(const char *path) {
 /* Up to `max_bytes` of the file. A direct read starts at a sector; one that ends within a sector is
  * at the file's end. */
 static long read_file(const char *path, char *into, long max_bytes) {
+  if (!path || !into || max_bytes < 0 || max_bytes > LONG_MAX - PAGE_BYTES) return -EINVAL;
   int fd = open_uncached(path);
   if (fd < 0) return -errno;
   long had = 0, result = 0;
@@ -78,11 +81,12 @@ static void *work(void *argument) {
   return NULL;
 }
 
-/* NULL where memory is short. The arrays stay the caller's, until `end_reading`. */
+/* NULL where memory is short, or an array is missing. The arrays stay the caller's, until `end_reading`. */
 struct reading *begin_reading(int num_files, const char *const *paths, char *const *into,
                               const long *max_bytes, int num_threads) {
+  if (num_files < 0 || !paths || !into || !max_bytes) return NULL;
   struct reading *reading = calloc(1, sizeof *reading);
-  long *result = malloc((num_files + 1) * sizeof *result);
+  long *result = malloc(((size_t)num_files + 1) * sizeof *result);
   if (reading == NULL || result == NULL) {
     free(reading);
     free(result);
@@ -106,6 +110,7 @@ struct reading *begin_reading(int num_files, const char *const *paths, char *con
 
 /* Of file `i`, once it is read: how many bytes, or -errno. */
 long result_of(struct reading *reading, int i) {
+  if (!reading || i < 0 || i >= reading->num_files) return -EINVAL;
   pthread_mutex_lock(&reading->lock);
   while (reading->result[i] == NOT_YET) pthread_cond_wait(&reading->has_result, &reading->lock);
   long result = reading->result[i];
@@ -115,6 +120,7 @@ long result_of(struct reading *reading, int i) {
 
 /* Reads no further file, waits for those that are being read, and frees. */
 void end_reading(struct reading *reading) {
+  if (!reading) return;
   pthread_mutex_lock(&reading->lock);
   reading->next = reading->num_files;
   pthread_mutex_unlock(&reading->lock);

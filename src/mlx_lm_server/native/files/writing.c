@@ -4,17 +4,20 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "media.h"
+
 #ifndef O_DIRECT
 #define O_DIRECT 0
 #endif
 
-enum { PAGE_BYTES = 4096, SECTOR_BYTES = 512, STAGING_BYTES = 1 << 20, MAX_IN_PLACE = 16 };
+enum { STAGING_BYTES = 1 << 20, MAX_IN_PLACE = 16 };
 
 struct pieces {
   int num_pieces;
@@ -91,6 +94,17 @@ static long write_in_place(int fd, const struct pieces *w, char *staging, long p
   return wrote >= 0 ? wrote : errno == EINVAL || errno == EINTR ? 0 : -errno;
 }
 
+/* Whether each piece is somewhere, and a file can hold them all behind `position`. */
+static int can_be_written(const struct pieces *w, long position) {
+  long end = position;
+  if (w->num_pieces < 0 || !w->pieces || !w->sizes) return 0;
+  for (int i = 0; i < w->num_pieces; i++)
+    if (w->sizes[i] < 0 || (w->sizes[i] > 0 && !w->pieces[i]) ||
+        __builtin_add_overflow(end, w->sizes[i], &end))
+      return 0;
+  return end <= LONG_MAX - PAGE_BYTES;
+}
+
 /* All pieces, at the file's position: 0, or -errno with something of them written or nothing. */
 int write_pieces(int fd, const char *const *pieces, const long *sizes, int num_pieces) {
   const struct pieces all = {num_pieces, pieces, sizes};
@@ -101,6 +115,7 @@ int write_pieces(int fd, const char *const *pieces, const long *sizes, int num_p
   }
   long position = lseek(fd, 0, SEEK_CUR), had;
   if (position < 0) return -errno;
+  if (!can_be_written(&all, position)) return -EINVAL;
   struct spot at = {0, 0};
   long wrote = write_in_place(fd, &all, staging, position);
   if (wrote < 0) return wrote;

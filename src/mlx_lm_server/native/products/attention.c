@@ -17,30 +17,17 @@
 #include <math.h>
 #include <stdatomic.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #include "threads.h"
 #include "token_attention.h"
+#include "told.h"
 #include "vectors.h"
 
 enum { MAX_VECS = WIDTH == 16 ? 4 : 2, MAX_LANES = MAX_VECS * WIDTH };
 /* Tiles take so many keys, or numbers of a value, at once: the sums and a row of y fill the registers. */
 #define COUNT_OF(vecs) ((vecs) == MAX_VECS ? 6 : 8)
 enum { REST_COUNT = 4 };
-/* What is common to all rows. */
-typedef struct {
-  int32_t num_spans, kv_heads, share, key_dim, value_dim, capacity, window; /* window 0: none */
-  int32_t sinks_at, first_row; /* 0: no sinks; where the queries begin */
-  int32_t first_key, first_value; /* where K and V of the tokens begin; 0: they are there already */
-  float scale;
-} facts;
-
-/* Tokens side by side in the batch and in a slot; the first one comes after `start` tokens. */
-typedef struct {
-  int32_t slot, first_token, num_tokens, start;
-} span;
-
 typedef struct {
   facts facts;
   const span *spans;
@@ -48,8 +35,9 @@ typedef struct {
   float *keys, *values;
   float *rows; /* [tokens][kv_heads][share][width] */
   long width;
-  int lanes;       /* rows in a block */
-  atomic_int next; /* the next block that nobody has taken */
+  int lanes;              /* rows in a block */
+  atomic_long next;       /* the next block that nobody has taken */
+  atomic_int has_no_room; /* some thread had no memory to work in */
 } attention;
 
 /* One block of rows on its way through the keys. Arrays `[…][lanes]`. */
@@ -202,7 +190,7 @@ static void load_rows(const attention *a, block *b, const span *s, int kv_head, 
     long row = first + MIN(j, num - 1);
     int end = s->start + (int)(row / f->share) + 1;
     const float *query = row_of(a, s, kv_head, row);
-    for (int d = 0; d < f->key_dim; d++) b->queries[d * lanes + j] = query[d] * f->scale;
+    for (long d = 0; d < f->key_dim; d++) b->queries[d * lanes + j] = query[d] * f->scale;
     b->end_key[j] = end;
     b->first_key[j] = f->window ? MAX(0, end - f->window) : 0;
     b->top[j] = a->sinks ? a->sinks[kv_head * f->share + row % f->share] : UNSEEN;
@@ -215,7 +203,7 @@ static void store_rows(const attention *a, const block *b, const span *s, int kv
                        int num, int lanes) {
   for (int j = 0; j < num; j++) {
     float *out = row_of(a, s, kv_head, first + j), share = 1.0f / b->total[j];
-    for (int d = 0; d < a->facts.value_dim; d++) out[d] = b->sums[d * lanes + j] * share;
+    for (long d = 0; d < a->facts.value_dim; d++) out[d] = b->sums[d * lanes + j] * share;
   }
 }
 
@@ -227,11 +215,11 @@ static void load_heads(const attention *a, heads *h, const span *s, int kv_head)
   const facts *f = &a->facts;
   for (int j = 0; j < h->num; j++) {
     const float *query = row_of(a, s, kv_head, j);
-    for (int d = 0; d < f->key_dim; d++) h->queries[j * f->key_dim + d] = query[d] * f->scale;
+    for (int d = 0; d < f->key_dim; d++) h->queries[j * h->key_dim + d] = query[d] * f->scale;
     h->top[j] = a->sinks ? a->sinks[kv_head * f->share + j] : UNSEEN;
     h->total[j] = a->sinks ? 1.0f : 0.0f;
   }
-  memset(h->sums, 0, sizeof(float) * h->num * f->value_dim);
+  memset(h->sums, 0, sizeof(float) * h->num * h->value_dim);
 }
 
 static void store_heads(const attention *a, const heads *h, const span *s, int kv_head) {
@@ -293,11 +281,12 @@ static void attend_block(const attention *a, block *b, const span *s, int kv_hea
 /* ---- all of them */
 
 static int reserve(block *b, const facts *f) {
-  float *arrays = scratch((size_t)MAX_LANES * (f->key_dim + TILE_KEYS + f->value_dim));
+  float *arrays = scratch(MAX_LANES * ((size_t)f->key_dim + TILE_KEYS + f->value_dim));
+  if (!arrays) return 0;
   b->queries = arrays;
-  b->scores = arrays + MAX_LANES * f->key_dim;
+  b->scores = arrays + (long)MAX_LANES * f->key_dim;
   b->sums = b->scores + MAX_LANES * TILE_KEYS;
-  return arrays != NULL;
+  return 1;
 }
 
 static long rows_in(const attention *a, const span *s) { return (long)s->num_tokens * a->facts.share; }
@@ -305,9 +294,12 @@ static long rows_in(const attention *a, const span *s) { return (long)s->num_tok
 static void attend_blocks(void *work) {
   attention *a = work;
   block b;
-  if (!reserve(&b, &a->facts)) abort();
-  long before = 0; /* blocks of the spans before */
-  for (int i = 0, number = atomic_fetch_add(&a->next, 1); i < a->facts.num_spans;) {
+  if (!reserve(&b, &a->facts)) {
+    atomic_store(&a->has_no_room, 1);
+    return;
+  }
+  long before = 0, number = atomic_fetch_add(&a->next, 1); /* blocks of the spans before; the block */
+  for (int i = 0; i < a->facts.num_spans;) {
     const span *s = a->spans + i;
     long num_rows = rows_in(a, s), per_head = (num_rows + a->lanes - 1) / a->lanes;
     if (number - before >= per_head * a->facts.kv_heads) {
@@ -334,10 +326,10 @@ static double multiplications(const attention *a) {
   const facts *f = &a->facts;
   double scores = 0;
   for (int i = 0; i < f->num_spans; i++) {
-    long end = a->spans[i].start + a->spans[i].num_tokens;
+    long end = (long)a->spans[i].start + a->spans[i].num_tokens;
     scores += (double)rows_in(a, a->spans + i) * (f->window ? MIN(end, f->window) : end);
   }
-  return scores * f->kv_heads * (f->key_dim + f->value_dim);
+  return scores * f->kv_heads * ((double)f->key_dim + f->value_dim);
 }
 
 /* Rows [tokens][kv_heads][width] go to their places in a slab. Token p lies in place p % capacity. */
@@ -353,17 +345,22 @@ static void write_rows(const attention *a, const float *rows, float *slab, long 
       }
 }
 
-void attend(float *keys, float *values, long width, float *told) {
+int attend(float *keys, float *values, long num_rows, long width, float *told) {
   attention a = {.keys = keys, .values = values, .width = width};
+  if (num_rows * width < NUMBERS_OF_FACTS) return 0;
   memcpy(&a.facts, told, sizeof a.facts);
-  a.spans = (const span *)(told + sizeof a.facts / sizeof *told);
+  a.spans = (const span *)(told + NUMBERS_OF_FACTS);
+  if (!can_be_true(&a.facts, a.spans, num_rows, width)) return 0;
   a.sinks = a.facts.sinks_at ? told + a.facts.sinks_at : NULL;
   a.rows = told + a.facts.first_row * width;
   a.lanes = lanes_for(&a);
-  if (a.facts.first_key) {
-    write_rows(&a, told + a.facts.first_key * width, keys, a.facts.key_dim);
-    write_rows(&a, told + a.facts.first_value * width, values, a.facts.value_dim);
+  if (a.facts.has_new) {
+    const long kv_rows = (long)a.facts.num_tokens * a.facts.kv_heads;
+    const float *rows = a.rows + kv_rows * a.facts.share * width;
+    write_rows(&a, rows, keys, a.facts.key_dim);
+    write_rows(&a, rows + kv_rows * width, values, a.facts.value_dim);
   }
   if (multiplications(&a) < MIN_SHARED_WORK) attend_blocks(&a);
   else share_out(attend_blocks, &a);
+  return !atomic_load(&a.has_no_room);
 }

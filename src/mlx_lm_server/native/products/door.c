@@ -2,8 +2,9 @@
  *
  * Products that small_gemm.c does faster go there, all others to the BLAS that `products_init` names.
  * The interface of a BLAS has no word for what the rest of this folder does. The caller says it by
- * `alpha`, one of a few numbers that no product has (runner/native_products.py), and then A, B and C
- * are what the function takes. What does not fit it gives NaN.
+ * `alpha`, one of a few numbers that no product has (words.h), and then A, B and C are what the function
+ * takes. Whatever sizes the call has or is told are compared before anything is read: what does not fit
+ * gives NaN, and nothing outside of the matrices, and of the slab that attention is told, is touched.
  */
 #include <math.h>
 #include <stdint.h>
@@ -14,19 +15,9 @@
 #include "rows.h"
 #include "small_gemm.h"
 #include "threads.h"
+#include "words.h"
 
-/* Rows times codes: m, n, k and ldb count numbers, the result is not scaled. */
-#define NIBBLES_ALPHA 0x1p-104f
-#define BYTES_ALPHA 0x1p-108f
-/* Keys, values, and what attention.h calls `told`. */
-#define ATTENTION_ALPHA 0x1p-116f
-/* Rows, and a square matrix that is none: for a rotation it is what rows.h calls `packed`, for the
- * others nothing. */
-#define SWIGLU_ALPHA 0x1p-112f
-#define RMS_NORM_ALPHA 0x1p-120f /* and up to twice that: the fraction is epsilon's upper bits */
-#define ROTATION_ALPHA 0x1p-124f
-
-enum { ROW_MAJOR = 101, NO_TRANS = 111, TRANS = 112 };
+enum { ROW_MAJOR = 101, COLUMN_MAJOR = 102, NO_TRANS = 111, TRANS = 112 };
 
 typedef void (*sgemm)(int, int, int, int, int, int, float, const float *, int, const float *, int,
                       float, float *, int);
@@ -36,10 +27,29 @@ static sgemm full_sgemm;
 static float epsilon_in(float alpha) {
   uint32_t bits;
   memcpy(&bits, &alpha, sizeof bits);
-  bits <<= 8; /* 23 bits of fraction become the upper ones of a number without a sign */
+  bits <<= EPSILON_SHIFT; /* 23 bits of fraction become the upper ones of a number without a sign */
   bits &= 0x7fffffff;
   memcpy(&alpha, &bits, sizeof bits);
   return alpha;
+}
+
+/* One with rows of C behind one another. */
+typedef struct {
+  int a_is_columns, b_is_rows; /* as they lie in memory */
+  int m, n, k;
+  float alpha;
+  const float *a, *b;
+  int lda, ldb;
+  float *c;
+  int ldc;
+} call;
+
+/* Whether a matrix can lie so, with rows of so many numbers. */
+static int can_lie(const float *matrix, int row, int stride) { return matrix && row > 0 && stride >= row; }
+
+static int can_be_read(const call *p) {
+  return p->m > 0 && can_lie(p->a, p->a_is_columns ? p->m : p->k, p->lda) &&
+         can_lie(p->b, p->b_is_rows ? p->k : p->n, p->ldb) && p->k > 0;
 }
 
 /* Rows that lie as columns, as rows; NULL without memory for them. */
@@ -56,53 +66,64 @@ static int is_by_row(float alpha) {
 }
 
 /* Whether it could be done. */
-static int by_row(int trans_a, int m, int k, float alpha, const float *a, int lda, const float *b,
-                  float *c) {
-  float *rows = trans_a == TRANS ? transposed(m, k, a, lda) : NULL;
-  const float *x = rows ? rows : a;
-  if (trans_a == TRANS ? !rows : lda != k) return 0;
-  if (alpha == ROTATION_ALPHA) rotate(x, m, k, b, c);
-  else if (alpha == SWIGLU_ALPHA) swiglu(x, (long)m * k, c);
-  else rms_norm(x, m, k, epsilon_in(alpha), c);
+static int by_row(const call *p) {
+  if (p->b_is_rows || p->k != p->n || p->ldb != p->n || p->ldc != p->n) return 0;
+  if (!p->a_is_columns && p->lda != p->k) return 0;
+  float *rows = p->a_is_columns ? transposed(p->m, p->k, p->a, p->lda) : NULL;
+  const float *x = rows ? rows : p->a;
+  if (p->a_is_columns && !rows) return 0;
+  int is_done = 1;
+  if (p->alpha == ROTATION_ALPHA) is_done = rotate(x, p->m, p->k, p->b, p->c);
+  else if (p->alpha == SWIGLU_ALPHA) swiglu(x, (long)p->m * p->k, p->c);
+  else rms_norm(x, p->m, p->k, epsilon_in(p->alpha), p->c);
   free(rows);
-  return 1;
+  return is_done;
 }
 
-/* What begins a matrix whose product with itself is not computed: its memory stays as it was, for those
- * who write it later. The numbers are none. */
-static int is_nothing(int k, const float *a, const float *b) {
-  static const uint32_t nothing[4] = {0x7fc16e6f, 0x7fc27468, 0x7fc3696e, 0x7fc46721};
-  return k == 8 && a == b && memcmp(a, nothing, sizeof nothing) == 0;
+/* Keys and values pose as such matrices. */
+static int can_attend(const call *p) {
+  return !p->a_is_columns && !p->b_is_rows && p->k == POSING_DEPTH && p->lda == POSING_DEPTH &&
+         p->ldb == p->n && p->ldc == p->n;
 }
 
-static int special(int trans_a, int trans_b, int m, int n, int k, float alpha, const float *a,
-                   int lda, const float *b, int ldb, float *c, int ldc) {
-  const int b_is_rows = trans_b == TRANS;
-  if (k == 0) return 0;
-  if (is_by_row(alpha))
-    return !b_is_rows && k == n && ldb == n && ldc == n && by_row(trans_a, m, k, alpha, a, lda, b, c);
-  if (trans_a == TRANS) return 0;
-  if (alpha == BYTES_ALPHA || alpha == NIBBLES_ALPHA) {
-    int format = alpha == BYTES_ALPHA ? BYTES : NIBBLES;
-    return codes_product(format, b_is_rows, m, n, k, a, lda, b, ldb, c, ldc);
-  }
-  if (alpha != ATTENTION_ALPHA || ldc != n) return 0;
-  attend((float *)a, (float *)b, n, c);
-  return 1;
+/* Whether it could be done. */
+static int special(const call *p) {
+  if (is_by_row(p->alpha)) return by_row(p);
+  if (p->alpha == ATTENTION_ALPHA)
+    return can_attend(p) && attend((float *)p->a, (float *)p->b, p->m, p->n, p->c);
+  if (p->a_is_columns || (p->alpha != BYTES_ALPHA && p->alpha != NIBBLES_ALPHA)) return 0;
+  return codes_product(p->alpha == BYTES_ALPHA ? BYTES : NIBBLES, p->b_is_rows, p->m, p->n, p->k, p->a,
+                       p->lda, p->b, p->ldb, p->c, p->ldc);
+}
+
+/* The memory of such a product stays as it was, for those who write it later. */
+static int is_nothing(const call *p) {
+  static const uint32_t nothing[] = NOTHING;
+  return p->k == POSING_DEPTH && p->a == p->b && memcmp(p->a, nothing, sizeof nothing) == 0;
+}
+
+static int is_known(int trans) { return trans == NO_TRANS || trans == TRANS; }
+
+static void fill_with_nan(long rows, long columns, float *c, int ldc) {
+  for (long i = 0; i < rows; i++)
+    for (long j = 0; j < columns; j++) c[i * ldc + j] = NAN;
 }
 
 void cblas_sgemm(int order, int trans_a, int trans_b, int m, int n, int k, float alpha,
                  const float *a, int lda, const float *b, int ldb, float beta, float *c, int ldc) {
-  const int is_special = alpha >= ROTATION_ALPHA && alpha <= NIBBLES_ALPHA;
-  const int is_plain = trans_a == NO_TRANS && alpha == 1.0f && beta == 0.0f && k > 0;
-  if (order == ROW_MAJOR && is_special) {
-    if (special(trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, c, ldc)) return;
-    for (long i = 0; i < m; i++)
-      for (long j = 0; j < n; j++) c[i * ldc + j] = NAN;
+  const call p = {trans_a == TRANS, trans_b == TRANS, m, n, k, alpha, a, b, lda, ldb, c, ldc};
+  const int rows = order == ROW_MAJOR ? m : n, columns = order == ROW_MAJOR ? n : m;
+  const int is_order = order == ROW_MAJOR || order == COLUMN_MAJOR;
+  const int can_be_written = is_order && can_lie(c, columns, ldc);
+  const int fits = order == ROW_MAJOR && is_known(trans_a) && is_known(trans_b) && can_be_written &&
+                   can_be_read(&p);
+  if (alpha >= ROTATION_ALPHA && alpha <= NIBBLES_ALPHA) {
+    const int is_done = fits && special(&p);
+    if (!is_done && can_be_written) fill_with_nan(rows, columns, c, ldc);
     return;
   }
-  if (order == ROW_MAJOR && is_plain)
-    if (is_nothing(k, a, b) || small_product(trans_b == TRANS, m, n, k, a, lda, b, ldb, c, ldc)) return;
+  if (fits && trans_a == NO_TRANS && alpha == 1.0f && beta == 0.0f)
+    if (is_nothing(&p) || small_product(p.b_is_rows, m, n, k, a, lda, b, ldb, c, ldc)) return;
   full_sgemm(order, trans_a, trans_b, m, n, k, alpha, a, lda, b, ldb, beta, c, ldc);
 }
 

@@ -26,8 +26,10 @@ void rms_norm(const float *x, long num_rows, long dim, float epsilon, float *out
   }
 }
 
-void rotate(const float *x, long num_rows, long dim, const float *packed, float *out) {
-  long half = (long)packed[0] / 2;
+int rotate(const float *x, long num_rows, long dim, const float *packed, float *out) {
+  if (!(packed[0] >= 0 && packed[0] <= dim)) return 0;
+  const long half = (long)packed[0] / 2;
+  if (packed[0] != 2 * half) return 0;
   const float *cosines = packed + 1, *sines = cosines + half;
   for (; num_rows > 0; num_rows--, x += dim, out += dim) {
     for (long i = 0; i < half; i++) {
@@ -36,6 +38,7 @@ void rotate(const float *x, long num_rows, long dim, const float *packed, float 
     }
     memcpy(out + 2 * half, x + 2 * half, sizeof(float) * (dim - 2 * half));
   }
+  return 1;
 }
 
 /* Neither exponential overflows: 1 / (1 + exp(-|g|)), times exp(-|g|) where g < 0. */

@@ -133,19 +133,19 @@ typedef struct {
   int wide_rows;       /* so many, the first ones, go through wide tiles */
   const float *packed; /* those */
   int block;           /* columns of C in one block */
-  atomic_int next;     /* the next block that nobody has taken */
+  atomic_long next;    /* the next block that nobody has taken */
 } product;
 
-static int take_block(product *p) {
+static long take_block(product *p) {
   return atomic_fetch_add_explicit(&p->next, 1, memory_order_relaxed) * p->block;
 }
 
 /* Of the rows behind the wide ones. The first tile of rows fetches the columns that it needs next;
  * the second one, which finds its own in the cache, fetches the thread's next block. */
-static void nt_block(const product *p, int first, int following) {
-  int last = MIN(first + p->block, p->cols);
+static void nt_block(const product *p, long first, long following) {
+  const long last = MIN(first + p->block, p->cols);
   for (int m = p->wide_rows; m < p->rows; m += TILE_ROWS)
-    for (int n = first; n < last; n += TILE_COLS) {
+    for (long n = first; n < last; n += TILE_COLS) {
       const float *b = p->b + n * p->ldb, *ahead = b;
       if (m == 0 && n + 2 * TILE_COLS <= last) ahead = b + TILE_COLS * p->ldb;
       if (m == TILE_ROWS && following + n - first + TILE_COLS <= p->cols)
@@ -235,9 +235,9 @@ INLINE void wide_columns(int vecs, int rows, int cols, long depth, const float *
   store_columns(vecs, rows, cols, sums, c, ldc);
 }
 
-static void wide_block(const product *p, int first) {
-  int last = MIN(first + p->block, p->cols);
-  for (int n = first; n < last; n += WIDE_BLOCK)
+static void wide_block(const product *p, long first) {
+  const long last = MIN(first + p->block, p->cols);
+  for (long n = first; n < last; n += WIDE_BLOCK)
     for (int m = 0, vecs; m < p->wide_rows; m += vecs * WIDTH) {
       vecs = group_vecs(p->wide_rows - m);
       int rows = MIN(vecs * WIDTH, p->wide_rows - m), cols = MIN(WIDE_BLOCK, last - n);
@@ -256,7 +256,7 @@ static void wide_block(const product *p, int first) {
 
 static void nt_blocks(void *work) {
   product *p = work;
-  for (int first = take_block(p), following; first < p->cols; first = following) {
+  for (long first = take_block(p), following; first < p->cols; first = following) {
     following = take_block(p);
     if (p->wide_rows) wide_block(p, first);
     if (p->wide_rows < p->rows) nt_block(p, first, following);
@@ -332,7 +332,7 @@ INLINE void nt_codes(int format, int rows, int cols, long depth, const float *a,
 
 int codes_product(int format, int b_is_rows, int m, int n, int k, const float *a, int lda,
                   const void *b, int ldb, float *c, int ldc) {
-  if ((b_is_rows ? k : n) % WIDTH) return 0;
+  if ((b_is_rows ? k : n) % WIDTH || (format == NIBBLES && ldb % 2)) return 0;
   if (b_is_rows && format == BYTES) nt_codes(BYTES, m, n, k, a, lda, b, ldb, c, ldc);
   else if (b_is_rows) nt_codes(NIBBLES, m, n, k, a, lda, b, ldb, c, ldc);
   else if (format == BYTES) nn_product(BYTES, m, n, k, a, lda, b, ldb, c, ldc);

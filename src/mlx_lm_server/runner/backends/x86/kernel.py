@@ -11,7 +11,6 @@ from mlx_lm_server.runner.backends.fused_kernel import sees
 from mlx_lm_server.runner.backends.x86 import (
     code_products,
     fast_math,
-    native_products,
     span_attention,
 )
 from mlx_lm_server.runner.backends.x86.in_place import InPlaceAttention, InPlaceRowAttention
@@ -42,7 +41,7 @@ class CpuKernel:
     def __init__(self) -> None:
         self._exp_below = BoundedCompile(_exp_below)
         self._products = code_products.choose_products()
-        self.reads_in_place = native_products.is_there() and _are_spans_right(self)
+        self.reads_in_place = span_attention.is_there() and _are_spans_right(self)
 
     def is_in_place(self, layers: Sequence[LayerShape]) -> bool:
         return self.reads_in_place and all(layer.is_plain_float32 for layer in layers)

@@ -14,18 +14,20 @@ import mlx.core as mx
 from mlx_lm_server import native
 from mlx_lm_server.protocol import SamplingParams
 
+_FIELDS = (
+    ("inverse_temperature", ctypes.c_float),
+    ("min_p", ctypes.c_float),
+    ("top_p", ctypes.c_float),
+    ("top_k", ctypes.c_int32),
+    ("key_a", ctypes.c_uint32),
+    ("key_b", ctypes.c_uint32),
+)
+
 
 class _RowParams(ctypes.Structure):
     """`draw_params` of draw.c."""
 
-    _fields_ = (
-        ("inverse_temperature", ctypes.c_float),
-        ("min_p", ctypes.c_float),
-        ("top_p", ctypes.c_float),
-        ("top_k", ctypes.c_int32),
-        ("key_a", ctypes.c_uint32),
-        ("key_b", ctypes.c_uint32),
-    )
+    _fields_ = _FIELDS
 
 
 class NativeDraw:
@@ -33,7 +35,6 @@ class NativeDraw:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._draw_rows = library.draw_rows
-        self._draw_rows.restype = None
         self._scratch = (ctypes.c_float * 0)()
 
     def fill(
@@ -52,15 +53,23 @@ class NativeDraw:
             self._scratch = (ctypes.c_float * (2 * vocab_size))()
         rows = (_RowParams * num_rows)(*map(_row_params, params, keys))
         found = (ctypes.c_int32 * num_rows).from_buffer(memoryview(tokens))  # type: ignore[arg-type]
-        self._draw_rows(num_rows, vocab_size, _address(logits), rows, self._scratch, found)
+        if not self._draw_rows(num_rows, vocab_size, _address(logits), rows, self._scratch, found):
+            raise ValueError(f"{num_rows} rows of {vocab_size} tokens cannot be drawn from")
         for place, token in drawn.items():
             found[place] = token
 
 
 def load() -> NativeDraw | None:
-    """Returns the draw, or None where nothing can be compiled."""
+    """Returns the draw, or None where nothing can be compiled, or the library takes its parameters
+    for something else."""
     library = native.load("draw")
-    return None if library is None else NativeDraw(library)
+    return NativeDraw(library) if library is not None and knows_fields(library) else None
+
+
+def knows_fields(library: ctypes.CDLL) -> bool:
+    """Returns whether parameters have the same fields, in the same order, there and here."""
+    fields = "".join(f"{name}:{kind._type_} " for name, kind in _FIELDS)
+    return native.text_in(library, "draw_fields") == fields
 
 
 def _row_params(params: SamplingParams, key: int) -> _RowParams:

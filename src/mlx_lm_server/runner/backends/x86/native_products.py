@@ -19,19 +19,19 @@ import mlx.core as mx
 
 from mlx_lm_server import native
 
-# As in native/products/door.c.
-NIBBLES_ALPHA = 2.0**-104
-BYTES_ALPHA = 2.0**-108
-SWIGLU_ALPHA = 2.0**-112
-ATTENTION_ALPHA = 2.0**-116
-RMS_NORM_ALPHA = 2.0**-120
-ROTATION_ALPHA = 2.0**-124
+_WORDS = native.numbers_in("products/words.h")
+(NIBBLES_ALPHA,) = _WORDS["NIBBLES_ALPHA"]
+(BYTES_ALPHA,) = _WORDS["BYTES_ALPHA"]
+(SWIGLU_ALPHA,) = _WORDS["SWIGLU_ALPHA"]
+(ATTENTION_ALPHA,) = _WORDS["ATTENTION_ALPHA"]
+(RMS_NORM_ALPHA,) = _WORDS["RMS_NORM_ALPHA"]
+(ROTATION_ALPHA,) = _WORDS["ROTATION_ALPHA"]
+EPSILON_SHIFT, POSING_DEPTH = (int(*_WORDS[name]) for name in ("EPSILON_SHIFT", "POSING_DEPTH"))
 # MLX counts the numbers of a batch of matrices with 31 bits.
 MAX_NUMBERS = 2**31 - 1
 
 _ZERO = mx.array(0.0)
-# In door.c, too; they are no numbers.
-_NOTHING = mx.array([0x7FC16E6F, 0x7FC27468, 0x7FC3696E, 0x7FC46721] * 2, mx.uint32)
+_NOTHING = mx.array([int(word) for word in _WORDS["NOTHING"]] * 2, mx.uint32)
 
 
 def run(left: mx.array, right: mx.array, alpha: float, added: mx.array = _ZERO) -> mx.array:
@@ -53,14 +53,14 @@ def library() -> ctypes.CDLL | None:
     return native.load("products") if is_there() else None
 
 
-def copy_heads() -> Callable[..., None] | None:
-    """Returns what copies.c does with its threads; None where the library is not there."""
+def copy_heads() -> Callable[..., int] | None:
+    """Returns what copies.c does with its threads, which gives 0 where it refuses; None where the
+    library is not there."""
     if (found := library()) is None:
         return None
     one, many = ctypes.c_long, ctypes.POINTER(ctypes.c_long)
     found.copy_heads.argtypes = one, many, many, one, many, many, many, one, one, one
-    found.copy_heads.restype = None
-    return cast(Callable[..., None], found.copy_heads)
+    return cast(Callable[..., int], found.copy_heads)
 
 
 def unwritten(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
@@ -71,8 +71,13 @@ def unwritten(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
     if dtype.size not in (2, 4) or is_odd or not is_there():
         return mx.zeros(shape, dtype)
     nothing = _NOTHING.view(mx.float32)
-    left = mx.as_strided(nothing, (math.prod(shape[:-1]), 8), (8, 1))
-    return (left @ mx.as_strided(nothing, (8, width), (width, 1))).view(dtype).reshape(shape)
+    left = posing(nothing, math.prod(shape[:-1]), POSING_DEPTH)
+    return (left @ posing(nothing, POSING_DEPTH, width)).view(dtype).reshape(shape)
+
+
+def posing(array: mx.array, rows: int, columns: int) -> mx.array:
+    """Returns a view of the array that poses as a matrix of such a size."""
+    return mx.as_strided(array, (rows, columns), (columns, 1))
 
 
 def bits_of(x: float) -> int:

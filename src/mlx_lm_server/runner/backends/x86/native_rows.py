@@ -18,6 +18,7 @@ import mlx.core as mx
 from mlx_lm_server.runner.backend import ModelOperations
 from mlx_lm_server.runner.backends.x86 import native_products
 from mlx_lm_server.runner.backends.x86.native_products import (
+    EPSILON_SHIFT,
     MAX_NUMBERS,
     RMS_NORM_ALPHA,
     ROTATION_ALPHA,
@@ -134,7 +135,7 @@ class NativeRows:
 
 def _alpha_with(eps: float) -> float:
     """Epsilon travels in the fraction of `alpha`, to 15 bits of its own."""
-    return RMS_NORM_ALPHA * (1 + (native_products.bits_of(eps) >> 8) / 2**23)
+    return RMS_NORM_ALPHA * (1 + (native_products.bits_of(eps) >> EPSILON_SHIFT) / 2**23)
 
 
 def operations(plain_swiglu: Callable[..., mx.array]) -> ModelOperations:

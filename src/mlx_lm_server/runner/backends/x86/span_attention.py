@@ -9,6 +9,8 @@ queries, with what the code in C is to know before them, and the new K and V aft
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,8 +18,28 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_lm_server import native
 from mlx_lm_server.runner.backends.x86 import native_products
 from mlx_lm_server.runner.state.step_layout import Span
+
+
+class Facts(NamedTuple):
+    """What is common to all rows, as native/products/told.h has it; that says what each is."""
+
+    num_spans: int
+    num_slots: int
+    kv_heads: int
+    capacity: int
+    key_dim: int
+    value_dim: int
+    share: int
+    window: int
+    sinks_at: int
+    first_row: int
+    num_tokens: int
+    has_new: int
+    scale: int  # its bits, in float32
+
 
 # Gives the rows `told` makes of some spans, of these facts and this width.
 Tell = Callable[[tuple[int, ...], int], mx.array]
@@ -30,6 +52,19 @@ class Part(NamedTuple):
     values: mx.array
     spans: tuple[Span, ...]
     tell: Tell | None = None  # where the rows of `told` are kept for other layers
+
+
+@functools.cache
+def is_there() -> bool:
+    """Returns whether the library is there and takes what it is told for what it is."""
+    library = native_products.library()
+    return library is not None and knows_fields(library)
+
+
+def knows_fields(library: ctypes.CDLL) -> bool:
+    """Returns whether facts and spans have the same fields, in the same order, there and here."""
+    names = *Facts._fields, "/", *Span._fields
+    return native.text_in(library, "attention_fields") == "".join(f"{name} " for name in names)
 
 
 def can_attend(q: mx.array, k: mx.array, v: mx.array) -> bool:
@@ -56,9 +91,9 @@ def attend(
     value_dim = parts[0].values.shape[-1]
     width = max(queries.shape[-1], value_dim)
     rows = [_rows(array, width) for array in (queries, *(new or ()))]
-    kv_rows_at = num_tokens * heads if new else None
+    what = num_tokens, heads, new is not None
     for part in parts:
-        rows = [_attend_part(rows, heads, kv_rows_at, part, scale, window, sinks)]
+        rows = [_attend_part(rows, what, part, scale, window, sinks)]
     out = rows[0]
     if len(out) > num_tokens * heads or width > value_dim:
         out = out[: num_tokens * heads, :value_dim]
@@ -87,35 +122,45 @@ def _rows(array: mx.array, width: int) -> mx.array:
 
 def _attend_part(
     rows: Sequence[mx.array],
-    heads: int,
-    kv_rows_at: int | None,
+    what: tuple[int, int, bool],
     part: Part,
     scale: float,
     window: int | None,
     sinks: mx.array | None,
 ) -> mx.array:
     """Rows `[T * heads, width]`, those of the part's tokens replaced by what they saw, and behind
-    them, from row `kv_rows_at` on, those of new K and then V, `[T * kv_heads, width]` each."""
-    _, kv_heads, capacity, key_dim = part.keys.shape
+    them those of new K and then V, if any, `[T * kv_heads, width]` each. `what` the rows are says
+    T, heads, and whether there are such."""
+    num_tokens, heads, has_new = what
+    num_slots, kv_heads, capacity, key_dim = part.keys.shape
     value_dim, width = part.values.shape[-1], rows[0].shape[1]
-    facts = [len(part.spans), kv_heads, heads // kv_heads, key_dim, value_dim, capacity]
-    facts += [window or 0, 0, 0, 0, 0, native_products.bits_of(scale)]
-    first_row = _num_rows(part.spans, facts, width)
-    before = []
+    first_row, sinks_at, before = _num_rows(part.spans, width), 0, []
     if sinks is not None:
         padding = -heads % width
         before.append(mx.pad(sinks.astype(mx.float32), (0, padding)).reshape(-1, width))
-        facts[7] = first_row * width
+        sinks_at = first_row * width
         first_row += before[0].shape[0]
-    facts[8] = first_row
-    if kv_rows_at is not None:
-        facts[9] = first_row + kv_rows_at
-        facts[10] = facts[9] + kv_rows_at // heads * kv_heads
+    facts = Facts(
+        num_spans=len(part.spans),
+        num_slots=num_slots,
+        kv_heads=kv_heads,
+        capacity=capacity,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        share=heads // kv_heads,
+        window=window or 0,
+        sinks_at=sinks_at,
+        first_row=first_row,
+        num_tokens=num_tokens,
+        has_new=int(has_new),
+        scale=native_products.bits_of(scale),
+    )
     tell = part.tell or partial(told, part.spans)
-    added = mx.concatenate([tell(tuple(facts), width), *before, *rows])
+    added = mx.concatenate([tell(facts, width), *before, *rows])
+    depth = native_products.POSING_DEPTH
     out = native_products.run(
-        mx.as_strided(part.keys, (len(added), 8), (8, 1)),
-        mx.as_strided(part.values, (8, width), (width, 1)),
+        native_products.posing(part.keys, len(added), depth),
+        native_products.posing(part.values, depth, width),
         native_products.ATTENTION_ALPHA,
         added,
     )
@@ -132,5 +177,5 @@ def told(spans: Sequence[Span], facts: tuple[int, ...], width: int) -> mx.array:
     return mx.array(rows)  # type: ignore[arg-type]  # it takes any buffer
 
 
-def _num_rows(spans: Sequence[Span], facts: Sequence[int], width: int) -> int:
-    return -(-(len(facts) + len(spans) * len(Span._fields)) // width)
+def _num_rows(spans: Sequence[Span], width: int) -> int:
+    return -(-(len(Facts._fields) + len(spans) * len(Span._fields)) // width)
