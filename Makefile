@@ -14,7 +14,7 @@ SAY_TAKES = $(if $(TAKES_$(shell uname)_$(1)), ($(TAKES_$(shell uname)_$(1))))
 
 PYTEST = $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist worksteal
 
-.PHONY: help run test check newest bench fmt clean
+.PHONY: help run test ways check newest bench fmt clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -36,6 +36,11 @@ run: $(VENV)/.installed  ## install what is needed and serve the bundled model (
 
 test: $(VENV)/.installed-dev  ## install and run the tests
 	$(PYTEST) $(ARGS)
+
+ways: $(VENV)/.installed-dev  ## run what differs by device in the ways of other devices
+	for way in metal cuda plain; do \
+	  MLX_LM_SERVER_WAY=$$way $(PYTEST) -m each_way tests/mlx || exit 1; \
+	done
 
 check: $(VENV)/.installed-dev  ## lint, types, import directions, tests
 	$(BIN)/ruff check .

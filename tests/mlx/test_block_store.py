@@ -20,6 +20,8 @@ from tests.back_ends import BACKEND
 
 from .kept_records import KeptRecords
 
+pytestmark = pytest.mark.each_way
+
 BLOCK, WINDOW, ROW = 4, 20, 3
 LAYERS = [LayerShape(2, 8, 8, window=WINDOW), LayerShape(2, 8, 8)]
 PART = RecurrentState((ArrayShape((5,), mx.float32),))

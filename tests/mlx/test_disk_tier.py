@@ -89,6 +89,7 @@ def test_a_conversation_goes_on_after_a_restart(
     check_conversation(Restarts(model, tmp_path), Cold(model), is_killed=ends is kill)
 
 
+@pytest.mark.each_way
 def test_where_memory_is_not_the_hosts_blocks_are_restored_by_operations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,10 +5,13 @@ import weakref
 from typing import Any, cast
 
 import mlx.core as mx
+import pytest
 
 from mlx_lm_server.core.plan import RowWork, StepPlan
 from mlx_lm_server.runner.seam.forwards import AloneForward
 from mlx_lm_server.runner.seam.language_model import LanguageModel
+
+pytestmark = pytest.mark.each_way
 
 
 class OneLayer:

@@ -14,6 +14,8 @@ from mlx_lm_server.protocol import SamplingParams, ThinkingBudget, TokenLogprobs
 from .driver import EngineDriver, random_prompts
 from .tiny_models import VOCAB_SIZE, write_model
 
+pytestmark = pytest.mark.each_way
+
 PROMPTS = random_prompts(3, (9, 40, 3, 70, 17), VOCAB_SIZE)
 PLAIN = SamplingParams(max_tokens=30, seed=11, temperature=1.0)
 # How rows draw, one of each side by side.

@@ -26,6 +26,8 @@ from mlx_lm_server.runner.state.kv_storage import MAX_COPIED_BYTES, KVStorage, L
 from mlx_lm_server.runner.state.step_layout import layout_of
 from tests.back_ends import BACKEND, with_policy
 
+pytestmark = pytest.mark.each_way
+
 HEADS, KV_HEADS, DIM = 4, 2, 16
 
 

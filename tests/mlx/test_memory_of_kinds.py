@@ -17,6 +17,8 @@ from tests.back_ends import BACKEND
 from .driver import GREEDY, EngineDriver, random_prompts
 from .tiny_models import VOCAB_SIZE, WIDE_HEADS, write_model
 
+pytestmark = pytest.mark.each_way
+
 FAMILIES = ("gemma3_text", "deepseek_v3", "qwen3_next", "baichuan_m1", "mamba2")
 
 

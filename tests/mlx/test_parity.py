@@ -8,11 +8,14 @@ import pytest
 from msgspec.structs import replace
 
 from mlx_lm_server.errors import UnsupportedModelError
+from tests.back_ends import BACKEND
 from tests.observations import observes
 
 from .driver import GREEDY, EngineDriver, random_prompts
 from .reference import ReferenceStep, assert_same_tokens, run_jobs
 from .tiny_models import CONFIGS, VOCAB_SIZE, write_adapter, write_model
+
+pytestmark = pytest.mark.each_way
 
 FAMILIES = sorted(CONFIGS)
 PROMPTS = random_prompts(1, (1, 3, 17, 40, 64, 90, 7, 130), VOCAB_SIZE)
@@ -105,6 +108,7 @@ def test_quantised_weights_are_served_as_they_are(
     _assert_all(engine.run(PROMPTS), reference[f"{name}-native"])
 
 
+@pytest.mark.skipif(not BACKEND.policy.widens_weights, reason="weights stay as they are stored")
 @pytest.mark.parametrize(("family", "bits"), NATIVE)
 def test_quantised_weights_widened_to_float32_give_the_widened_models_tokens(
     family: str, bits: int, models: dict[str, Path], reference: Reference

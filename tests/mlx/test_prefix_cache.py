@@ -1,4 +1,6 @@
 """What is taken from the cache gives the tokens that computing gives, for every kind of state:
+
+pytestmark = pytest.mark.each_way
 cold == warm == shared in flight == preempted."""
 
 from __future__ import annotations

@@ -36,6 +36,8 @@ from tests.back_ends import BACKEND, with_policy
 
 from .kept_records import KeptRecords
 
+pytestmark = pytest.mark.each_way
+
 BLOCK, SLOTS = 4, 3
 
 
@@ -143,7 +145,7 @@ def test_an_offload_lets_the_slab_be_written_in_place() -> None:
 
 
 def test_only_a_few_blocks_to_copy_are_short() -> None:
-    cache = Cache(capacity=4096, dim=64)
+    cache = Cache(capacity=4096, dim=64, is_in_host_memory=True)
     stages = cache.storage.stages
     few, many = tuple(map(label, range(2))), tuple(map(label, range(200)))
     assert stages.are_short
@@ -236,7 +238,7 @@ def test_blocks_come_back_to_another_row(
 
 
 def test_blocks_are_loaded_for_all_tokens_or_not_at_all() -> None:
-    cache = Cache()
+    cache = Cache(is_in_host_memory=True)
     cache.blocks.save(CreateSegment(0, 3))
     for num_blocks in (1, 3):
         places = tuple(Place(0, number) for number in range(num_blocks))
