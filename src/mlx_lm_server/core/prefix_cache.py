@@ -1,22 +1,23 @@
 """What requests leave behind, so that others need not compute it again.
 
 Committing is naming: a block of a running row gets its name when it is full and computed, and from
-then on others may copy it from that row. Bytes go to the pool only when the last row that holds
-them leaves, which may take some steps. The pool takes what rows leave free and gives it back when
-rows need it.
+then on others may copy it from that row. The bytes of rows go to the pool when the last row that
+holds them leaves, which may take some steps; what the tier gives back goes there at once. The pool
+takes what rows leave free and gives it back when rows need it.
 
-One plan is made like this:
+The scheduler makes a plan like this:
 
-    begin()                 checkpoints that came due with the last plan; what goes to the tier
-    take_restored()         what came back from the tier
-    keep_some, keep         rows that leave
-    find, take              rows that go on from a hit
-    give_back()             memory for rows
-    computed(request)       what the plan adds to a row
-    finish()                the operations for the runner: saves, loads
+    begin()                  checkpoints that came due with the last plan; what goes to the tier
+    take_restored()          what came back from the tier
+    keep_some(), keep()      rows that leave
+    give_back()              memory for rows (by row_room.py)
+    find(), use(), take()    rows that go on from a hit; note_admission() and such count it
+    computed(request)        what the plan adds to a row
+    finish()                 the operations for the runner: saves, loads
 
 Invariants
-- A block is in the index if and only if it has a place in the pool or a row that holds it.
+- Between two calls a block is in the index if and only if it has a place in the pool or a row that
+  holds it.
 - `block.rows` are exactly the rows whose first `num_named_blocks` blocks it is among.
 - Nothing that a plan loads is evicted by the same plan.
 """
@@ -103,7 +104,7 @@ class PrefixCache:
 
     @property
     def num_named_blocks(self) -> int:
-        """In rows and in the pool."""
+        """How many blocks have a name, in rows and in the pool."""
         return len(self._index)
 
     @property
@@ -209,7 +210,7 @@ class PrefixCache:
     def _nearest_row(
         self, chain: Chain, blocks: Sequence[Block], start: int, limit: int
     ) -> tuple[int | None, int]:
-        """A row that goes on like the request in a block that is not full yet."""
+        """Finds a row that goes on like the request in a block that is not full yet."""
         wanted = chain.known_ids(start, min(limit, start + self._size))
         best, most = None, 0
         for row in blocks[-1].rows if blocks else ():
@@ -222,7 +223,7 @@ class PrefixCache:
         return best, most
 
     def _walk_back(self, chain: Chain, hit: Hit) -> Hit:
-        """To the newest checkpoint."""
+        """Cuts a hit back to the newest checkpoint in it."""
         state = self._index.newest_state(chain, hit.start, hit.stop)
         if state is None:
             return Hit(hit.start, hit.start)
@@ -231,7 +232,7 @@ class PrefixCache:
         return Hit(hit.start, state.num_tokens, hit.blocks[:num_blocks], row, state)
 
     def use(self, hit: Hit) -> None:
-        """Somebody goes on from it, now or step by step."""
+        """Takes note that somebody goes on from the hit, now or step by step."""
         self._store.pin(hit.entries)
         self._store.touch(hit.entries)
         self._tier.use([Label.of(entry).name for entry in hit.entries])

@@ -1,10 +1,12 @@
-"""One request on its way through the engine. The scheduler owns it; it, the prefix cache (what of
-the row is computed) and the departures (the row) write to it, in the course of `schedule` only.
+"""One request on its way through the engine.
 
 tokens      prompt prompt prompt | out out out | pending
-            └── num_computed_tokens ──┘             on the device, not read yet
-            └────── num_known_tokens ──────┘
-            └──────────────── num_tokens ─────────┘
+            └────── num_known_tokens ──────┘     planned or drawn, not read yet
+            └──────────────── num_tokens ─────────────┘
+            └── num_computed_tokens ──┘          may reach into what is pending
+
+The scheduler owns it. While a plan is made, the prefix cache writes how far its row is computed,
+and the departures take its row.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from mlx_lm_server.protocol import AddRequest, FinishReason, SamplingParams
 
 
 class RequestStatus(Enum):
-    WAITING = auto()  # in the queue, never had a row
+    WAITING = auto()  # in the queue, or for the tier; never had a row
     RUNNING = auto()  # has a row
-    PREEMPTED = auto()  # in the queue again; computes prompt and output anew
+    PREEMPTED = auto()  # in the queue again; computes anew what the cache has not kept
     DRAINING = auto()  # its last token is planned and its row leaves, the token not read yet
-    FINISHED = auto()  # its terminal output is made
+    FINISHED = auto()  # it has ended; its row may still be leaving
 
 
 @dataclass(slots=True, eq=False)
