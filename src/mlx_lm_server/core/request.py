@@ -11,6 +11,7 @@ and the departures take its row.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -120,3 +121,19 @@ class Request:
     def num_held_tokens(self) -> int:
         """Tokens that are known and computed."""
         return min(self.num_computed_tokens, self.num_known_tokens)
+
+    def num_taken(self, token_ids: Sequence[int]) -> int:
+        """Returns how many of these tokens the request takes: up to its end."""
+        left = self.max_new_tokens - len(self.output_ids)
+        stops = self.sampling.stop_token_ids
+        ends = (n for n, token in enumerate(token_ids, 1) if token in stops)
+        return min(left, next(ends, len(token_ids)))
+
+    @property
+    def reason_to_end(self) -> FinishReason | None:
+        """Why the request ends with its last token, if it does."""
+        if self.output_ids[-1] in self.sampling.stop_token_ids:
+            return "stop"
+        if len(self.output_ids) >= self.max_new_tokens:
+            return "length"
+        return None

@@ -29,7 +29,7 @@ Invariants:
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 
 from mlx_lm_server.core.cost_model import CostModel, StepFeatures, prefill_pairs
@@ -40,13 +40,14 @@ from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.loading import LoadPlan
 from mlx_lm_server.core.memory_ledger import request_arithmetic
-from mlx_lm_server.core.plan import JoinedRow, RowResult, RowWork, StepPlan, StepResult
+from mlx_lm_server.core.plan import RowResult, RowWork, StepPlan, StepResult
 from mlx_lm_server.core.prefill import PrefillPlan
 from mlx_lm_server.core.prefix_cache import PrefixCache
 from mlx_lm_server.core.prefix_waits import PrefixWaits
 from mlx_lm_server.core.proposer import Proposer
 from mlx_lm_server.core.request import Request, RequestStatus
 from mlx_lm_server.core.row_room import RowRoom
+from mlx_lm_server.core.row_works import by_place, chunk_work, decode_work, joined_row
 from mlx_lm_server.core.scheduler_limits import SchedulerLimits
 from mlx_lm_server.errors import InvalidRequestError, RequestTooLargeError
 from mlx_lm_server.protocol import EngineStats, FinishReason, RequestOutput
@@ -173,7 +174,7 @@ class Scheduler:
         chunks = self._choose_chunks(decode, loads)
         if not (self._left_rows or joined or decoding or chunks or self._cache.has_operations):
             return None
-        return self._make_plan(joined, self._decode_works(decoding, guesses), chunks)
+        return self._make_plan(joined, decoding, guesses, chunks)
 
     def _give_back_rows(self) -> None:
         """Rows of finished requests, and of those whose last token is planned."""
@@ -337,22 +338,23 @@ class Scheduler:
     def _make_plan(
         self,
         joined: Sequence[Request],
-        decoding: Sequence[tuple[Request, tuple[int, ...] | None]],
+        decoding: Sequence[Request],
+        guesses: Guesses,
         chunks: Sequence[tuple[Request, int]],
     ) -> StepPlan:
-        """`decoding` comes with the ids of rows whose last token is known, None for others."""
         kv_ops = self._layout.settle()
         saves, loads = self._cache.finish()
         self._num_steps += 1
-        works = [(request, self._decode_work(request, ids)) for request, ids in decoding]
-        works += [(request, self._chunk(request, num_tokens)) for request, num_tokens in chunks]
+        locate = self._layout.location
+        works = [(r, decode_work(r, locate(r.held_row), guesses.get(r, ()))) for r in decoding]
+        works += [(r, chunk_work(r, locate(r.held_row), num_tokens)) for r, num_tokens in chunks]
         plan = StepPlan(
             step=self._num_steps,
             left_rows=tuple(self._left_rows),
-            joined_rows=tuple(_joined_row(request) for request in joined),
+            joined_rows=tuple(map(joined_row, joined)),
             kv_ops=kv_ops,
-            decodes=_by_place(work for _, work in works if work.token_ids is None),
-            chunks=_by_place(work for _, work in works if work.token_ids is not None),
+            decodes=by_place(work for _, work in works if work.token_ids is None),
+            chunks=by_place(work for _, work in works if work.token_ids is not None),
             saves=saves,
             loads=loads,
         )
@@ -361,41 +363,6 @@ class Scheduler:
             self._advance(request, work)
         self._forecast_step_s = self._cost_model.forecast_s(StepFeatures.of(plan))
         return plan
-
-    def _decode_works(
-        self, decoding: Sequence[Request], guesses: Guesses
-    ) -> list[tuple[Request, tuple[int, ...] | None]]:
-        return [
-            (request, (*_last_token(request), *guesses[request]) if request in guesses else None)
-            for request in decoding
-        ]
-
-    def _decode_work(self, request: Request, token_ids: tuple[int, ...] | None) -> RowWork:
-        place = self._layout.location(request.held_row)
-        yields = 1 if token_ids is None else len(token_ids)
-        return RowWork(
-            row=request.held_row,
-            slab_id=place.slab_id,
-            slot=place.slot,
-            start=request.num_computed_tokens,
-            token_ids=token_ids,
-            yields=yields,
-            is_awaited=yields >= request.num_tokens_to_plan,
-        )
-
-    def _chunk(self, request: Request, num_tokens: int) -> RowWork:
-        place = self._layout.location(request.held_row)
-        start = request.num_computed_tokens
-        samples = start + num_tokens == request.prefill_until
-        return RowWork(
-            row=request.held_row,
-            slab_id=place.slab_id,
-            slot=place.slot,
-            start=start,
-            token_ids=request.known_ids(start, start + num_tokens),
-            yields=1 if samples else 0,
-            is_awaited=samples,
-        )
 
     def _advance(self, request: Request, work: RowWork) -> None:
         """Count the work's tokens as computed and what it yields as pending."""
@@ -416,7 +383,7 @@ class Scheduler:
             request, work = in_flight.pop(row), planned[row]
             request.num_pending_tokens -= work.yields
             if request.status is not RequestStatus.FINISHED:
-                num_taken = _num_taken(request, given.token_ids)
+                num_taken = request.num_taken(given.token_ids)
                 if work.yields > 1:
                     self._go_back(request, work, work.yields - num_taken)
                 outputs.append(self._append_tokens(request, given, num_taken, now_s))
@@ -449,7 +416,7 @@ class Scheduler:
             queue_s, prefill_s = admitted_s - request.arrival_s, now_s - admitted_s
         token_ids = list(given.token_ids[:num_tokens])
         request.output_ids += token_ids
-        reason = _finish_reason(request)
+        reason = request.reason_to_end
         self._num_output_tokens += num_tokens
         self._queue.charge(request.client_key, output_tokens=num_tokens)
         if reason is not None:
@@ -546,38 +513,3 @@ def _features_of(decoding: Sequence[Request], guesses: Guesses) -> StepFeatures:
     for request, ids in guesses.items():
         features = features.with_chunk(request.num_computed_tokens + 1, len(ids))
     return features
-
-
-def _by_place(works: Iterable[RowWork]) -> tuple[RowWork, ...]:
-    return tuple(sorted(works, key=lambda work: (work.slab_id, work.slot)))
-
-
-def _last_token(request: Request) -> tuple[int, ...]:
-    return request.known_ids(request.num_known_tokens - 1, request.num_known_tokens)
-
-
-def _joined_row(request: Request) -> JoinedRow:
-    return JoinedRow(
-        req_id=request.req_id,
-        row=request.held_row,
-        prompt_ids=request.prompt_ids,
-        output_ids=tuple(request.output_ids),
-        sampling=request.sampling,
-    )
-
-
-def _num_taken(request: Request, token_ids: Sequence[int]) -> int:
-    """How many of these tokens the request takes: up to its end."""
-    left = request.max_new_tokens - len(request.output_ids)
-    stops = request.sampling.stop_token_ids
-    ends = (n for n, token in enumerate(token_ids, 1) if token in stops)
-    return min(left, next(ends, len(token_ids)))
-
-
-def _finish_reason(request: Request) -> FinishReason | None:
-    """Why a request ends with its last token, if it does."""
-    if request.output_ids[-1] in request.sampling.stop_token_ids:
-        return "stop"
-    if len(request.output_ids) >= request.max_new_tokens:
-        return "length"
-    return None
