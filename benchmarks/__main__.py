@@ -17,6 +17,7 @@ from benchmarks import (
     products,
     restarts,
     serving,
+    shape,
     soak,
     starts,
     tier,
@@ -36,6 +37,7 @@ SCRIPTS = {
     "tier": tier,
     "restarts": restarts,
     "starts": starts,
+    "shape": shape,
 }
 
 

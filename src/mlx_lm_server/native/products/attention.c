@@ -30,7 +30,7 @@ enum { MAX_VECS = WIDTH == 16 ? 4 : 2, MAX_LANES = MAX_VECS * WIDTH };
 enum { REST_COUNT = 4 };
 typedef struct {
   facts facts;
-  const span *spans;
+  const float *spans;
   const float *sinks;
   float *keys, *values;
   float *rows; /* [tokens][kv_heads][share][width] */
@@ -300,8 +300,8 @@ static void attend_blocks(void *work) {
   }
   long before = 0, number = atomic_fetch_add(&a->next, 1); /* blocks of the spans before; the block */
   for (int i = 0; i < a->facts.num_spans;) {
-    const span *s = a->spans + i;
-    long num_rows = rows_in(a, s), per_head = (num_rows + a->lanes - 1) / a->lanes;
+    const span s = span_at(a->spans, i);
+    long num_rows = rows_in(a, &s), per_head = (num_rows + a->lanes - 1) / a->lanes;
     if (number - before >= per_head * a->facts.kv_heads) {
       before += per_head * a->facts.kv_heads;
       i++;
@@ -309,7 +309,7 @@ static void attend_blocks(void *work) {
     }
     long first = (number - before) % per_head * a->lanes;
     int kv_head = (number - before) / per_head;
-    attend_block(a, &b, s, kv_head, first, MIN(a->lanes, num_rows - first));
+    attend_block(a, &b, &s, kv_head, first, MIN(a->lanes, num_rows - first));
     number = atomic_fetch_add(&a->next, 1);
   }
 }
@@ -317,7 +317,10 @@ static void attend_blocks(void *work) {
 /* As many rows as the registers hold, fewer where some thread would get none. */
 static int lanes_for(const attention *a) {
   long most = 0;
-  for (int i = 0; i < a->facts.num_spans; i++) most = MAX(most, rows_in(a, a->spans + i));
+  for (int i = 0; i < a->facts.num_spans; i++) {
+    const span s = span_at(a->spans, i);
+    most = MAX(most, rows_in(a, &s));
+  }
   long share = most * a->facts.num_spans * a->facts.kv_heads / num_threads();
   return MAX(WIDTH, MIN(MAX_LANES, (share + WIDTH - 1) / WIDTH * WIDTH));
 }
@@ -326,8 +329,9 @@ static double multiplications(const attention *a) {
   const facts *f = &a->facts;
   double scores = 0;
   for (int i = 0; i < f->num_spans; i++) {
-    long end = (long)a->spans[i].start + a->spans[i].num_tokens;
-    scores += (double)rows_in(a, a->spans + i) * (f->window ? MIN(end, f->window) : end);
+    const span s = span_at(a->spans, i);
+    const long end = (long)s.start + s.num_tokens;
+    scores += (double)rows_in(a, &s) * (f->window ? MIN(end, f->window) : end);
   }
   return scores * f->kv_heads * ((double)f->key_dim + f->value_dim);
 }
@@ -335,21 +339,23 @@ static double multiplications(const attention *a) {
 /* Rows [tokens][kv_heads][width] go to their places in a slab. Token p lies in place p % capacity. */
 static void write_rows(const attention *a, const float *rows, float *slab, long dim) {
   const facts *f = &a->facts;
-  for (const span *s = a->spans; s < a->spans + f->num_spans; s++)
-    for (long i = 0; i < s->num_tokens; i++)
+  for (long number = 0; number < f->num_spans; number++) {
+    const span s = span_at(a->spans, number);
+    for (long i = 0; i < s.num_tokens; i++)
       for (long head = 0; head < f->kv_heads; head++) {
-        const float *row = rows + ((s->first_token + i) * f->kv_heads + head) * a->width;
-        const long slot_head = (long)s->slot * f->kv_heads + head;
-        float *place = slab + (slot_head * f->capacity + (s->start + i) % f->capacity) * dim;
+        const float *row = rows + ((s.first_token + i) * f->kv_heads + head) * a->width;
+        const long slot_head = (long)s.slot * f->kv_heads + head;
+        float *place = slab + (slot_head * f->capacity + (s.start + i) % f->capacity) * dim;
         memcpy(place, row, sizeof(float) * dim);
       }
+  }
 }
 
 int attend(float *keys, float *values, long num_rows, long width, float *told) {
   attention a = {.keys = keys, .values = values, .width = width};
   if (num_rows * width < NUMBERS_OF_FACTS) return 0;
   memcpy(&a.facts, told, sizeof a.facts);
-  a.spans = (const span *)(told + NUMBERS_OF_FACTS);
+  a.spans = told + NUMBERS_OF_FACTS;
   if (!can_be_true(&a.facts, a.spans, num_rows, width)) return 0;
   a.sinks = a.facts.sinks_at ? told + a.facts.sinks_at : NULL;
   a.rows = told + a.facts.first_row * width;

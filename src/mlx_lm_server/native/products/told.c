@@ -40,16 +40,17 @@ static int is_in_slot(const facts *f, const span *s) {
   return end <= f->capacity || (s->num_tokens == 1 && f->window && end <= INT32_MAX);
 }
 
-int can_be_true(const facts *f, const span *spans, long num_rows, long width) {
+int can_be_true(const facts *f, const float *spans, long num_rows, long width) {
   if (!is_slab(f) || f->share <= 0 || f->key_dim > width || f->value_dim > width) return 0;
   if (f->num_spans < 0 || f->num_tokens < 0 || f->window < 0 || !end_with(f, num_rows)) return 0;
   if (!is_between(f, (int64_t)f->first_row * width, 0, width)) return 0;
   if (f->sinks_at && !is_between(f, f->sinks_at, (int64_t)f->kv_heads * f->share, width)) return 0;
   int64_t left = f->num_tokens; /* no token is in two spans */
-  for (const span *s = spans; s < spans + f->num_spans; s++) {
-    left -= s->num_tokens;
-    if (s->num_tokens <= 0 || left < 0 || !is_in_slot(f, s)) return 0;
-    if (s->first_token < 0 || s->first_token > f->num_tokens - s->num_tokens) return 0;
+  for (long i = 0; i < f->num_spans; i++) {
+    const span s = span_at(spans, i);
+    left -= s.num_tokens;
+    if (s.num_tokens <= 0 || left < 0 || !is_in_slot(f, &s)) return 0;
+    if (s.first_token < 0 || s.first_token > f->num_tokens - s.num_tokens) return 0;
   }
   return 1;
 }

@@ -1,6 +1,7 @@
 /* What attention is told, and whether it can be true. */
 #pragma once
 #include <stdint.h>
+#include <string.h>
 
 /* Common to all rows, in this order; the caller has the same names (Facts of span_attention.py). */
 #define FACTS(WHOLE, REAL)                                                                    \
@@ -23,17 +24,23 @@ typedef struct {
   FACTS(WHOLE_FIELD, REAL_FIELD)
 } facts;
 
-/* It lies among floats. */
-typedef struct __attribute__((may_alias)) {
+typedef struct {
   SPAN(WHOLE_FIELD)
 } span;
 
 enum { NUMBERS_OF_FACTS = sizeof(facts) / sizeof(float), NUMBERS_OF_SPAN = sizeof(span) / sizeof(float) };
 
+/* Of those that lie one behind the other, among floats. */
+static inline span span_at(const float *spans, long number) {
+  span found;
+  memcpy(&found, spans + number * NUMBERS_OF_SPAN, sizeof found);
+  return found;
+}
+
 #pragma GCC visibility push(hidden)
 
 /* Whether what is told in `num_rows` of `width` floats, with its spans behind the facts, fits in there,
  * and the spans fit the slots. Reads no further than the last row. */
-int can_be_true(const facts *f, const span *spans, long num_rows, long width);
+int can_be_true(const facts *f, const float *spans, long num_rows, long width);
 
 #pragma GCC visibility pop
