@@ -13,13 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from mlx_lm_server import native
+from mlx_lm_server import native, platform
 from mlx_lm_server.runner.backends.x86 import native_products
 from mlx_lm_server.runner.backends.x86.span_attention import Facts
 from mlx_lm_server.runner.state.step_layout import Span
 
 needs_library = pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which("cc") or not {"avx2", "fma"} <= native.cpu_flags(),
+    sys.platform != "linux"
+    or not shutil.which("cc")
+    or not {"avx2", "fma"} <= platform.cpu_flags(),
     reason="needs a C compiler and a CPU with AVX2",
 )
 
