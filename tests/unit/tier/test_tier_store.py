@@ -513,8 +513,10 @@ def test_files_that_cannot_be_removed_are_passed_over(tmp_path: Path) -> None:
             raise OSError(errno.EACCES, "injected")
 
     files.before["unlink"] = refuse_the_stuck
-    save_all(store, [make_record(100 + n) for n in range(4)])
-    assert store.has(make_record(103).name)
+    later = [make_record(100 + n) for n in range(12)]
+    save_all(store, later)
+    # The sweep that looks after a failure may find the stuck ones again, and try them again.
+    assert sum(store.has(record.name) for record in later) >= 5
     assert store.stats().counters.evictions > 0
     store.close(1.0)
 
