@@ -60,9 +60,10 @@ class FusedKernel:
         mask: str | mx.array = "causal"
         if window is not None and start + length > window:
             mask = sees(start, length, 0, start + length, window)
-        return mx.fast.scaled_dot_product_attention(
+        out = mx.fast.scaled_dot_product_attention(
             q[None], k[None], v[None], scale=scale, mask=mask, sinks=sinks
-        )[0]
+        )
+        return out.squeeze(0)  # an index would copy
 
 
 def decode_packed(

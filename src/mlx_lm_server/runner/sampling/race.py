@@ -59,7 +59,9 @@ class Vocabulary:
         return self._stacked(values).sum(axis=1).sum(axis=-1, keepdims=True)
 
     def place_of_largest(self, values: mx.array) -> mx.array:
-        """One of the places, where several hold the largest value."""
+        """Returns one of the places, where several hold the largest value."""
+        if self._depth == 1:
+            return mx.argmax(values, axis=-1, keepdims=True)
         stacked = self._stacked(values)
         column = mx.argmax(stacked.max(axis=1), axis=-1, keepdims=True)
         inside = mx.take_along_axis(stacked, column[:, None], axis=2)  # [n, depth, 1]

@@ -349,8 +349,10 @@ def _adjust_row(logits: mx.array, row: RowSampling) -> mx.array:
             penalty = params.repetition_penalty
             punished = mx.where(logits > 0, logits / penalty, logits * penalty)
             logits = mx.where(row.seen > 0, punished, logits)
-        logits = logits - params.frequency_penalty * row.output_counts
-        logits = logits - params.presence_penalty * mx.minimum(row.output_counts, 1.0)
+        if params.frequency_penalty:
+            logits = logits - params.frequency_penalty * row.output_counts
+        if params.presence_penalty:
+            logits = logits - params.presence_penalty * mx.minimum(row.output_counts, 1.0)
     if row.bias is not None:
         logits = logits + row.bias
     if forbidden := row.forbidden_tokens:
