@@ -20,8 +20,6 @@ from mlx_lm_server.runner.sampling.race import Vocabulary
 from mlx_lm_server.runner.sampling.sampler import RowSampling, Sampler, start_row
 from tests.back_ends import BACKEND
 
-pytestmark = pytest.mark.each_way
-
 PROBABILITIES = np.array([0.4, 0.25, 0.15, 0.1, 0.05, 0.03, 0.02])
 LOGITS = mx.array(np.log(PROBABILITIES).astype(np.float32))
 NUM_DRAWS = 8000

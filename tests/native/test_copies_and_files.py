@@ -70,7 +70,7 @@ def test_runs_of_bytes_go_to_their_places(scale: int) -> None:
         {"lengths": longs(LONG_MAX, 1), "moves": 2},
         *({name: None} for name in ("sources", "targets", "from", "to", "lengths")),
     ],
-    ids=str,
+    ids=lambda odd: " ".join(odd),
 )
 def test_senseless_copies_are_refused(odd: dict[str, Any]) -> None:
     source, target = np.ones(8, np.uint8), np.zeros(8, np.uint8)
