@@ -31,6 +31,7 @@ slots), `loads` (what rows need not compute).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import msgspec
 
@@ -209,6 +210,10 @@ class JoinedRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
     sampling: SamplingParams
 
 
+# Which hidden state of a text stands for it: that of its last token, or the mean of all.
+Pooling = Literal["last", "mean"]
+
+
 class RowWork(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one row computes in a forward: tokens at positions `start`, `start + 1`, …
 
@@ -219,6 +224,9 @@ class RowWork(msgspec.Struct, frozen=True, array_like=True, gc=False):
                  1       the token after the last position
                  1 + k   the last k ids are guesses, tried against what the row draws there: as many
                          tokens as guesses were right, and one more
+
+    With `pooling` a row yields no tokens: its work gives one vector of its hidden states at the end
+    of its text (1), and before that it is only counted in (0). It computes all of its tokens itself.
 
     `is_awaited` says that somebody waits for the token more than for the next, since an answer
     begins or is known to end with it.
@@ -231,6 +239,12 @@ class RowWork(msgspec.Struct, frozen=True, array_like=True, gc=False):
     token_ids: tuple[int, ...] | None = None
     yields: int = 1
     is_awaited: bool = False
+    pooling: Pooling | None = None
+
+    @property
+    def num_sampled(self) -> int:
+        """How many of its last positions sample."""
+        return 0 if self.pooling else self.yields
 
     @property
     def num_tokens(self) -> int:
@@ -295,7 +309,7 @@ class StepPlan(msgspec.Struct, frozen=True, array_like=True, gc=False):
     @property
     def sampling(self) -> tuple[RowWork, ...]:
         """Returns the works that yield tokens, in the order in which the forward packs them."""
-        return tuple(work for work in self.works if work.yields)
+        return tuple(work for work in self.works if work.num_sampled)
 
 
 def encode_plan(plan: StepPlan) -> bytes:
@@ -314,11 +328,12 @@ _decoder = msgspec.msgpack.Decoder(StepPlan)
 
 class RowResult(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What a row's work yielded: its tokens, and where they were asked for logprobs of each, and
-    with its first token those of its prompt from the second token on."""
+    with its first token those of its prompt from the second token on; or a vector `[dim]`."""
 
     token_ids: tuple[int, ...]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    vector: list[float] | None = None
 
 
 # By row; rows whose work yields nothing are not in it.

@@ -60,6 +60,7 @@ class _Step:
     prompts: list[PromptScores] = field(default_factory=list)
     told: dict[int, PromptScores] = field(default_factory=dict)  # by row
     sampling: dict[int, RowSampling] = field(default_factory=dict)  # by row
+    vectors: dict[int, mx.array] = field(default_factory=dict)  # by row
     is_drawn: bool = False
 
 
@@ -107,6 +108,7 @@ class ModelRunner:
         self._blocks = BlockStore(self._storage, states, block_size)
         self._sampler = Sampler(loaded.vocab_size, backend)
         self._sampling: dict[int, RowSampling] = {}
+        self._sums: dict[int, mx.array] = {}  # of hidden states, of rows that give their mean
         self._last_tokens = mx.zeros((max_batch_size,), mx.int32)
         self._under_way: _Step | None = None
         self._built: _Step | None = None  # to be submitted after that
@@ -139,6 +141,11 @@ class ModelRunner:
             return 0
         has_rings = any(layer.ring is not None for layer in self._storage.layers)
         return RING_SPARE if has_rings else MAX_GUESSES
+
+    @property
+    def can_pool(self) -> bool:
+        """Whether rows can give vectors of their hidden states."""
+        return self._loaded.lm.tells_hidden_states
 
     @property
     def blocks(self) -> BlockStore:
@@ -192,6 +199,7 @@ class ModelRunner:
             self._blocks.save(save)
         for row in plan.left_rows:
             self._sampling.pop(row, None)
+            self._sums.pop(row, None)
         self._forward_of.forget(plan.left_rows)
         for joined in plan.joined_rows:
             self._join(joined)
@@ -211,8 +219,12 @@ class ModelRunner:
             for chunk in plan.chunks
             if (scores := self._sampling[chunk.row].prompt_scores) is not None
         }
-        outcome = self._forward_of.run(plan, self._input_ids(plan), scored)
+        pooled = [chunk for chunk in plan.chunks if chunk.pooling]
+        kept = {*scored, *(chunk.row for chunk in pooled)}
+        outcome = self._forward_of.run(plan, self._input_ids(plan), kept)
         step = _Step(plan.sampling, outcome.result, outcome.beside)
+        for chunk in pooled:
+            self._pool(step, chunk, outcome.hidden[chunk.row])
         for chunk in plan.chunks:
             if (scores := scored.get(chunk.row)) is not None:
                 head = self._loaded.lm.head
@@ -222,6 +234,20 @@ class ModelRunner:
                     step.told[chunk.row] = scores
                     self._sampling[chunk.row].prompt_scores = None
         return step
+
+    def _pool(self, step: _Step, chunk: RowWork, hidden: mx.array) -> None:
+        """Count in the hidden states `[L, 1, dim]` of a chunk, in float32."""
+        states = hidden[:, 0].astype(mx.float32)
+        vector = states[-1]
+        if chunk.pooling == "mean":
+            total = states.sum(axis=0)
+            if chunk.start:
+                total = self._sums[chunk.row] + total
+            self._sums[chunk.row] = total
+            vector = total / chunk.end
+        step.beside.append(vector)
+        if chunk.yields:
+            step.vectors[chunk.row] = vector
 
     def _input_ids(self, plan: StepPlan) -> mx.array:
         """The packed token ids `[T]`: of decode rows from the device, of chunks from the plan."""
@@ -291,11 +317,15 @@ class ModelRunner:
         step.beside.clear()
         for prompt in step.prompts:
             prompt.settle()
+        vectors = {
+            row: RowResult((), vector=cast(list[float], vector.tolist()))
+            for row, vector in step.vectors.items()
+        }
         if not step.works:
-            return {}
+            return vectors
         drawn = cast(list[int], step.result.tolist())
         scores = step.scores.read() if step.scores is not None else {}
-        return {
+        return vectors | {
             work.row: self._row_result(step, work, place, drawn, scores)
             for place, work in places_of(step.works)
         }

@@ -138,7 +138,7 @@ class SplitForward:
         for chunk in plan.chunks:
             begin, end = end, end + chunk.num_tokens
             outputs, states = self._run_chunk(chunk, ids[None, begin:end])
-            (results if chunk.yields else beside).append(outputs)
+            (results if chunk.num_sampled else beside).append(outputs)
             if chunk.row in kept:
                 hidden[chunk.row] = states.swapaxes(0, 1)
         beside += ends_of(self.states.arrays) + self._storage.take_unread()
@@ -186,7 +186,7 @@ class AloneForward:
         for chunk in plan.chunks:
             begin, end = end, end + chunk.num_tokens
             outputs, states = self._run_chunk(chunk, ids[None, begin:end])
-            (results if chunk.yields else beside).append(outputs)
+            (results if chunk.num_sampled else beside).append(outputs)
             if chunk.row in kept:
                 hidden[chunk.row] = states.swapaxes(0, 1)
         for row in {work.row for work in plan.works}:
@@ -249,13 +249,13 @@ def _sampling_positions(plan: StepPlan) -> list[int]:
     end = len(plan.decodes)
     for chunk in plan.chunks:
         end += chunk.num_tokens
-        positions += range(end - chunk.yields, end)
+        positions += range(end - chunk.num_sampled, end)
     return positions
 
 
 def _last_positions(chunk: RowWork) -> list[int]:
     """Where, among its own tokens, a chunk samples."""
-    return list(range(chunk.num_tokens - chunk.yields, chunk.num_tokens))
+    return list(range(chunk.num_tokens - chunk.num_sampled, chunk.num_tokens))
 
 
 Candidate = Callable[[KVStorage], Forward]

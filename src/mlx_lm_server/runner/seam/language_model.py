@@ -42,6 +42,11 @@ class LanguageModel:
             _let_pick(backbone, self._picker)
             self._check_picking(self._picker)
 
+    @property
+    def tells_hidden_states(self) -> bool:
+        """Whether `run` gives hidden states, and not logits in their place."""
+        return self._picker is not None
+
     def __call__(
         self, ids: mx.array, caches: list[Any], positions: list[int] | None = None
     ) -> mx.array:
