@@ -226,7 +226,7 @@ class RowWork(msgspec.Struct, frozen=True, array_like=True, gc=False):
                          tokens as guesses were right, and one more
 
     With `pooling` a row yields no tokens: its work gives one vector of its hidden states at the end
-    of its text (1), and before that it is only counted in (0). It computes all of its tokens itself.
+    of its text (1), and before that is only counted in (0). Such a row computes all its tokens.
 
     `is_awaited` says that somebody waits for the token more than for the next, since an answer
     begins or is known to end with it.
