@@ -210,6 +210,7 @@ class PoolStore:
     segments: dict[int, list[list[int]]] = field(default_factory=dict)
     states: dict[int, list[int]] = field(default_factory=dict)
     tier: Tier = field(default_factory=NoTier)
+    max_guesses: int = 0
 
     @property
     def held_bytes(self) -> int:
@@ -240,7 +241,9 @@ class PoolStore:
                         self.segments[place.segment_id][place.number] = list(block)
                 case SaveState(state_id, row, _, _, num_tokens):
                     assert state_id not in self.states
-                    assert rows[row].num_held == num_tokens, "the state is not where it should be"
+                    # What came right behind a stop token may be taken back, as wrong guesses are.
+                    num_ahead = rows[row].num_held - num_tokens
+                    assert 0 <= num_ahead <= self.max_guesses, "the state is not where it should be"
                     self.states[state_id] = rows[row].tokens[:num_tokens]
                 case DropState(state_id):
                     del self.states[state_id]
@@ -314,7 +317,8 @@ class FakeRunner:
         self.limit_tokens = limit_tokens
         self.geometry = geometry
         self.store = SlabStore()
-        self.pool = PoolStore(self.store, block_size, geometry, tier=tier or NoTier())
+        tier = tier or NoTier()
+        self.pool = PoolStore(self.store, block_size, geometry, {}, {}, tier, limits.max_guesses)
         self.num_computed = 0
         self.max_guesses = limits.max_guesses
         self.num_tried = self.num_accepted = 0
