@@ -52,7 +52,8 @@ class KnowsTheAnswers:
 
     def propose(self, request: Request, most: int) -> tuple[int, ...]:
         first = len(request.output_ids)
-        right = self._answers[request.prompt_ids][first : first + self._rng.randint(0, most)]
+        answer = self._answers.get(request.prompt_ids, [])
+        right = answer[first : first + self._rng.randint(0, most)]
         if right and self._rng.random() < 0.33:
             place = self._rng.randrange(len(right))
             right[place] = (right[place] + 1) % VOCAB_SIZE
@@ -96,3 +97,21 @@ def test_rows_whose_state_cannot_go_back_try_nothing(family: str, tmp_path: Path
     engine = EngineDriver(write_model(family, tmp_path / family), proposer)
     assert [len(tokens) for tokens in engine.run(PROMPTS[:2], PLAIN)] == [30, 30]
     assert proposer.num_proposed == 0
+
+
+def test_a_state_kept_where_tokens_behind_a_stop_were_taken_back_is_right(tmp_path: Path) -> None:
+    """The row of a window has computed more; who goes on from its checkpoint sees none of it."""
+    folder = write_model("gemma3_text", tmp_path)
+    [prompt] = random_prompts(8, (90,), VOCAB_SIZE)
+    greedy = replace(PLAIN, temperature=0.0)
+    [answer] = EngineDriver(folder).run([prompt], greedy)
+    knows = KnowsTheAnswers({tuple(prompt): answer})
+    for end in range(12, 20):
+        stop = replace(greedy, stop_token_ids=(answer[end],))
+        engine = EngineDriver(folder, knows)
+        [first] = engine.run([prompt], stop)
+        again = [*prompt, *first, 7, 8]
+        engine.add("again", again, greedy)
+        engine.finish()
+        assert engine.reports["again"].num_cached_tokens >= len(prompt)
+        assert engine.tokens["again"] == EngineDriver(folder).run([again], greedy)[0]
