@@ -16,6 +16,7 @@ from benchmarks import (
     prefix,
     products,
     restarts,
+    revisions,
     serving,
     shape,
     soak,
@@ -36,6 +37,7 @@ SCRIPTS = {
     "soak": soak,
     "tier": tier,
     "restarts": restarts,
+    "revisions": revisions,
     "starts": starts,
     "shape": shape,
 }

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from mlx_lm_server import platform
-from mlx_lm_server.protocol import Way
+from mlx_lm_server.config import Way
 from mlx_lm_server.runner.backend import Backend
 from mlx_lm_server.runner.backends.choose import choose
 from mlx_lm_server.runner.backends.fused import FusedBackend

@@ -14,6 +14,8 @@ from typing import Any, Literal
 from mlx_lm_server.web_names import host_fault, origin_fault
 
 NANO = "nano"
+# How a device is treated; see runner/backends.
+Way = Literal["x86", "metal", "cuda", "plain"]
 
 
 @dataclass(frozen=True)
@@ -571,7 +573,7 @@ class CpuConfig:
         low=1,
         high=1024,
     )
-    way: Literal["x86", "metal", "cuda", "plain"] | None = option(
+    way: Way | None = option(
         None,
         "Treat the device as one of this kind: `x86` with code of our own, the others with MLX's "
         "operations only. For tests, and for finding out what goes wrong.",

@@ -13,14 +13,12 @@ from typing import Literal
 
 import msgspec
 
-from mlx_lm_server.config import TierConfig
+from mlx_lm_server.config import TierConfig, Way
 from mlx_lm_server.tier_stats import TierStats
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 CpuWeights = Literal["auto", "float32", "native"]
 Batching = Literal["packed", "split", "alone"]
-# How a device is treated; see runner/backends.
-Way = Literal["x86", "metal", "cuda", "plain"]
 
 LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 256 * 1024 * 1024

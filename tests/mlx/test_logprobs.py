@@ -107,3 +107,24 @@ def test_those_of_a_prompt(folder: Path, prefill_step_size: int | None) -> None:
             low, high = ((row > row[token] + margin).sum() for margin in (1e-3, -1e-3))
             assert low < one.rank <= high  # up to what rounding may swap
     assert all(o.prompt_logprobs is None for o in driver.outputs["plain"])
+
+
+@pytest.mark.each_way
+def test_scores_of_a_prompt_in_pieces_do_not_run_ahead_of_what_rows_beside_it_load(
+    tmp_path: Path,
+) -> None:
+    """Rows come back from the cache, while a long prompt is scored chunk by chunk."""
+    engine = EngineDriver(write_model("qwen3", tmp_path), prefill_step_size=8)
+    scored, prefix, *ends = random_prompts(5, (800, 200, *[7] * 8), VOCAB_SIZE)
+    greedy = SamplingParams(max_tokens=12, seed=0, temperature=0.0)
+    expected = EngineDriver(tmp_path).run([[*prefix, *end] for end in ends], greedy)
+    engine.run([prefix], greedy)
+    only_scored = SamplingParams(max_tokens=1, seed=0, prompt_logprobs=0)
+    engine.add("scored", scored, only_scored)
+    for number, end in enumerate(ends):
+        for _ in range(4):
+            engine.step()
+        engine.add(f"{number}", [*prefix, *end], greedy)
+    engine.finish()
+    assert [engine.tokens[f"{number}"] for number in range(len(ends))] == expected
+    assert all(engine.reports[f"{number}"].num_cached_tokens > 0 for number in range(len(ends)))

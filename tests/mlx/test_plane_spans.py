@@ -144,3 +144,9 @@ def test_memory_that_nobody_wrote_begins_at_a_sector(num_bytes: int) -> None:
     assert len(room) == num_bytes
     assert address_of(room) % SECTOR_BYTES == 0
     room[:] = bytes(num_bytes)
+
+
+def test_what_native_code_refuses_is_told() -> None:
+    plane = plane_of(2, 20, 8, mx.float32)
+    with pytest.raises(ValueError, match="cannot be made"):
+        PlaneCopies(lambda *_: 0).between([(plane, plane)], [(Span(0, 0, 4), Span(1, 0, 4))])

@@ -9,7 +9,8 @@ from typing import get_args
 import mlx.core as mx
 import pytest
 
-from mlx_lm_server.protocol import Way
+from mlx_lm_server.config import Way
+from mlx_lm_server.runner.backends import choose as choose_module
 from mlx_lm_server.runner.backends.choose import choose, policy_of
 from mlx_lm_server.runner.backends.fused_kernel import FusedKernel
 from tests.back_ends import only_x86
@@ -37,6 +38,17 @@ def test_a_forced_way_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
         choose()
     [record] = caplog.records
     assert other in record.getMessage()
+
+
+def test_a_way_of_cpus_computes_on_the_cpu_whatever_else_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    devices: list[mx.DeviceType] = []
+    monkeypatch.setattr(choose_module, "_own_way", lambda: "metal")
+    monkeypatch.setattr(mx, "set_default_device", devices.append)
+    for way in WAYS:
+        choose(way)
+    assert devices == [mx.cpu, mx.cpu], "x86 and plain"
 
 
 @pytest.mark.parametrize("way", ["metal", "cuda", "plain"])

@@ -151,7 +151,7 @@ ODD_OPERANDS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("odd", ODD_OPERANDS, ids=str)
-@pytest.mark.parametrize("kind", ALPHAS)
+@pytest.mark.parametrize("kind", sorted(ALPHAS.keys() - {"attention"}))  # test_attention.py has it
 def test_operands_that_do_not_fit_give_nan(kind: str, odd: dict[str, Any]) -> None:
     call = replace(whole(ALPHAS[kind]), **odd)
     call.run()

@@ -41,6 +41,5 @@ def test_the_x86_wing_is_named_by_who_chooses_it_only() -> None:
     others = {file for file in files_that_ask(X86) if not file.startswith("runner/backends/x86/")}
     assert others == {
         "config.py",  # the names of the ways
-        "protocol.py",
         "runner/backends/choose.py",
     }

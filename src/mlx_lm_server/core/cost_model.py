@@ -146,12 +146,6 @@ class CostModel:
         self._remember(shares, weight)
         self._solve()
 
-    def max_prefill_tokens(self, goal_s: float, rows: int, kv_tokens: int, context: int) -> int:
-        """The chunk after `context` tokens that makes a step take `goal_s` seconds beside `rows`
-        decoding rows over `kv_tokens` tokens."""
-        decode = StepFeatures(rows=rows, kv_tokens=kv_tokens)
-        return self.max_chunk_tokens(goal_s - self.forecast_s(decode), context)
-
     def max_chunk_tokens(self, slack_s: float, context: int) -> int:
         """The chunk after `context` tokens that adds `slack_s` seconds, to the nearest token: the
         root of per_pair / 2 · n² + (per_token + per_kv + per_pair · (context + 1/2)) · n

@@ -440,10 +440,6 @@ class Scheduler:
         return self._layout.geometry
 
     @property
-    def has_unfinished_requests(self) -> bool:
-        return bool(self._requests)
-
-    @property
     def has_work(self) -> bool:
         """Unfinished requests, rows that leave, or something to give to the tier."""
         return bool(self._requests or self._departures) or self._cache.has_offloads_due

@@ -139,6 +139,7 @@ def _measured(
     facts = {
         "server": __version__,
         "mlx": metadata.version("mlx"),
+        "mlx_lm": metadata.version("mlx-lm"),
         "device": runner.policy.device,
         "way": runner.policy.way,
         "cores": str(platform.usable_cores()),

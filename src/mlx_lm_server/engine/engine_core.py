@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import msgspec
 
@@ -17,6 +17,9 @@ from mlx_lm_server.engine.disk_cache import CLOSE_LIMIT_S, FLUSH_LIMIT_S, DiskCa
 from mlx_lm_server.engine.prefill_progress import PrefillProgress
 from mlx_lm_server.errors import RequestError
 from mlx_lm_server.protocol import Abort, AddRequest, EngineStats, RequestOutput
+
+if TYPE_CHECKING:
+    from mlx_lm_server.runner.backend import Upkeep
 
 log = logging.getLogger(__name__)
 
@@ -36,15 +39,7 @@ class Runner(Protocol):
         """Takes a plan, at most one ahead of the last that was collected."""
 
 
-class Upkeep(Protocol):
-    """What is done about the host's memory between steps."""
-
-    def after_step(self, *, took_memory: bool) -> None: ...
-
-    def rest(self) -> None: ...
-
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Running:
     plan: StepPlan
     handle: Handle
@@ -74,6 +69,7 @@ class EngineCore:
         self._disk = disk
         self._upkeep = upkeep
         self._running: _Running | None = None
+        self._read_s = 0.0  # when the last forward had ended
         self._progress = PrefillProgress()
         self._step_tokens: list[int] = []
 
@@ -149,18 +145,19 @@ class EngineCore:
     def step_in_parts(self) -> Iterator[list[RequestOutput]]:
         """Goes one forward further, as its outputs are told: part by part, each before what comes
         next is submitted."""
-        began_s = self._clock()
-        if self._scheduler.plans_after_reading:
+        since_s = self._clock()
+        if self._scheduler.plans_after_reading and self._running is not None:
             yield from self._read()
+            since_s = self._read_s
         plan = self._scheduler.schedule(self._clock())
         if plan is None:
             yield from self._read()
             return
         handle = self._runner.submit(plan)
-        following = _Running(plan, handle, began_s)
         if self._running is not None:
-            yield from self._read(following)
-        self._running = following
+            yield from self._read()
+            since_s = self._read_s
+        self._running = _Running(plan, handle, since_s)
         if self._upkeep is not None:
             self._upkeep.after_step(took_memory=plan.takes_memory)
 
@@ -169,22 +166,24 @@ class EngineCore:
         if self._upkeep is not None:
             self._upkeep.rest()
 
-    def _read(self, following: _Running | None = None) -> Iterator[list[RequestOutput]]:
+    def _read(self) -> Iterator[list[RequestOutput]]:
         """Wait for the forward under way, and take in what it gave."""
         running, self._running = self._running, None
         if running is None:
             return
-        plan, read_s = running.plan, 0.0
-        more = self._progress.after(plan)
+        plan, read_s = running.plan, None
+        progress = self._progress.after(plan)
         if plan.num_tokens:
             self._step_tokens.append(plan.num_tokens)
         for result in running.handle.collect():
             now_s = self._clock()
-            read_s = read_s or now_s
-            outputs = more + self._scheduler.update(plan, result, now_s)
-            more = []
-            self._progress.forget(outputs)
-            yield outputs
-        if following is not None:
-            following.since_s = read_s
-        self._scheduler.end_step(plan, read_s - running.since_s)
+            read_s = now_s if read_s is None else read_s
+            if result:
+                outputs = progress + self._scheduler.update(plan, result, now_s)
+                progress = []
+                self._progress.forget(outputs)
+                yield outputs
+        if progress:
+            yield progress
+        self._read_s = self._clock() if read_s is None else read_s
+        self._scheduler.end_step(plan, self._read_s - running.since_s)

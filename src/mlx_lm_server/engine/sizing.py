@@ -88,7 +88,7 @@ class Sizes:
 
     @property
     def _token_tile(self) -> int:
-        """Where forwards are replayed, steps beside decoding rows have few sizes."""
+        """Beside decoding rows steps have whole tiles, so that forms come again (ADR 9)."""
         is_replayed = self._is_float32 and self._runner.batching == "packed"
         return self._policy.token_tile if is_replayed else 1
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 
-from mlx_lm_server.protocol import SamplingParams, Way
+from mlx_lm_server.config import Way
+from mlx_lm_server.protocol import SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -213,4 +214,5 @@ class Backend(Protocol):
     def memory_limit_bytes(self) -> int:
         """Returns what an engine may use where nobody said it."""
 
-    def upkeep(self, memory_limit_bytes: int) -> Upkeep: ...
+    def upkeep(self, memory_limit_bytes: int) -> Upkeep | None:
+        """Returns what looks after the host's memory, where arrays lie in it."""

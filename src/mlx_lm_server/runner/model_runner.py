@@ -33,7 +33,7 @@ from mlx_lm_server.runner.backend import Backend
 from mlx_lm_server.runner.loading import probe
 from mlx_lm_server.runner.loading.loader import LoadedModel
 from mlx_lm_server.runner.loading.measuring import Measurer
-from mlx_lm_server.runner.sampling.logprobs import PromptScores, RowScores
+from mlx_lm_server.runner.sampling.logprobs import Piece, PromptScores, RowScores
 from mlx_lm_server.runner.sampling.sampler import Draw, RowSampling, Sampler, start_row
 from mlx_lm_server.runner.seam.forwards import SplitForward
 from mlx_lm_server.runner.state import kv_quantisation
@@ -57,7 +57,7 @@ class _Step:
     beside: list[mx.array] = field(default_factory=list)
     draw: Draw | None = None
     scores: RowScores | None = None
-    prompts: list[PromptScores] = field(default_factory=list)
+    prompts: list[tuple[PromptScores, list[Piece]]] = field(default_factory=list)
     told: dict[int, PromptScores] = field(default_factory=dict)  # by row
     sampling: dict[int, RowSampling] = field(default_factory=dict)  # by row
     vectors: dict[int, mx.array] = field(default_factory=dict)  # by row
@@ -228,8 +228,9 @@ class ModelRunner:
         for chunk in plan.chunks:
             if (scores := scored.get(chunk.row)) is not None:
                 head = self._loaded.lm.head
-                step.beside += scores.take(outcome.hidden[chunk.row], chunk.start, head)
-                step.prompts.append(scores)
+                pieces = scores.take(outcome.hidden[chunk.row], chunk.start, head)
+                step.beside += [array for piece in pieces for array in piece]
+                step.prompts.append((scores, pieces))
                 if chunk.yields:
                     step.told[chunk.row] = scores
                     self._sampling[chunk.row].prompt_scores = None
@@ -264,7 +265,8 @@ class ModelRunner:
         """Do what the plan orders for slabs and pool, and submit its forward."""
         self._storage.stages.run()
         if step.result is not None:
-            mx.async_eval(step.result, *step.beside)
+            # The last tokens too: who only ever writes to them would hold all that was written.
+            mx.async_eval(step.result, *step.beside, self._last_tokens)
         self._under_way = step
 
     def _draw(self, step: _Step) -> None:
@@ -315,8 +317,8 @@ class ModelRunner:
             step.draw.finish()
         mx.eval(step.result, *step.beside)
         step.beside.clear()
-        for prompt in step.prompts:
-            prompt.settle()
+        for prompt, pieces in step.prompts:
+            prompt.settle(pieces)
         vectors = {
             row: RowResult((), vector=cast(list[float], vector.tolist()))
             for row, vector in step.vectors.items()

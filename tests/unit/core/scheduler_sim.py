@@ -514,7 +514,7 @@ class Simulation:
             self.in_flight.append((plan, self.runner.execute(plan, self.row_at())))
             self.check_prefixes()
         elif not self.in_flight:
-            is_idle = not self.scheduler.has_unfinished_requests
+            is_idle = not self.scheduler.num_running + self.scheduler.num_waiting
             assert is_idle or self.scheduler.waits_for_tier, "idle with work waiting"
             self.now_s += 0.001
         keep = 0 if read_at_once or plan is None else 1

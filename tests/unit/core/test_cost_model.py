@@ -131,13 +131,14 @@ def test_the_longest_chunk_uses_up_the_goal_and_no_more():
     model = CostModel(TRUTH)
     decode = StepFeatures(rows=8, kv_tokens=2000)
     for context in (0, 500, 5000):
-        num_tokens = model.max_prefill_tokens(0.1, decode.rows, decode.kv_tokens, context)
+        num_tokens = model.max_chunk_tokens(0.1 - model.forecast_s(decode), context)
         assert model.forecast_s(decode.with_chunk(context, num_tokens - 1)) < 0.1
         assert model.forecast_s(decode.with_chunk(context, num_tokens + 1)) > 0.1
 
 
 def test_there_is_no_chunk_where_decoding_alone_misses_the_goal():
-    assert CostModel(TRUTH).max_prefill_tokens(0.01, 8, 2000, 0) == 0
+    model = CostModel(TRUTH)
+    assert model.max_chunk_tokens(0.01 - model.forecast_s(StepFeatures(0, 8, 2000)), 0) == 0
 
 
 def test_throughputs_follow_from_the_costs():
@@ -163,8 +164,8 @@ def test_a_long_run_of_mixed_steps_does_not_make_decoding_look_dearer():
         model.observe(decode, true_s(0, 0))
     context = 0
     while context < 8000:
-        goal_s = 2.6 * model.forecast_s(decode)
-        num_tokens = max(4, model.max_prefill_tokens(goal_s, 4, 1000, context))
+        slack_s = 1.6 * model.forecast_s(decode)
+        num_tokens = max(4, model.max_chunk_tokens(slack_s, context))
         step = decode.with_chunk(context, num_tokens)
         model.observe(step, true_s(context, num_tokens))
         context += num_tokens

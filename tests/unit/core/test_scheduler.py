@@ -35,7 +35,7 @@ def _step(sim: Simulation) -> StepPlan:
 def test_without_requests_there_is_nothing_to_do():
     sim = _sim()
     assert sim.step() is None
-    assert not sim.scheduler.has_unfinished_requests
+    assert not sim.scheduler.num_running + sim.scheduler.num_waiting
 
 
 def test_the_first_step_joins_the_row_and_prefills_the_prompt():
@@ -217,7 +217,7 @@ def test_a_prompt_that_can_never_fit_is_refused_with_the_arithmetic():
         sim.add(_endless("a", 1001, 5))
     assert "1001 tokens x 1 bytes" in str(refusal.value)
     assert "limit is 1000 tokens" in str(refusal.value)
-    assert not sim.scheduler.has_unfinished_requests
+    assert not sim.scheduler.num_running + sim.scheduler.num_waiting
 
 
 def test_an_answer_that_cannot_fit_ends_where_memory_ends():

@@ -82,6 +82,22 @@ class Runner:
         yield given
 
 
+class WaitingRunner(Runner):
+    """Its forwards take their time after they were submitted, as those of a GPU do."""
+
+    _ends_s = 0.0
+
+    def _start(self) -> None:
+        super()._start()
+        if self._under_way is not None:
+            self._clock.now_s -= FORWARD_S
+            self._ends_s = self._clock.now_s + FORWARD_S
+
+    def collect(self, plan: StepPlan) -> Iterator[StepResult]:
+        self._clock.now_s = max(self._clock.now_s, self._ends_s)
+        yield from super().collect(plan)
+
+
 class Handle:
     def __init__(self, runner: Runner, plan: StepPlan) -> None:
         self._runner, self._plan = runner, plan
@@ -123,6 +139,17 @@ def test_where_what_comes_next_depends_on_a_step_it_is_read_before_the_next_is_p
     assert told(core.step()) == ["a", "b"]
     assert scheduler.calls == ["plan 1", "update 1", "plan 2"]
     assert runner.calls == ["submit", "read", "submit"]
+
+
+@pytest.mark.parametrize("plans_after_reading", [True, False])
+def test_waiting_for_a_step_is_no_time_of_the_next(plans_after_reading: bool) -> None:
+    clock, scheduler = Clock(), Scheduler(plans_after_reading=plans_after_reading)
+    core = EngineCore(scheduler, WaitingRunner(clock), clock)  # type: ignore[arg-type]
+    while len(scheduler.seconds) < 2:
+        core.step()
+    first, second = scheduler.seconds
+    assert first == BUILD_S + FORWARD_S
+    assert second == (BUILD_S + FORWARD_S if plans_after_reading else FORWARD_S)
 
 
 def test_awaited_tokens_are_told_before_the_next_forward_is_submitted() -> None:

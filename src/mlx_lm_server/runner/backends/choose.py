@@ -7,12 +7,14 @@ import logging
 import mlx.core as mx
 
 from mlx_lm_server import platform
-from mlx_lm_server.protocol import Way
+from mlx_lm_server.config import Way
 from mlx_lm_server.runner.backend import Backend, Policy
 from mlx_lm_server.runner.backends.fused import FusedBackend
 from mlx_lm_server.runner.backends.x86.backend import X86Backend
 
 log = logging.getLogger(__name__)
+
+CPU_WAYS: tuple[Way, ...] = ("x86", "plain")
 
 # A copy of a slab up to so much is made in a few milliseconds on a CPU.
 MAX_RESIZED_BYTES = 64 * 1024 * 1024
@@ -25,6 +27,8 @@ def choose(forced: Way | None = None) -> Backend:
     way = forced or own
     if way != own:
         log.warning("the device is treated as %s, which it is not (its own way: %s)", way, own)
+    if way in CPU_WAYS and own not in CPU_WAYS:
+        mx.set_default_device(mx.cpu)  # these ways write to arrays in the host's memory
     policy = policy_of(way, _device_name() if way == own else f"{way} (forced)")
     if way == "x86":
         return X86Backend(policy)
@@ -33,7 +37,7 @@ def choose(forced: Way | None = None) -> Backend:
 
 def policy_of(way: Way, device: str) -> Policy:
     """Returns what is known of a way before anything is measured."""
-    is_cpu = way in ("x86", "plain")
+    is_cpu = way in CPU_WAYS
     return Policy(
         way=way,
         device=device,

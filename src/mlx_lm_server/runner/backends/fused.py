@@ -17,7 +17,7 @@ from mlx_lm_server.runner.backend import (
     Upkeep,
 )
 from mlx_lm_server.runner.backends.fused_kernel import FusedKernel
-from mlx_lm_server.runner.backends.host_memory import HeapUpkeep, NoUpkeep
+from mlx_lm_server.runner.backends.host_memory import HeapUpkeep
 from mlx_lm_server.runner.state.kv_quantisation import PackedKV
 from mlx_lm_server.runner.state.kv_storage import Stored
 
@@ -78,7 +78,5 @@ class FusedBackend:
         recommended = info.get("max_recommended_working_set_size") or info.get("memory_size")
         return int(int(recommended or psutil.virtual_memory().total) * GPU_MEMORY_SHARE)
 
-    def upkeep(self, memory_limit_bytes: int) -> Upkeep:
-        if self._policy.is_in_host_memory:
-            return HeapUpkeep(memory_limit_bytes, None)
-        return NoUpkeep()
+    def upkeep(self, memory_limit_bytes: int) -> Upkeep | None:
+        return HeapUpkeep(memory_limit_bytes, None) if self._policy.is_in_host_memory else None

@@ -39,16 +39,6 @@ def give_back_freed_blocks() -> None:
         libc.malloc_trim(0)
 
 
-class NoUpkeep:
-    """Where arrays do not lie in the C library's memory."""
-
-    def after_step(self, *, took_memory: bool) -> None:
-        pass
-
-    def rest(self) -> None:
-        pass
-
-
 class HeapUpkeep:
     """What is done about it between steps. Used on the engine's main thread. `grow_ahead` lets
     another thread find pages, where there is something that can."""

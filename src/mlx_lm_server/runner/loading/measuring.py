@@ -26,6 +26,9 @@ from mlx_lm_server.runner.seam.forwards import Forward
 from mlx_lm_server.runner.state.kv_storage import KVStorage
 
 SMALLEST_CHUNK, LARGEST_CHUNK = 16, 256
+# What a token costs, and the memory that it takes, is read off a chunk of at least so many: smaller
+# ones tell a third too little memory.
+LEAST_LARGE_CHUNK = 64
 FAR_CONTEXT = 1024
 # One chunk may take such a share of the time for all of it.
 CHUNK_SHARE = 1 / 16
@@ -55,10 +58,9 @@ class Measurer:
         with scratch(self._storage, CreateSlab(SMALL_SLAB, 1, FAR_CONTEXT + LARGEST_CHUNK)):
             self._chunk_tokens = self._affordable_chunk()
             threads = self._threads(most_threads, with_threads)
-            costs = self._costs()
-            activations = self._activation_bytes_per_token()
+            costs, activation_bytes = self._costs()
             self._forward.forget([0])
-        return Measured(threads, costs, activations, self._is_steady)
+        return Measured(threads, costs, activation_bytes, self._is_steady)
 
     def _has_time(self, share: float = 1.0) -> bool:
         return time.perf_counter() - self._begun_s < share * self._limit_s
@@ -80,24 +82,28 @@ class Measurer:
 
         def time_s(num_threads: int) -> float:
             with_threads(num_threads)
-            return self._best_s(plan_of(chunks=[chunk_of(0, 0, self._chunk_tokens)]))
+            return self._run(plan_of(chunks=[chunk_of(0, 0, self._chunk_tokens)]))
 
         chosen = fastest_threads(most, time_s, lambda: self._has_time(THREADS_SHARE))
         with_threads(chosen)
         return chosen
 
-    def _costs(self) -> StepCosts:
+    def _costs(self) -> tuple[StepCosts, int]:
         """Returns first costs for the cost model: of a decode row, of two sizes of chunk, and of a
-        chunk far from the start."""
-        large, small = self._chunk_tokens, max(self._chunk_tokens // 4, 4)
-        one_s = self._best_s(plan_of([decode_of(0, large)]))
+        chunk far from the start; and what a token takes in a forward beyond what is held."""
+        large = max(self._chunk_tokens, LEAST_LARGE_CHUNK)
+        small = max(self._chunk_tokens // 4, 4)
+        one_s = self._best_s(plan_of([decode_of(0, large)]), is_checked=True)
+        mx.reset_peak_memory()
+        held_bytes = mx.get_active_memory()
         large_s = self._best_s(plan_of(chunks=[chunk_of(0, 0, large)]))
+        activation_bytes = max(1, (mx.get_peak_memory() - held_bytes) // large)
         small_s = self._best_s(plan_of(chunks=[chunk_of(0, 0, small)]))
         far_s = self._best_s(plan_of(chunks=[chunk_of(0, FAR_CONTEXT, small)]))
         per_token_s = max(1e-7, (large_s - small_s) / (large - small))
         per_pair_s = max(per_token_s / 1e5, (far_s - small_s) / (small * FAR_CONTEXT))
         copied_bytes = self._storage.geometry.full_bytes_per_token
-        return StepCosts(
+        costs = StepCosts(
             base_s=max(1e-5, one_s - per_token_s),
             per_prefill_token_s=per_token_s,
             per_row_s=per_token_s,
@@ -105,19 +111,13 @@ class Measurer:
             per_prefill_pair_s=per_pair_s,
             per_copied_token_s=copied_bytes / FIRST_COPIED_BYTES_PER_S,
         )
+        return costs, activation_bytes
 
-    def _activation_bytes_per_token(self) -> int:
-        """Returns the peak memory of a forward beyond what it holds, per token."""
-        size = max(self._chunk_tokens, LARGEST_CHUNK // 4)
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        self._run(plan_of(chunks=[chunk_of(0, 0, size)]))
-        return max(1, (mx.get_peak_memory() - before) // size)
-
-    def _best_s(self, plan: StepPlan) -> float:
-        """Returns the seconds of the faster of two runs, or of one where time is up."""
+    def _best_s(self, plan: StepPlan, *, is_checked: bool = False) -> float:
+        """Returns the seconds of the faster of two runs, or of one where time is up, unless it is
+        to be checked by a second."""
         first_s = self._run(plan)
-        if not self._has_time():
+        if not is_checked and not self._has_time():
             return first_s
         second_s = self._run(plan)
         self._is_steady &= abs(first_s - second_s) <= AGREEMENT * max(first_s, second_s)

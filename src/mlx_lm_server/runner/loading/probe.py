@@ -174,12 +174,13 @@ def _probe_plans() -> Iterator[StepPlan]:
     yield plan_of(chunks=[chunk_of(0, half, 2), chunk_of(2, 0, 3)])
     yield plan_of([decode_of(0, half + 2)], [chunk_of(1, 0, half - 1, yields=0)])
     yield plan_of(chunks=[chunk_of(1, half - 1, 1)])
-    for step in range(3):
-        rows = [(0, half + 3 + step), (1, half + step), (2, 3 + step)]
-        yield plan_of([decode_of(row, position) for row, position in rows if row != 1 or step != 1])
-        if step == 1:
-            yield plan_of([decode_of(1, half + 1)], [chunk_of(3, 0, 1)])
-    yield plan_of([decode_of(3, 1)], [chunk_of(2, 6, 2, yields=2)])
+    yield plan_of([decode_of(0, half + 3), decode_of(1, half), decode_of(2, 3)])
+    yield plan_of([decode_of(0, half + 4), decode_of(2, 4)])
+    yield plan_of([decode_of(1, half + 1)], [chunk_of(3, 0, 1)])
+    yield plan_of(
+        [decode_of(0, half + 5), decode_of(1, half + 2), decode_of(3, 1)],
+        [chunk_of(2, 5, 2, yields=2)],
+    )
 
 
 def check_replays(forward: Forward, storage: KVStorage) -> None:

@@ -14,6 +14,9 @@ from mlx_lm_server.protocol import TokenLogprobs
 
 HEAD_TOKENS = 64
 
+# Of some tokens of a prompt: logprobs, ids and logprobs of the likeliest, ranks.
+Piece = tuple[mx.array, ...]
+
 
 class RowScores:
     """Of one step. Made before the draw, since the draw may change the logits."""
@@ -49,14 +52,14 @@ class PromptScores:
     def __init__(self, prompt_ids: Sequence[int], num_top: int) -> None:
         self._prompt_ids = tuple(prompt_ids)
         self._num_top = num_top
-        self._pending: list[tuple[mx.array, ...]] = []
         self._found: list[TokenLogprobs] = []
 
     def take(
         self, hidden: mx.array, start: int, head: Callable[[mx.array], mx.array]
-    ) -> list[mx.array]:
-        """Hidden states `[n, 1, dim]` of the prompt's tokens from `start` on, each of which
-        foretells the next one; the arrays to be computed."""
+    ) -> list[Piece]:
+        """Scores hidden states `[n, 1, dim]` of the prompt's tokens from `start` on, each of which
+        foretells the next one. Returns what is to be computed, and then to be settled."""
+        pieces: list[Piece] = []
         last = min(start + hidden.shape[0], len(self._prompt_ids) - 1)
         for first in range(start, last, HEAD_TOKENS):
             following = self._prompt_ids[first + 1 : min(first + HEAD_TOKENS, last) + 1]
@@ -65,16 +68,16 @@ class PromptScores:
             tokens = mx.array(following, mx.int32)[:, None]
             own = mx.take_along_axis(logits, tokens, axis=-1)
             rank = (logits > own).sum(axis=-1) + 1
-            self._pending.append((*score(logits, tokens, self._num_top), rank))
-        return [array for piece in self._pending for array in piece]
+            pieces.append((*score(logits, tokens, self._num_top), rank))
+        return pieces
 
-    def settle(self) -> None:
-        """The arrays taken so far are computed."""
-        for piece in self._pending:
+    def settle(self, pieces: Sequence[Piece]) -> None:
+        """Keeps the numbers of pieces that are computed; those of a later chunk may be on their
+        way already, and must not be touched before its forward is submitted."""
+        for piece in pieces:
             own, ids, tops, ranks = (cast(list[Any], array.tolist()) for array in piece)
             found = zip(own, ids, tops, ranks, strict=True)
             self._found += [TokenLogprobs(o[0], i, t, rank) for o, i, t, rank in found]
-        self._pending = []
 
     def read(self) -> list[TokenLogprobs]:
         return self._found

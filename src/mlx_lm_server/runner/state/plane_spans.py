@@ -102,9 +102,9 @@ class PlaneCopies:
         columns = list(zip(*moves, strict=True)) or [(), (), ()]
         if self._copy_heads is not None:
             arrays = len(sources), _longs(sources), _longs(targets)
-            self._copy_heads(
-                *arrays, len(moves), *map(_longs, columns), num_heads, from_stride, to_stride
-            )
+            to_do = len(moves), *map(_longs, columns), num_heads, from_stride, to_stride
+            if not self._copy_heads(*arrays, *to_do):
+                raise ValueError(f"{len(moves)} moves of {num_heads} heads cannot be made")
             return
         for source, target in zip(sources, targets, strict=True):
             for from_, to, length in moves:

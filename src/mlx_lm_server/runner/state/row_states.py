@@ -20,10 +20,6 @@ class RowStates:
         self._arrays: list[list[mx.array | None]] = [[None] * len(p.arrays) for p in parts]
 
     @property
-    def bytes_per_row(self) -> int:
-        return sum(part.nbytes for part in self._parts)
-
-    @property
     def parts(self) -> Sequence[RecurrentState]:
         return self._parts
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import mlx.core as mx
 
@@ -60,5 +59,5 @@ class X86Backend(FusedBackend):
 
     def upkeep(self, memory_limit_bytes: int) -> Upkeep:
         library = native_products.library()
-        grow_ahead = None if library is None else cast(CopyHeads, library.grow_heap_ahead)
+        grow_ahead = None if library is None else library.grow_heap_ahead
         return HeapUpkeep(memory_limit_bytes, grow_ahead)

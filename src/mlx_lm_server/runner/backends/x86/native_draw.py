@@ -45,9 +45,7 @@ class NativeDraw:
         keys: Sequence[int],
         drawn: Mapping[int, int],
     ) -> None:
-        """Write each row's token into `tokens` `[n]` int32; `drawn` has those, by place, that are
-        known already. Both arrays are evaluated, `logits` `[n, vocab]` float32 and contiguous, and
-        nobody has submitted work that reads `tokens`."""
+        """`RowDraw.fill`. Raises ValueError where the library refuses."""
         num_rows, vocab_size = logits.shape
         if len(self._scratch) < 2 * vocab_size:
             self._scratch = (ctypes.c_float * (2 * vocab_size))()
