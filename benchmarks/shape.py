@@ -188,7 +188,7 @@ def _print_cells(name: str, cells: Sequence[str]) -> None:
 
 
 def _print_difference(name: str, ours: Layer, theirs: Layer) -> None:
-    """Of which operations a layer of ours has more than one of mlx-lm's, and of which less."""
+    """Returns the operations of which a layer of ours has more or fewer than one of mlx-lm's."""
     names = sorted({*ours.names, *theirs.names})
     more = {each: ours.names.get(each, 0) - theirs.names.get(each, 0) for each in names}
     told = "  ".join(f"{each} {number:+g}" for each, number in more.items() if number)

@@ -56,7 +56,7 @@ def _time_loading(folder: Path) -> tuple[float, float]:
 
 
 def ready(effort: Effort) -> Findings:
-    """From the command to ready, 30 and 411 M parameters: measuring anew, and with a profile."""
+    """How long from the command to ready, 30 and 411 M parameters: measuring anew, and kept."""
     claims, rounds = [], {}
     models = {"30 M": str(ensure_models()["float32"]), "411 M": str(ensure_large_model())}
     with _empty_cache() as cache:

@@ -107,8 +107,8 @@ class CacheReports:
         )
 
     def _nearest(self, chain: Chain, taken: _Found) -> tuple[int, Sequence[int]]:
-        """Up to where the prompt is equal to the nearest cached text, and how that goes on if it
-        does so otherwise than the prompt."""
+        """Finds up to where the prompt is equal to the nearest cached text, and how that goes on
+        if it does so otherwise than the prompt."""
         prompt = chain.request.prompt_ids
         if not self._kind.has_blocks:
             return taken.num_tokens, []

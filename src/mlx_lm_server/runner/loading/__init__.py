@@ -1,1 +1,1 @@
-"""From a model folder to a model that runs: read, compared with mlx-lm, measured."""
+"""Makes a model that runs of a model folder: read, compared with mlx-lm, measured."""

@@ -1,1 +1,1 @@
-"""From logits to tokens."""
+"""Makes tokens of logits."""

@@ -80,7 +80,7 @@ class LayerCache:
 
     @property
     def offset(self) -> mx.array:
-        """As in mlx-lm, it counts the new tokens once they are written."""
+        """Returns each token's position, or the next once it is written, as in mlx-lm."""
         return self.layout.offsets if self._handed is None else self.layout.ends
 
     def make_mask(self, *_args: Any, window_size: int | None = None, **_kwargs: Any) -> Any:

@@ -41,8 +41,8 @@ class PlaneCopies:
     def between(
         self, pairs: Iterable[tuple[mx.array, mx.array]], spans: Sequence[tuple[Span, Span]]
     ) -> None:
-        """In each pair of planes from the first span of each pair to the second. Raises ValueError
-        where they do not fit each other."""
+        """Copies in each pair of planes from the first span of each pair to the second. Raises
+        ValueError where they do not fit each other."""
         alike: dict[tuple[_Layout, _Layout], list[tuple[mx.array, mx.array]]] = {}
         for source, target in pairs:
             alike.setdefault((_Layout.of(source), _Layout.of(target)), []).append((source, target))

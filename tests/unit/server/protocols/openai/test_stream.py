@@ -10,7 +10,7 @@ from mlx_lm_server.server.protocols.openai.stream import ChatChunks, CompletionC
 
 
 class NoTokens:
-    """For chunks that name no tokens."""
+    """Stands in for a tokenizer where chunks name no tokens."""
 
     def bytes_of(self, token_id: int) -> bytes:
         raise AssertionError("nobody asked for logprobs")
