@@ -66,8 +66,8 @@ def step(model: str, context: str, repeats: str) -> dict[str, list[float]]:
     """Milliseconds of single steps, by bits; the n-th of each were taken one after another."""
     import mlx.core as mx
 
-    from mlx_lm_server.core.kv_layout import capacity_for
     from mlx_lm_server.core.plan import CreateSlab, RowWork, StepPlan
+    from mlx_lm_server.core.slab_rules import SlabRules
     from mlx_lm_server.protocol import LoadModel
     from mlx_lm_server.runner.backends import host_memory
     from mlx_lm_server.runner.backends.choose import choose
@@ -85,7 +85,7 @@ def step(model: str, context: str, repeats: str) -> dict[str, list[float]]:
     forwards = {}
     for bits in (16, 8, 4):
         storage = KVStorage(quantised(state.kv, bits, 64), backend)
-        capacity = capacity_for(length + int(repeats) + 2)
+        capacity = SlabRules().capacity_for(length + int(repeats) + 2)
         storage.apply(CreateSlab(SLAB, STEP_ROWS, capacity))
         _fill(storage, length)
         forwards[bits] = PackedForward(loaded.lm, state, storage, kernel)

@@ -3,7 +3,7 @@ not depend on how its prompt was cut or on who shares the batch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from mlx_lm_server.runner.backends.x86.code_products import (
 from mlx_lm_server.runner.backends.x86.kernel import CpuKernel
 from mlx_lm_server.runner.state.kv_quantisation import PackedKV, Quantisation, quantised
 from mlx_lm_server.runner.state.kv_storage import KVStorage, LayerShape
+from mlx_lm_server.runner.state.step_layout import SlotsView
 from tests.back_ends import BACKEND
 
 from .driver import GREEDY, EngineDriver, random_prompts
@@ -42,12 +43,6 @@ FAMILIES = (
     ("baichuan_m1", 8),
 )
 LAYERS = [LayerShape(2, 64, 64), LayerShape(2, 96, 32), LayerShape(2, 16, 16)]
-
-
-@dataclass(frozen=True)
-class Ragged:
-    visible: mx.array
-    bias: mx.array
 
 
 def stored(bits: int, group_size: int, dim: int, length: int = 50) -> PackedKV:
@@ -82,7 +77,7 @@ def test_all_ways_to_attend_to_codes_agree(
     k, v = stored(bits, group_size, dim), stored(bits, group_size, dim)
     q = mx.random.normal((3, 2 * share, 1, dim))
     visible = (mx.arange(50)[None] < mx.array([5, 50, 17])[:, None])[:, None, None]
-    view = Ragged(visible, mx.where(visible, 0.0, -mx.inf))
+    view = SlotsView(visible.shape[-1], visible)
     fused = FusedKernel(KVStorage([], BACKEND).read, multiplies_codes=False)
     ways = [kernel_of(CodeProducts()).decode, fused.decode, decode_packed]
     if isinstance(choose_products(), NativeCodeProducts):

@@ -22,7 +22,7 @@ from mlx_lm_server.runner.backends.x86.kernel import CpuKernel
 from mlx_lm_server.runner.seam.attention import LayerCache
 from mlx_lm_server.runner.seam.rectangular import ChunkCache
 from mlx_lm_server.runner.state.block_store import BlockStore
-from mlx_lm_server.runner.state.kv_storage import MAX_COPIED_BYTES, KVStorage, LayerShape
+from mlx_lm_server.runner.state.kv_storage import KVStorage, LayerShape
 from mlx_lm_server.runner.state.step_layout import layout_of
 from tests.back_ends import BACKEND, with_policy
 
@@ -246,7 +246,7 @@ def test_a_chunk_that_fills_its_slab_leaves_it_as_it_lies() -> None:
 
 def test_layers_are_copied_a_few_at_a_time() -> None:
     storage = KVStorage([LayerShape(KV_HEADS, DIM, DIM)] * 5, BACKEND)
-    num_tokens = MAX_COPIED_BYTES // (2 * storage.layers[0].bytes_per_token)
+    num_tokens = BACKEND.policy.max_copied_bytes // (2 * storage.layers[0].bytes_per_token)
     assert [list(group) for group in storage.layer_groups(range(5), num_tokens)] == [
         [0, 1],
         [2, 3],

@@ -9,6 +9,7 @@ from scheduler_sim import SlabStore
 
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout
+from mlx_lm_server.core.slab_rules import SlabRules
 
 MAX_ROWS = 12
 sizes = st.one_of(st.integers(1, 300), st.integers(1, 2000))
@@ -20,18 +21,32 @@ class LayoutMachine(RuleBasedStateMachine):
         max_slab=st.sampled_from([1, 1000, 4000]),
         max_resized=st.sampled_from([1, 500, None]),
         keeps_holes=st.booleans(),
+        step=st.sampled_from([None, 32, 256]),
+        max_slabs=st.sampled_from([None, 1, 3]),
     )
     def start(
-        self, limit: int, max_slab: int, max_resized: int | None, *, keeps_holes: bool
+        self,
+        limit: int,
+        max_slab: int,
+        max_resized: int | None,
+        *,
+        keeps_holes: bool,
+        step: int | None,
+        max_slabs: int | None,
     ) -> None:
         self.layout = KVLayout(
             KVGeometry(1),
             limit,
-            max_slab,
+            SlabRules(
+                max_slab,
+                max_resized,
+                keeps_holes=keeps_holes,
+                capacity_step=step,
+                max_slabs=max_slabs,
+            ),
             MAX_ROWS,
-            max_resized_bytes=max_resized,
-            keeps_holes=keeps_holes,
         )
+        self.max_slabs = max_slabs
         self.keeps_holes = keeps_holes
         self.store = SlabStore()
         self.held: dict[int, int] = {}
@@ -78,7 +93,7 @@ class LayoutMachine(RuleBasedStateMachine):
         used: dict[int, list[int]] = {slab_id: [] for slab_id in self.store.slabs}
         for row in self.held:
             place = self.layout.location(row)
-            assert self.store.capacities[place.slab_id] == self.layout.capacity(row)
+            assert self.store.capacities[place.slab_id] >= self.layout.capacity(row)
             used[place.slab_id].append(place.slot)
         for slots in used.values():
             assert slots

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scheduler_sim import FakeTier, Simulation, expected_output
+from slab_rules import slab_rules
 from toy_proposer import ToyProposer
 
 from mlx_lm_server.core.block import Block
@@ -17,6 +18,7 @@ from mlx_lm_server.core.kv_geometry import KVGeometry, RingBytes
 from mlx_lm_server.core.prefix_cache import CacheSettings, PrefixCache
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import SchedulerLimits
+from mlx_lm_server.core.slab_rules import SlabRules
 from mlx_lm_server.core.tier import Label
 from mlx_lm_server.protocol import SamplingParams
 
@@ -98,14 +100,13 @@ caches = st.builds(
     cache=caches,
     kind=st.sampled_from(sorted(GEOMETRIES)),
     limit_bytes=st.one_of(st.integers(500, 1500), st.just(20_000)),
-    max_slab_tokens=st.sampled_from([1, 512, 4096]),
+    rules=slab_rules,
     tier=st.one_of(
         st.none(),
         st.builds(
             FakeTier, st.integers(0, 9), writes_through=st.booleans(), is_flaky=st.booleans()
         ),
     ),
-    keeps_holes=st.booleans(),
     copied_token_s=st.sampled_from([1e-6, 1e-3, 1.0]),
     guesses=st.booleans(),
 )
@@ -115,9 +116,8 @@ def test_requests_get_their_tokens_whatever_they_share(
     cache,
     kind,
     limit_bytes,
-    max_slab_tokens,
+    rules,
     tier,
-    keeps_holes,
     copied_token_s,
     guesses,
 ):
@@ -126,13 +126,12 @@ def test_requests_get_their_tokens_whatever_they_share(
     sim = Simulation(
         limits,
         limit_bytes,
-        max_slab_tokens,
         CostModel(StepCosts(per_copied_token_s=copied_token_s)),
         cache=cache,
         geometry=GEOMETRIES[kind],
         tier=tier,
         proposer=ToyProposer(0.7) if guesses else None,
-        keeps_holes=keeps_holes,
+        rules=rules,
     )
     aborted = set()
     for step in range(61):
@@ -193,11 +192,11 @@ def test_memory_stays_within_its_account_over_ten_thousand_steps(kind, writes_th
             max_batch_size=8, max_num_batched_tokens=256, leaving_bytes=50, min_loaded_tokens=30
         ),
         6000,
-        512,
         CostModel(StepCosts(per_copied_token_s=1e-3)),
         cache=cache,
         geometry=GEOMETRIES[kind],
         tier=tier,
+        rules=SlabRules(512),
     )
     number = 0
     for step in range(10_000):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scheduler_sim import Simulation, expected_output, make_request
+from slab_rules import slab_rules
 from toy_proposer import ToyProposer
 
 from mlx_lm_server.core.scheduler import SchedulerLimits
@@ -94,21 +95,18 @@ def test_nobody_starves_beside_a_client_that_never_stops_asking(
     arrivals=arrivals,
     limits=limits,
     limit_tokens=st.one_of(st.integers(400, 1500), st.just(100_000)),
-    max_slab_tokens=st.sampled_from([1, 512, 4096]),
+    rules=slab_rules,
     reads_at_once=st.lists(st.booleans(), min_size=1, max_size=7),
-    keeps_holes=st.booleans(),
     accuracy=st.sampled_from([None, 0.3, 0.9]),
 )
 def test_every_request_gets_its_tokens_and_one_end_and_all_memory_comes_back(
-    arrivals, limits, limit_tokens, max_slab_tokens, reads_at_once, keeps_holes, accuracy
+    arrivals, limits, limit_tokens, rules, reads_at_once, accuracy
 ):
     proposer = None
     if accuracy is not None:
         limits = replace(limits, max_guesses=5)
         proposer = ToyProposer(accuracy)
-    sim = Simulation(
-        limits, limit_tokens, max_slab_tokens, proposer=proposer, keeps_holes=keeps_holes
-    )
+    sim = Simulation(limits, limit_tokens, rules=rules, proposer=proposer)
     aborted = set()
     for step in range(61):
         for i, arrival in enumerate(arrivals):

@@ -11,6 +11,8 @@ row leaves and another takes costs no copy. What `settle` keeps true:
   next slab of its class is made twice as large, up to `max_slab_bytes`;
 - a slab halves its slots at a quarter's use, unless memory is ample, and goes when it is empty;
 - a slab that is made for a row that grows has slots for its neighbours too, who will follow;
+- where the number of slabs is bounded, rows of like length are brought together whenever there
+  would be more, and rows near the end of their slots grow with the first of them that has to;
 - `used_bytes` and `cached_bytes` are never over `limit_bytes` together. What an operation needs
   while it runs is not counted: the runner works layer by layer, so it is at most one layer of the
   slabs that change.
@@ -18,31 +20,23 @@ row leaves and another takes costs no copy. What `settle` keeps true:
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
 from mlx_lm_server.core.kv_geometry import MAX_ROW_TOKENS, KVGeometry
+from mlx_lm_server.core.like_lengths import together
 from mlx_lm_server.core.plan import CreateSlab, DropSlab, KVOp, MoveRow, ResizeSlab
+from mlx_lm_server.core.slab_rules import MAX_HELD_RATIO, SlabRules
 
-SMALL_CAPACITIES = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-STEPS_PER_OCTAVE = 16
-MAX_SHARED_CAPACITY_RATIO = 1.5
-DEFAULT_MAX_SLAB_BYTES = 64 * 1024 * 1024
 # Memory is ample where slots take no more than the first share of it, which the prefix cache leaves
 # to them, or where the second is left.
 SLOTS_SHARE, AMPLE_SHARE = 1 / 8, 1 / 4
-
-
-def capacity_for(num_tokens: int) -> int:
-    """The smallest class that holds `num_tokens`; above 4096 at most a sixteenth over them."""
-    if num_tokens <= SMALL_CAPACITIES[-1]:
-        return SMALL_CAPACITIES[bisect_left(SMALL_CAPACITIES, num_tokens)]
-    octave = 1 << ((num_tokens - 1).bit_length() - 1)
-    step = octave // STEPS_PER_OCTAVE
-    return -(-num_tokens // step) * step
+# Where the number of slabs is bounded, a row with less than such a share of its slot left grows
+# with its neighbour.
+NEAR_END_SHARE = 1 / 16
+DEFAULT_RULES = SlabRules()
 
 
 class Location(NamedTuple):
@@ -74,33 +68,28 @@ class _Slab:
 class KVLayout:
     """Slabs, slots and the row in each. Owned by the scheduler.
 
-    `geometry` says what slots and rows take, `limit_bytes` is what all of them together may hold,
-    `max_slab_bytes` one slab of several rows and `max_resized_bytes` one that is made larger by a
-    copy; `max_rows` is how many rows there can be and `max_tokens` how long one. A row number that
-    is released may be placed again only after the next `settle`.
+    `geometry` says what slots and rows take, `limit_bytes` is what all of them together may hold;
+    `max_rows` is how many rows there can be and `max_tokens` how long one. A row number that is
+    released may be placed again only after the next `settle`.
     """
 
     def __init__(
         self,
         geometry: KVGeometry,
         limit_bytes: int,
-        max_slab_bytes: int = DEFAULT_MAX_SLAB_BYTES,
+        rules: SlabRules = DEFAULT_RULES,
         max_rows: int = 32,
         max_tokens: int = MAX_ROW_TOKENS,
-        max_resized_bytes: int | None = None,
-        *,
-        keeps_holes: bool = False,
     ) -> None:
         self.geometry = geometry
         self.limit_bytes = limit_bytes
         self.cached_bytes = 0  # what the prefix cache has taken of them
         self._limit_tokens = geometry.tokens_in(limit_bytes, max_tokens)
-        self._max_slab_bytes = max_slab_bytes
-        self._max_resized_bytes = max_slab_bytes if max_resized_bytes is None else max_resized_bytes
+        self._rules = rules
         self._max_rows = max_rows
-        self._keeps_holes = keeps_holes
         self._slabs: dict[int, _Slab] = {}
         self._slab_of: dict[int, _Slab] = {}
+        self._wanted: dict[int, int] = {}  # the capacity that each row asked for
         self._num_tokens: dict[int, int] = {}
         self._settled: dict[int, Location] = {}
         self._needed_bytes = 0  # of all rows without any free slot
@@ -149,7 +138,14 @@ class KVLayout:
         return self._limit_tokens
 
     def capacity(self, row: int) -> int:
-        return self._slab_of[row].capacity
+        """How many tokens the row may hold: its slot's, or what it asked for where it can be moved
+        to a smaller one."""
+        return self._wanted[row] if self._is_parted else self._slab_of[row].capacity
+
+    @property
+    def _is_parted(self) -> bool:
+        """Whether rows that share a slab are parted again where memory is short."""
+        return self._rules.max_slabs is not None
 
     def location(self, row: int) -> Location:
         """Where the row is since the last `settle`."""
@@ -178,29 +174,52 @@ class KVLayout:
         """Give the row a slot for `num_tokens` tokens; it holds none yet."""
         assert row not in self._slab_of, "the row has a slot"
         assert row not in self._settled, "the row was released in this step"
-        self._enter(row, self._choose_slab(self._capacity_for(num_tokens)))
+        capacity = self._capacity_for(num_tokens)
+        slab = self._choose_slab(capacity)
+        self._wanted[row] = capacity
+        self._enter(row, slab)
         self._num_tokens[row] = 0
 
     def suits(self, row: int, num_tokens: int) -> bool:
         """Whether the row's slot would do for another one of so many tokens."""
         wanted = self._capacity_for(num_tokens)
-        return wanted <= self.capacity(row) <= wanted * MAX_SHARED_CAPACITY_RATIO
+        return wanted <= self.capacity(row) <= wanted * self._rules.max_shared_ratio
 
     def can_grow(self, row: int, num_tokens: int) -> bool:
-        wanted = self._row_bytes(self._capacity_for(num_tokens))
-        return self._fits(wanted - self._row_bytes(self.capacity(row)))
+        return self._fits(self._more_bytes(row, num_tokens))
 
     def could_grow(self, row: int, num_tokens: int) -> bool:
         """If the prefix cache gave back all it has."""
+        return self._could_fit(self._more_bytes(row, num_tokens))
+
+    def _more_bytes(self, row: int, num_tokens: int) -> int:
+        """What the row needs beyond what it has, to hold so many tokens."""
         wanted = self._row_bytes(self._capacity_for(num_tokens))
-        return self._could_fit(wanted - self._row_bytes(self.capacity(row)))
+        return wanted - self._needed_of(row, self._slab_of[row])
 
     def grow(self, row: int, num_tokens: int) -> None:
-        """Move the row to a slot for `num_tokens` tokens, which is more than it has."""
+        """Have a slot for `num_tokens` tokens of the row, which is more than it may hold."""
         assert num_tokens > self.capacity(row), "the row fits where it is"
         source = self._slab_of[row]
+        self._grow_alone(row, num_tokens)
+        if self._is_parted and self._slab_of[row] is not source:
+            near_end = (1 - NEAR_END_SHARE) * source.capacity
+            neighbours = [r for r in source.rows if self._num_tokens[r] >= near_end]
+            for neighbour in neighbours:
+                if self.can_grow(neighbour, num_tokens):
+                    self._grow_alone(neighbour, num_tokens)
+
+    def _grow_alone(self, row: int, num_tokens: int) -> None:
+        source = self._slab_of[row]
+        capacity = self._capacity_for(num_tokens)
+        if capacity <= source.capacity:
+            self._needed_bytes += self._more_bytes(row, num_tokens)
+            self._wanted[row] = capacity
+            self._is_settled = False
+            return
         self._exit(row)
-        slab = self._choose_slab(self._capacity_for(num_tokens))
+        self._wanted[row] = capacity
+        slab = self._choose_slab(capacity)
         if slab.num_slots == 0:
             slab.source_id = source.slab_id
         self._enter(row, slab)
@@ -208,12 +227,14 @@ class KVLayout:
     def release(self, row: int) -> None:
         self._exit(row)
         del self._num_tokens[row]
+        del self._wanted[row]
 
     def settle(self) -> tuple[KVOp, ...]:
         """Choose slots for all rows and say what the runner has to do for it, in order."""
         if self._is_settled:
             return ()
         self._is_settled = True
+        self._bring_together()
         sizes = self._choose_sizes()
         moves = self._choose_slots(sizes)
         sources = {move.from_slab for move in moves}
@@ -232,14 +253,13 @@ class KVLayout:
     def _capacity_for(self, num_tokens: int) -> int:
         if num_tokens > self._limit_tokens:
             return num_tokens
-        return min(capacity_for(num_tokens), self._limit_tokens)
+        return min(self._rules.capacity_for(num_tokens), self._limit_tokens)
 
     def _max_slots(self, slab: _Slab) -> int:
-        """That it may have now: one that is made already must be copied to have more."""
-        slot_bytes = max(1, self.geometry.slot_bytes(slab.capacity))
-        if slab.num_slots == 0:
-            return max(1, self._max_slab_bytes // slot_bytes)
-        return max(slab.num_slots, self._max_resized_bytes // slot_bytes)
+        return self._rules.max_slots(slab.num_slots, self._slot_bytes(slab.capacity))
+
+    def _slot_bytes(self, capacity: int) -> int:
+        return max(1, self.geometry.slot_bytes(capacity))
 
     def _row_bytes(self, capacity: int) -> int:
         return self.geometry.row_bytes(capacity)
@@ -261,7 +281,7 @@ class KVLayout:
     def _choose_slab(self, capacity: int) -> _Slab:
         """A free slot nearby, else one more slot in a slab of this class, else a new slab."""
         assert self._fits(self._row_bytes(capacity)), "ask before you place or grow"
-        most = capacity * MAX_SHARED_CAPACITY_RATIO
+        most = capacity * self._rules.max_shared_ratio
         free = [
             slab
             for slab in self._slabs.values()
@@ -276,23 +296,61 @@ class KVLayout:
                 return slab
         return self._new_slab(capacity)
 
+    def _bring_together(self) -> None:
+        """Puts rows of like length into one slab each where there are too many slabs, or their
+        slots are more than fits. Only slabs that are new, or keep all their rows, get rows: what is
+        overwritten was read before."""
+        max_slabs = self._rules.max_slabs
+        held = {slab.slab_id: len(slab.rows) for slab in self._slabs.values()}
+        if max_slabs is None:
+            return
+        most = self.limit_bytes - self.cached_bytes
+        is_over = self._bytes_of(held) > most
+        if not is_over and len(held) - list(held.values()).count(0) <= max_slabs:
+            return
+        most -= self.num_rows * self.geometry.bytes_per_row
+        groups = together(self._wanted, self.geometry.slot_bytes, max_slabs, most)
+        if len(groups) > max_slabs and not is_over:
+            return
+        targets = [self._slab_within(capacity, set(rows)) for capacity, rows in groups]
+        for (capacity, rows), target in zip(groups, targets, strict=True):
+            into = target or self._new_slab(capacity)
+            for row in rows:
+                if row not in into.rows:
+                    self._exit(row)
+                    self._enter(row, into)
+
+    def _slab_within(self, capacity: int, rows: set[int]) -> _Slab | None:
+        """The largest slab of this capacity none of whose rows is missing."""
+        found = [
+            slab
+            for slab in self._slabs.values()
+            if slab.capacity == capacity and slab.rows and slab.rows.keys() <= rows
+        ]
+        return max(found, key=lambda slab: slab.num_slots, default=None)
+
     def _new_slab(self, capacity: int) -> _Slab:
         slab = _Slab(self._next_slab_id, capacity)
         self._next_slab_id += 1
         self._slabs[slab.slab_id] = slab
         return slab
 
+    def _needed_of(self, row: int, slab: _Slab) -> int:
+        """What the row cannot do without: of a slot that is larger than it asked for only that,
+        where rows that share slabs can be parted again."""
+        return self._row_bytes(self._wanted[row] if self._is_parted else slab.capacity)
+
     def _enter(self, row: int, slab: _Slab) -> None:
         slab.rows[row] = None
         self._slab_of[row] = slab
-        self._needed_bytes += self._row_bytes(slab.capacity)
+        self._needed_bytes += self._needed_of(row, slab)
         self._is_settled = False
 
     def _exit(self, row: int) -> None:
         slab = self._slab_of.pop(row)
         del slab.rows[row]
         slab.was_left = True
-        self._needed_bytes -= self._row_bytes(slab.capacity)
+        self._needed_bytes -= self._needed_of(row, slab)
         self._is_settled = False
 
     # ---- settling
@@ -300,20 +358,31 @@ class KVLayout:
     def _choose_sizes(self) -> dict[int, int]:
         """Slots per slab: with room to spare where the limit allows it."""
         sizes = {slab.slab_id: self._comfortable_size(slab) for slab in self._slabs.values()}
-        excess = self._bytes_of(sizes) - (self.limit_bytes - self.cached_bytes)
+        if self._is_parted:
+            needed = sum(map(self._row_bytes, self._wanted.values()))
+            self._cut_spare(sizes, int(MAX_HELD_RATIO * needed), keeps_slots=True)
+        excess = self._cut_spare(sizes, self.limit_bytes - self.cached_bytes, keeps_slots=False)
+        assert excess <= 0, "the rows alone are over the limit"
+        return sizes
+
+    def _cut_spare(self, sizes: dict[int, int], most_bytes: int, *, keeps_slots: bool) -> int:
+        """Takes spare slots from the sizes for as long as they hold more, only those that are not
+        made yet with `keeps_slots`. Returns by how much they hold more still."""
+        excess = self._bytes_of(sizes) - most_bytes
         by_spare = sorted(
             self._slabs.values(), key=lambda slab: -slab.num_spare_tokens(sizes[slab.slab_id])
         )
         for slab in by_spare:
             if excess <= 0:
                 break
-            num_spare = sizes[slab.slab_id] - len(slab.rows)
-            slot_bytes = max(1, self.geometry.slot_bytes(slab.capacity))
-            cut = min(num_spare, -(-excess // slot_bytes))
+            size, slot_bytes = sizes[slab.slab_id], self._slot_bytes(slab.capacity)
+            least = len(slab.rows)
+            if keeps_slots:
+                least = max(least, min(size, slab.num_slots))
+            cut = min(size - least, -(-excess // slot_bytes))
             sizes[slab.slab_id] -= cut
             excess -= cut * slot_bytes
-        assert excess <= 0, "the rows alone are over the limit"
-        return sizes
+        return excess
 
     def _comfortable_size(self, slab: _Slab) -> int:
         needed, num_coming = len(slab.rows), self._num_coming(slab)
@@ -347,7 +416,7 @@ class KVLayout:
         moves: list[MoveRow] = []
         settled: dict[int, Location] = {}
         for slab in sorted(self._slabs.values(), key=lambda slab: -slab.capacity):
-            num_slots = sizes[slab.slab_id] if self._keeps_holes else len(slab.rows)
+            num_slots = sizes[slab.slab_id] if self._rules.keeps_holes else len(slab.rows)
             for row, slot in self._slots_in(slab, num_slots):
                 settled[row] = Location(slab.slab_id, slot)
                 moves += self._move_of(row, settled[row])

@@ -12,17 +12,21 @@ from mlx_lm_server.core.request import Request
 
 
 class RowRoom:
-    """Owned by the scheduler. A row that is made gets room for `lookahead_tokens` of its answer, or
-    for all of a shorter one, and so does one that grows where memory allows it."""
+    """Owned by the scheduler. A row that is made gets room for some of its answer, or for all of a
+    shorter one, and so does one that grows where memory allows it: as many tokens as `lookahead`
+    gives for those that it has."""
 
-    def __init__(self, layout: KVLayout, cache: PrefixCache, lookahead_tokens: int) -> None:
+    def __init__(
+        self, layout: KVLayout, cache: PrefixCache, lookahead: Callable[[int], int]
+    ) -> None:
         self._layout = layout
         self._cache = cache
-        self._lookahead_tokens = lookahead_tokens
+        self._lookahead = lookahead
 
     def tokens_soon(self, request: Request) -> int:
         """How many tokens its row will hold before long."""
-        return request.num_known_tokens + self._tokens_ahead(request)
+        num_tokens = request.num_known_tokens
+        return num_tokens + self._tokens_ahead(request, num_tokens)
 
     def find_place(self, num_tokens: int, hit: Hit | None) -> bool:
         """Whether a row fits, with what it is to go on from still in the cache."""
@@ -68,12 +72,13 @@ class RowRoom:
                 self._grow(request, needed)
 
     def _grow(self, request: Request, needed: int) -> None:
-        soon = request.num_computed_tokens + 1 + self._tokens_ahead(request)
+        num_tokens = request.num_computed_tokens + 1
+        soon = num_tokens + self._tokens_ahead(request, num_tokens)
         is_ample = soon > needed and self._layout.can_grow(request.held_row, soon)
         self._layout.grow(request.held_row, soon if is_ample else needed)
 
-    def _tokens_ahead(self, request: Request) -> int:
-        return max(0, min(request.num_tokens_to_plan - 1, self._lookahead_tokens))
+    def _tokens_ahead(self, request: Request, num_tokens: int) -> int:
+        return max(0, min(request.num_tokens_to_plan - 1, self._lookahead(num_tokens)))
 
     def _find(self, fits: Callable[[], bool], could_fit: bool) -> bool:
         """Whether memory is there, if need be at the cost of what is cached."""

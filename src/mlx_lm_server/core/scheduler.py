@@ -71,7 +71,7 @@ class Scheduler:
         self._limits = limits
         self._layout = layout
         self._cache = cache
-        self._room = RowRoom(layout, cache, limits.lookahead_tokens)
+        self._room = RowRoom(layout, cache, limits.lookahead)
         self._waits = PrefixWaits(cache)
         self._proposer = proposer if limits.max_guesses else None
         self._cost_model = cost_model

@@ -8,6 +8,7 @@ from mlx_lm_server.errors import ConfigError
 
 MIN_GOAL_FACTOR = 1.5
 MAX_CROWD = 2.0
+MIN_LOOKAHEAD_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,9 @@ class SchedulerLimits:
     `min_chunk_tokens`, whatever the goal; of longer prompts beside decoding rows a step takes at
     most `first_chunk_tokens` at first, and for an automatic goal a number that makes the step's
     tokens whole `token_tile`s: the last few of a tile cost next to nothing, and with fewer sizes
-    forwards of one form come again (docs/adr/0009). A row gets room for `lookahead_tokens` of its
-    answer when it joins. Of cached tokens a step loads at least `min_loaded_tokens`, whatever the
+    forwards of one form come again (docs/adr/0009). A row gets room for some of its answer when it
+    joins, `lookahead_share` of what it has, at most `lookahead_tokens`: memory that it holds is
+    nobody else's. Of cached tokens a step loads at least `min_loaded_tokens`, whatever the
     goal, and beside others it saves `leaving_bytes` of what rows leave behind. `max_guesses` is how
     many tokens of a row may be tried at once, as many as it can take back.
     """
@@ -43,6 +45,7 @@ class SchedulerLimits:
     first_chunk_tokens: int = 24
     token_tile: int = 1
     lookahead_tokens: int = 256
+    lookahead_share: float = 1.0
     leaving_bytes: int = 4 << 20  # copied in a millisecond or two
     min_loaded_tokens: int = 256
     max_guesses: int = 0
@@ -55,6 +58,11 @@ class SchedulerLimits:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_batch_size ({self.max_batch_size}): each decoding row needs one token a step"
             )
+
+    def lookahead(self, num_tokens: int) -> int:
+        """Returns how many tokens a row with so many gets room for beyond them."""
+        share = int(self.lookahead_share * num_tokens)
+        return min(self.lookahead_tokens, max(MIN_LOOKAHEAD_TOKENS, share))
 
     def step_goal_s(
         self, decode_step_s: float, *, is_short: bool, prompts_per_row: float = 0.0

@@ -9,6 +9,7 @@ from mlx_lm_server.core.measured import Measured
 from mlx_lm_server.core.memory_ledger import MemoryLedger
 from mlx_lm_server.core.prefix_cache import CacheSettings
 from mlx_lm_server.core.scheduler import SchedulerLimits
+from mlx_lm_server.core.slab_rules import SlabRules
 from mlx_lm_server.protocol import LoadModel
 from mlx_lm_server.runner.backend import Policy
 from mlx_lm_server.runner.loading.loader import LoadedModel
@@ -63,11 +64,15 @@ class Sizes:
         return KVLayout(
             geometry=self._runner.geometry,
             limit_bytes=limit_bytes,
-            max_slab_bytes=max(MIN_SLAB_BYTES, limit_bytes // SLABS_IN_MEMORY),
+            rules=SlabRules(
+                max_slab_bytes=max(MIN_SLAB_BYTES, limit_bytes // SLABS_IN_MEMORY),
+                max_resized_bytes=self._policy.max_resized_bytes,
+                keeps_holes=self._runner.passes_over_holes,
+                capacity_step=self._policy.capacity_step,
+                max_slabs=self._policy.max_slabs,
+            ),
             max_rows=self._order.max_batch_size,
             max_tokens=self.ledger.kv_limit_tokens,
-            max_resized_bytes=self._policy.max_resized_bytes,
-            keeps_holes=self._runner.passes_over_holes,
         )
 
     def limits(self) -> SchedulerLimits:
@@ -84,6 +89,7 @@ class Sizes:
             token_tile=self._token_tile,
             max_guesses=self._runner.max_guesses,
             lookahead_tokens=min(MAX_LOOKAHEAD, max(MIN_LOOKAHEAD, lookahead)),
+            lookahead_share=self._policy.lookahead_share,
         )
 
     @property

@@ -38,6 +38,14 @@ class Policy:
     - `kv_bits`: what K and V are kept in where nobody asked.
     - `submits_slowly`: submitting a forward takes as long as the forward.
     - `max_resized_bytes`: slabs up to so much are made larger by a copy; None for all.
+    - `max_slabs`: in how many slabs rows lie, each of which is one attention call a layer; None
+      where a call costs nothing, or copying rows into fewer slabs would cost more.
+    - `capacity_step`: slots have a multiple of so many places; None for few classes of them.
+    - `lookahead_share`: of what it has, a row gets so much room for its answer. Less holds less
+      memory, and copies more often.
+    - `length_step`: K and V that decoding rows read are rounded up to so many tokens, so that the
+      same shapes come again; with 1 rows of one length need no mask.
+    - `max_copied_bytes`: of layers that are copied at once, at most about so much.
     - `pool_segments`: in how many segments the prefix cache's pool comes: making a large one takes
       long on a CPU, many are many operations on a GPU.
     - `token_tile`: tokens that a product takes at once, where only few are left.
@@ -52,6 +60,11 @@ class Policy:
     kv_bits: int
     submits_slowly: bool
     max_resized_bytes: int | None
+    max_slabs: int | None
+    capacity_step: int | None
+    lookahead_share: float
+    length_step: int
+    max_copied_bytes: int
     pool_segments: int
     token_tile: int
     reduction_depth: int

@@ -203,8 +203,7 @@ class ModelRunner:
         self._forward_of.forget(plan.left_rows)
         for joined in plan.joined_rows:
             self._join(joined)
-        for op in plan.kv_ops:
-            self._storage.apply(op)
+        self._storage.apply(*plan.kv_ops)
         for load in plan.loads:
             self._blocks.load(load)
 

@@ -48,6 +48,7 @@ from mlx_lm_server.core.prefix_cache import CacheSettings, PrefixCache
 from mlx_lm_server.core.proposer import Proposer
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import Scheduler, SchedulerLimits
+from mlx_lm_server.core.slab_rules import SlabRules
 from mlx_lm_server.core.tier import Label, NoTier, Tier
 from mlx_lm_server.protocol import CacheReport, RequestOutput, SamplingParams
 
@@ -461,6 +462,9 @@ class FakeRunner:
         return token
 
 
+SMALL_SLABS = SlabRules(4096)
+
+
 class Simulation:
     """An engine loop that reads each step one step late."""
 
@@ -468,23 +472,20 @@ class Simulation:
         self,
         limits: SchedulerLimits,
         limit_tokens: int = 1 << 20,
-        max_slab_tokens: int = 4096,
         cost_model: CostModel | None = None,
         cache: CacheSettings = CACHE_OFF,
         geometry: KVGeometry = ONE_BYTE,
         tier: Tier | None = None,
         proposer: Proposer | None = None,
-        *,
-        keeps_holes: bool = False,
+        rules: SlabRules = SMALL_SLABS,
     ) -> None:
         self.layout = KVLayout(
             geometry,
             limit_bytes=limit_tokens,
-            max_slab_bytes=max_slab_tokens,
+            rules=rules,
             max_rows=limits.max_batch_size,
-            keeps_holes=keeps_holes,
         )
-        self.keeps_holes = keeps_holes
+        self.keeps_holes = rules.keeps_holes
         self.cost_model = cost_model or CostModel()
         self.cache = PrefixCache(cache, self.layout, tier)
         self.scheduler = Scheduler(limits, self.layout, self.cost_model, self.cache, proposer)

@@ -10,6 +10,7 @@ from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.offloads import MAX_LOOKED_AT, MAX_STEP_ENTRIES
 from mlx_lm_server.core.prefix_cache import CacheSettings
 from mlx_lm_server.core.scheduler import SchedulerLimits
+from mlx_lm_server.core.slab_rules import SlabRules
 
 BLOCK = 16
 FULL, HYBRID = KVGeometry(1), KVGeometry(1, bytes_per_row=20)
@@ -35,7 +36,9 @@ def _simulation(
     max_sequences: int = 50,
 ) -> Simulation:
     cache = CacheSettings(BLOCK, segment_bytes=BLOCK, max_sequences=max_sequences)
-    return Simulation(LIMITS, limit_tokens, 1 << 16, cache=cache, geometry=geometry, tier=tier)
+    return Simulation(
+        LIMITS, limit_tokens, cache=cache, geometry=geometry, tier=tier, rules=SlabRules(1 << 16)
+    )
 
 
 def _run(sim: Simulation, seed: int, num_prompt: int, max_tokens: int = 1) -> None:

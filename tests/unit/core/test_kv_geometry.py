@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from mlx_lm_server.core.kv_geometry import KVGeometry, RingBytes
 from mlx_lm_server.core.kv_layout import KVLayout
+from mlx_lm_server.core.slab_rules import SlabRules
 
 GEOMETRIES = st.builds(
     KVGeometry,
@@ -30,7 +31,7 @@ def test_a_full_ring_takes_no_more():
 
 @given(GEOMETRIES, st.lists(st.integers(1, 400), min_size=1, max_size=12))
 def test_a_layout_never_holds_more_than_its_limit(geometry: KVGeometry, lengths: list[int]):
-    layout = KVLayout(geometry, limit_bytes=60_000, max_slab_bytes=8_000, max_tokens=400)
+    layout = KVLayout(geometry, limit_bytes=60_000, rules=SlabRules(8_000), max_tokens=400)
     for row, num_tokens in enumerate(lengths):
         if num_tokens <= layout.max_tokens_that_fit and layout.can_place(num_tokens):
             layout.place(row, num_tokens)

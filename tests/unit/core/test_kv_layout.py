@@ -4,14 +4,15 @@ import pytest
 from scheduler_sim import SlabStore
 
 from mlx_lm_server.core.kv_geometry import KVGeometry
-from mlx_lm_server.core.kv_layout import KVLayout, Location, capacity_for
+from mlx_lm_server.core.kv_layout import KVLayout, Location
 from mlx_lm_server.core.plan import CreateSlab, DropSlab, KVOp, MoveRow, ResizeSlab
+from mlx_lm_server.core.slab_rules import SlabRules
 
 
 def _layout(
     limit: int = 100_000, max_slab: int = 4096, max_rows: int = 32, *, keeps_holes: bool = False
 ) -> KVLayout:
-    return KVLayout(KVGeometry(1), limit, max_slab, max_rows, keeps_holes=keeps_holes)
+    return KVLayout(KVGeometry(1), limit, SlabRules(max_slab, keeps_holes=keeps_holes), max_rows)
 
 
 def _place(layout: KVLayout, row: int, num_tokens: int, held: int | None = None) -> None:
@@ -43,12 +44,12 @@ def _place_one_by_one(layout: KVLayout, num_rows: int) -> list[KVOp]:
     ],
 )
 def test_a_capacity_class_is_the_smallest_that_holds_the_tokens(num_tokens: int, capacity: int):
-    assert capacity_for(num_tokens) == capacity
+    assert SlabRules().capacity_for(num_tokens) == capacity
 
 
 def test_above_4096_tokens_a_class_wastes_at_most_a_sixteenth():
     for num_tokens in range(4097, 140_000, 61):
-        capacity = capacity_for(num_tokens)
+        capacity = SlabRules().capacity_for(num_tokens)
         assert num_tokens <= capacity <= 1.0625 * num_tokens
         assert capacity % 128 == 0
 
@@ -93,7 +94,7 @@ def test_over_its_bound_a_class_gets_another_slab():
 
 
 def test_beyond_what_may_be_copied_the_next_slab_is_twice_as_large():
-    layout = KVLayout(KVGeometry(1), 100_000, 10_000, max_rows=32, max_resized_bytes=300)
+    layout = KVLayout(KVGeometry(1), 100_000, SlabRules(10_000, 300))
     assert _place_one_by_one(layout, 9) == [
         CreateSlab(0, 1, 128),
         ResizeSlab(0, 2),

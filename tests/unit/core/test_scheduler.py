@@ -6,6 +6,7 @@ from scheduler_sim import STOP_TOKEN, Simulation, expected_output, make_request,
 from mlx_lm_server.core.plan import CreateSlab, MoveRow, ResizeSlab, RowResult, StepPlan
 from mlx_lm_server.core.request import Request, RequestStatus
 from mlx_lm_server.core.scheduler import SchedulerLimits
+from mlx_lm_server.core.slab_rules import SlabRules
 from mlx_lm_server.errors import InvalidRequestError, RequestTooLargeError
 from mlx_lm_server.protocol import RequestOutput
 
@@ -313,7 +314,7 @@ def _moves(plan: StepPlan) -> int:
 
 
 def test_rows_of_one_length_are_copied_one_a_step_when_they_grow():
-    sim = Simulation(SchedulerLimits(lookahead_tokens=0), max_slab_tokens=1 << 16)
+    sim = Simulation(SchedulerLimits(lookahead_tokens=0), rules=SlabRules(1 << 16))
     for i in range(8):
         sim.add(_endless(str(i), 100, 400, seed=i))
     sim.run()
@@ -324,15 +325,15 @@ def test_rows_of_one_length_are_copied_one_a_step_when_they_grow():
 
 
 def test_a_row_grows_by_as_much_as_it_needs_before_long():
-    sim = Simulation(SchedulerLimits(lookahead_tokens=300), max_slab_tokens=1 << 16)
+    sim = Simulation(SchedulerLimits(lookahead_tokens=300), rules=SlabRules(1 << 16))
     sim.add(_endless("a", 100, 1000))
     sim.run()
     sizes = [op.capacity for plan in sim.plans for op in plan.kv_ops if isinstance(op, CreateSlab)]
-    assert sizes == [512, 1024, 1536]
+    assert sizes == [256, 512, 1024, 1536], "by what it has, at most by 300"
 
 
 def test_a_row_whose_end_is_near_does_not_grow_ahead():
-    sim = Simulation(SchedulerLimits(lookahead_tokens=0), max_slab_tokens=1 << 16)
+    sim = Simulation(SchedulerLimits(lookahead_tokens=0), rules=SlabRules(1 << 16))
     for i in range(8):
         sim.add(_endless(str(i), 100, 29, seed=i))
     sim.run()

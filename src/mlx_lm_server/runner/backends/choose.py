@@ -18,6 +18,10 @@ CPU_WAYS: tuple[Way, ...] = ("x86", "plain")
 
 # A copy of a slab up to so much is made in a few milliseconds on a CPU.
 MAX_RESIZED_BYTES = 64 * 1024 * 1024
+# Attention calls a layer for all rows that decode.
+MAX_SLABS = 6
+# MLX's decode attention goes to cuDNN only where the whole slab has a multiple of 256 places.
+CAPACITY_STEPS = {"metal": 32, "cuda": 256}
 
 
 def choose(forced: Way | None = None) -> Backend:
@@ -46,6 +50,11 @@ def policy_of(way: Way, device: str) -> Policy:
         kv_bits=8 if way == "metal" else 16,
         submits_slowly=is_cpu,
         max_resized_bytes=MAX_RESIZED_BYTES if is_cpu else None,
+        max_slabs=None if is_cpu else MAX_SLABS,
+        capacity_step=None if is_cpu else CAPACITY_STEPS[way],
+        lookahead_share=1.0 if is_cpu else 1 / 8,
+        length_step=32 if is_cpu else 1,
+        max_copied_bytes=(32 if is_cpu else 128) << 20,
         pool_segments=512 if is_cpu else 128,
         token_tile=4 if is_cpu else 1,
         reduction_depth=64 if is_cpu else 1,

@@ -43,7 +43,7 @@ class FusedKernel:
         if self._multiplies_codes and isinstance(k, PackedKV) and isinstance(v, PackedKV):
             return decode_packed(q, k, v, scale, view, sinks)
         return mx.fast.scaled_dot_product_attention(
-            q, self._read(k), self._read(v), scale=scale, mask=view.visible, sinks=sinks
+            q, self._read(k), self._read(v), scale=scale, mask=view.mask(q.shape[1]), sinks=sinks
         )
 
     def chunk(
@@ -74,8 +74,8 @@ def decode_packed(
     kv_heads = k.shape[1]
     folded = (q * scale).reshape(n, kv_heads, heads // kv_heads, dim)
     scores = _quantised_product(folded, k, transpose=True)
-    if view.visible is not None:
-        scores = mx.where(view.visible, scores, -mx.inf)
+    if (bias := view.bias_of(scores)) is not None:
+        scores = scores + bias
     if sinks is None:
         weights = mx.softmax(scores, axis=-1, precise=True)
     else:

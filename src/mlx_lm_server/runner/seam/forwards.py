@@ -240,7 +240,8 @@ class _begun:
 
 
 def _layout(plan: StepPlan, storage: KVStorage) -> StepLayout:
-    return layout_of(plan, {slab_id: slab.capacity for slab_id, slab in storage.slabs.items()})
+    capacities = {slab_id: slab.capacity for slab_id, slab in storage.slabs.items()}
+    return layout_of(plan, capacities, storage.backend.policy.length_step)
 
 
 def _sampling_positions(plan: StepPlan) -> list[int]:

@@ -44,8 +44,6 @@ Stored = mx.array | PackedKV
 
 # Places of a ring beyond its window, so that as many of the last tokens can be taken back.
 RING_SPARE = 8
-# Of layers that are copied at once, at most about so much.
-MAX_COPIED_BYTES = 32 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +151,7 @@ class KVStorage:
         self.slabs: dict[int, Slab] = {}
         self.backend = backend
         self.is_in_host_memory = backend.policy.is_in_host_memory
+        self._max_copied_bytes = backend.policy.max_copied_bytes
         self.copies = PlaneCopies(backend.copy_heads)
         # Whether places that no token was written to may be multiplied by zero.
         self.needs_zeros = True
@@ -182,42 +181,30 @@ class KVStorage:
 
     # ---- what the core orders
 
-    def apply(self, op: KVOp) -> None:
-        match op:
-            case CreateSlab():
-                self._create(op)
-            case ResizeSlab():
-                self._resize(op)
-            case DropSlab():
+    def apply(self, *ops: KVOp) -> None:
+        """Does it all for some layers, then for the next ones: beyond what is held before or after
+        no more is needed meanwhile than what some layers take."""
+        for op in ops:
+            if isinstance(op, CreateSlab):
+                self.slabs[op.slab_id] = Slab(op.capacity, [[] for _ in self.layers])
+        for layers in self.layer_groups(range(len(self.layers)), self._tokens_touched(ops)):
+            _Changes(self, layers).make(ops)
+        for op in ops:
+            if isinstance(op, DropSlab):
                 del self.slabs[op.slab_id]
-            case MoveRow():
-                ends = (op.from_slab, op.from_slot, op.to_slab, op.to_slot)
-                copy = CopyTokens(*ends, start=0, stop=op.num_tokens)
-                self.copy_tokens(copy, range(len(self.layers)))
 
-    def _create(self, op: CreateSlab) -> None:
-        slab = Slab(op.capacity)
-        for layer in self.layers:
-            places = layer.num_places(op.capacity)
-            shapes = [(plane.shape(op.num_slots, places), plane.dtype) for plane in layer.planes]
-            slab.planes.append([self.new_array(*each) for each in shapes])
-        self.slabs[op.slab_id] = slab
-        if self.needs_zeros:
-            self.stages.add([plane for planes in slab.planes for plane in planes])
-
-    def _resize(self, op: ResizeSlab) -> None:
-        for planes in self.slabs[op.slab_id].planes:
-            for number, plane in enumerate(planes):
-                planes[number] = self._with_slots(plane, op.num_slots)
-            self.stages.add(planes)
-
-    def _with_slots(self, plane: mx.array, num_slots: int) -> mx.array:
-        num_kept = min(num_slots, plane.shape[0])
-        if num_kept == num_slots:
-            return mx.contiguous(plane[:num_slots])
-        larger = self.new_array((num_slots, *plane.shape[1:]), plane.dtype)
-        larger[:num_kept] = plane
-        return larger
+    def _tokens_touched(self, ops: Sequence[KVOp]) -> int:
+        """For how many tokens memory is taken or given up."""
+        num_tokens = 0
+        for op in ops:
+            match op:
+                case CreateSlab() | ResizeSlab():
+                    num_tokens += op.num_slots * self.slabs[op.slab_id].capacity
+                case MoveRow():
+                    num_tokens += op.num_tokens
+                case DropSlab():
+                    pass
+        return max(1, num_tokens)
 
     def new_array(self, shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
         """For places that no token was written to yet."""
@@ -234,18 +221,22 @@ class KVStorage:
             self.copy_bytes(list(zip(*ends, strict=True)), [(old, new)])
         others = [layer for layer in layers if layer not in whole]
         for group in self.layer_groups(others, op.stop - op.start):
-            self._copy_by_operations(op, group)
+            self.stages.add(self.copy_by_operations(op, group))
 
-    def _copy_by_operations(self, op: CopyTokens, layers: Sequence[int]) -> None:
+    def copy_by_operations(self, op: CopyTokens, layers: Sequence[int]) -> list[mx.array]:
+        """Returns the planes that are written, for a stage. Between the slots of one slab what is
+        read is a stage of its own, before it."""
         pairs = []
         ends = self._all_planes(op.from_slab, layers), self._all_planes(op.to_slab, layers)
         for old, new in zip(*ends, strict=True):
-            stop = min(op.stop, old.shape[2])
-            pairs.append((mx.contiguous(old[op.from_slot, :, op.start : stop]), new))
-        self.stages.add([tokens for tokens, _ in pairs])
+            tokens = old[op.from_slot, :, op.start : min(op.stop, old.shape[2])]
+            pairs.append((tokens, new))
+        if op.from_slab == op.to_slab:
+            pairs = [(mx.contiguous(tokens), new) for tokens, new in pairs]
+            self.stages.add([tokens for tokens, _ in pairs])
         for tokens, new in pairs:
             new[op.to_slot, :, op.start : op.start + tokens.shape[1]] = tokens
-        self.stages.add([new for _, new in pairs])
+        return [new for _, new in pairs]
 
     def _all_planes(self, slab_id: int, layers: Sequence[int]) -> list[mx.array]:
         return [plane for layer in layers for plane in self._planes(layer, slab_id)]
@@ -270,7 +261,7 @@ class KVStorage:
         if not layers:
             return
         largest = max(self.layers[layer].bytes_per_token for layer in layers) * num_tokens
-        at_once = max(1, MAX_COPIED_BYTES // max(1, largest))
+        at_once = max(1, self._max_copied_bytes // max(1, largest))
         for first in range(0, len(layers), at_once):
             yield layers[first : first + at_once]
 
@@ -375,6 +366,78 @@ class KVStorage:
 
     def _planes(self, layer: int, slab_id: int) -> list[mx.array]:
         return self.slabs[slab_id].planes[layer]
+
+
+class _Changes:
+    """What the core ordered, for some layers. As much of it as can be makes one stage: a slab is
+    written in place only when nothing before in the stage reads it."""
+
+    def __init__(self, storage: KVStorage, layers: Sequence[int]) -> None:
+        self._storage = storage
+        self._layers = layers
+        self._written: dict[int, list[mx.array]] = {}  # by slab
+        self._read: set[int] = set()  # slabs
+
+    def make(self, ops: Sequence[KVOp]) -> None:
+        for op in ops:
+            match op:
+                case CreateSlab():
+                    self._create(op)
+                case ResizeSlab():
+                    self._resize(op)
+                case DropSlab():
+                    self._end_stage()
+                    for layer in self._layers:
+                        self._storage.slabs[op.slab_id].planes[layer].clear()
+                case MoveRow():
+                    self._move(op)
+        self._end_stage()
+
+    def _end_stage(self) -> None:
+        self._storage.stages.add([plane for planes in self._written.values() for plane in planes])
+        self._written.clear()
+        self._read.clear()
+
+    def _create(self, op: CreateSlab) -> None:
+        storage = self._storage
+        slab = storage.slabs[op.slab_id]
+        for number in self._layers:
+            layer = storage.layers[number]
+            places = layer.num_places(op.capacity)
+            shapes = [(plane.shape(op.num_slots, places), plane.dtype) for plane in layer.planes]
+            slab.planes[number] = [storage.new_array(*each) for each in shapes]
+        if storage.needs_zeros:
+            self._written[op.slab_id] = self._planes(op.slab_id)
+
+    def _resize(self, op: ResizeSlab) -> None:
+        for layer in self._layers:
+            planes = self._storage.slabs[op.slab_id].planes[layer]
+            planes[:] = [self._with_slots(plane, op.num_slots) for plane in planes]
+        self._written[op.slab_id] = self._planes(op.slab_id)
+
+    def _with_slots(self, plane: mx.array, num_slots: int) -> mx.array:
+        num_kept = min(num_slots, plane.shape[0])
+        if num_kept == num_slots:
+            return mx.contiguous(plane[:num_slots])
+        larger = self._storage.new_array((num_slots, *plane.shape[1:]), plane.dtype)
+        larger[:num_kept] = plane
+        return larger
+
+    def _move(self, op: MoveRow) -> None:
+        storage = self._storage
+        copy = CopyTokens(op.from_slab, op.from_slot, op.to_slab, op.to_slot, 0, op.num_tokens)
+        if storage.is_in_host_memory:
+            self._end_stage()
+            storage.copy_tokens(copy, self._layers)
+            return
+        if op.to_slab in self._read or op.from_slab == op.to_slab:
+            self._end_stage()
+        self._read.add(op.from_slab)
+        self._written[op.to_slab] = storage.copy_by_operations(copy, self._layers)
+
+    def _planes(self, slab_id: int) -> list[mx.array]:
+        planes = self._storage.slabs[slab_id].planes
+        return [plane for layer in self._layers for plane in planes[layer]]
 
 
 def _places(tokens: range, ring: int) -> slice | mx.array:

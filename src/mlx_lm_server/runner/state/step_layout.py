@@ -21,10 +21,6 @@ import mlx.core as mx
 
 from mlx_lm_server.core.plan import RowWork, StepPlan
 
-# Lengths of the KV read by decode rows are rounded up to this many tokens, so that the same
-# shapes (and compiled functions) serve many steps.
-LENGTH_STEP = 32
-
 T = TypeVar("T")
 
 
@@ -92,11 +88,34 @@ class SlotsView:
 
     length: int
     visible: mx.array | None  # `[num_slots, 1, 1, length]`; None where all is
+    _masks: dict[int, mx.array] = field(default_factory=dict)  # by number of heads
+    _biases: dict[Hashable, mx.array] = field(default_factory=dict)  # by shape and type
 
     @cached_property
     def bias(self) -> mx.array | None:
         """The same as 0 and -inf."""
         return None if self.visible is None else mx.where(self.visible, 0.0, -mx.inf)
+
+    def mask(self, num_heads: int) -> mx.array | None:
+        """Returns what is seen by each head, `[num_slots, num_heads, 1, length]`: one array for all
+        layers with so many."""
+        if self.visible is None:
+            return None
+        if num_heads not in self._masks:
+            num_slots, length = self.visible.shape[0], self.length
+            shape = (num_slots, num_heads, 1, length)
+            self._masks[num_heads] = mx.broadcast_to(self.visible, shape)
+        return self._masks[num_heads]
+
+    def bias_of(self, scores: mx.array) -> mx.array | None:
+        """Returns what is to be added to scores `[num_slots, …, length]`, of their shape and type:
+        one array for all layers that have such."""
+        if self.bias is None:
+            return None
+        key = (scores.shape, scores.dtype)
+        if key not in self._biases:
+            self._biases[key] = mx.broadcast_to(self.bias.astype(scores.dtype), scores.shape)
+        return self._biases[key]
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,46 +239,47 @@ class StepLayout:
         return self._views[key]
 
 
-def layout_of(plan: StepPlan, capacities: dict[int, int]) -> StepLayout:
-    """`capacities` gives each slab's capacity in tokens."""
+def layout_of(plan: StepPlan, capacities: dict[int, int], length_step: int = 1) -> StepLayout:
+    """`capacities` gives each slab's capacity in tokens; lengths that decode rows read are rounded
+    up to `length_step`."""
     positions = [decode.start for decode in plan.decodes]
     for chunk in plan.chunks:
         positions.extend(range(chunk.start, chunk.end))
     return StepLayout(
         positions=tuple(positions),
-        decodes=_decode_groups(plan.decodes, capacities),
+        decodes=_decode_groups(plan.decodes, capacities, length_step),
         chunks=_chunk_spans(plan.chunks, len(plan.decodes)),
     )
 
 
 def _decode_groups(
-    decodes: tuple[RowWork, ...], capacities: dict[int, int]
+    decodes: tuple[RowWork, ...], capacities: dict[int, int], length_step: int
 ) -> tuple[DecodeGroup, ...]:
     groups = []
     first_token = 0
     for slab_id, rows in groupby(decodes, key=lambda d: d.slab_id):
-        group = _decode_group(slab_id, list(rows), first_token, capacities[slab_id])
+        works, capacity = list(rows), capacities[slab_id]
+        longest = max(work.start for work in works) + 1
+        length = min(capacity, -(-longest // length_step) * length_step)
+        group = _decode_group(slab_id, works, first_token, length)
         groups.append(group)
         first_token += group.num_tokens
     return tuple(groups)
 
 
-def _decode_group(
-    slab_id: int, rows: list[RowWork], first_token: int, capacity: int
-) -> DecodeGroup:
+def _decode_group(slab_id: int, rows: list[RowWork], first_token: int, length: int) -> DecodeGroup:
     last_positions = [-1] * (rows[-1].slot + 1)
     for d in rows:
         last_positions[d.slot] = d.start
-    longest = max(last_positions) + 1
-    length = min(capacity, -(-longest // LENGTH_STEP) * LENGTH_STEP)
     return DecodeGroup(slab_id, first_token, len(rows), length, tuple(last_positions))
 
 
 def _view(group: DecodeGroup, window: int | None, ring: int | None) -> SlotsView:
     """In a ring, place `s` holds the last token whose position is `s` modulo the ring."""
     length = group.length if ring is None else min(group.length, ring)
-    if window is None and min(group.last_positions) + 1 >= length:
-        return SlotsView(length, None)
+    lasts = [span.start for span in group.spans]
+    if min(lasts) + 1 >= length and (window is None or max(lasts) < window):
+        return SlotsView(length, None)  # what a slot sees that sits the step out is nobody's
     last = mx.array(group.last_positions, mx.int32)[:, None]
     age = last - mx.arange(length)[None]
     if ring is not None:
