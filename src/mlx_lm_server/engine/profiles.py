@@ -25,7 +25,7 @@ from mlx_lm_server.folders import cache_folder
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 # Of all cores, what others may take while a measurement is to be kept.
 QUIET_SHARE = 0.15
 
@@ -49,6 +49,7 @@ def load_profile(path: Path) -> Measured | None:
             None if threads is None else int(_positive(threads)),
             costs,
             int(_positive(found["activation_bytes_per_token"])),
+            float(_positive(found["copy_bytes_per_s"])),
         )
     except FileNotFoundError:
         return None
@@ -63,6 +64,7 @@ def save_profile(path: Path, measured: Measured) -> None:
         "num_threads": measured.num_threads,
         "costs": asdict(measured.costs),
         "activation_bytes_per_token": measured.activation_bytes_per_token,
+        "copy_bytes_per_s": measured.copy_bytes_per_s,
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

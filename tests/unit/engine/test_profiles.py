@@ -10,7 +10,7 @@ from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.measured import Measured
 from mlx_lm_server.engine.profiles import load_profile, profile_path, save_profile
 
-MEASURED = Measured(2, StepCosts(base_s=0.01, per_prefill_token_s=0.002), 4096)
+MEASURED = Measured(2, StepCosts(base_s=0.01, per_prefill_token_s=0.002), 4096, 5e9)
 FACTS = {"server": "1", "cores": "2"}
 
 
@@ -50,6 +50,8 @@ def test_a_profile_is_of_one_model_machine_and_version(tmp_path: Path) -> None:
         lambda found: {**found, "costs": {"base_s": 0}},
         lambda found: {**found, "costs": {"mood": 1}},
         lambda found: {**found, "activation_bytes_per_token": None},
+        lambda found: {**found, "copy_bytes_per_s": 0},
+        lambda found: {k: v for k, v in found.items() if k != "copy_bytes_per_s"},
     ],
 )
 def test_a_profile_that_cannot_be_believed_is_none(tmp_path: Path, damage: Any) -> None:
