@@ -117,6 +117,7 @@ class Ours:
             max_batch_size=33,
             itl_goal_s=60.0,
             keeps_profile=False,
+            submission="late",
         )
         self._core, ready = assemble(order, Blas("any"), lambda _stage, _fraction: None)
         if ready.batching != "packed" or ready.kv_bits != kv_bits:

@@ -17,10 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.measured import Measured
+from mlx_lm_server.core.submitting import Submitting
 from mlx_lm_server.folders import cache_folder
 
 log = logging.getLogger(__name__)
@@ -50,10 +52,18 @@ def load_profile(path: Path) -> Measured | None:
             costs,
             int(_positive(found["activation_bytes_per_token"])),
             float(_positive(found["copy_bytes_per_s"])),
+            _submitting(found["submitting"]),
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        msgspec.MsgspecError,
+    ) as error:
         log.warning("the profile %s cannot be read and is measured anew: %s", path, error)
         return None
 
@@ -65,6 +75,7 @@ def save_profile(path: Path, measured: Measured) -> None:
         "costs": asdict(measured.costs),
         "activation_bytes_per_token": measured.activation_bytes_per_token,
         "copy_bytes_per_s": measured.copy_bytes_per_s,
+        "submitting": None if measured.submitting is None else asdict(measured.submitting),
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +85,14 @@ def save_profile(path: Path, measured: Measured) -> None:
             os.replace(whole, path)
     except OSError as error:
         log.info("the profile is not kept: %s", error)
+
+
+def _submitting(found: Any) -> Submitting | None:
+    submitting = msgspec.convert(found, Submitting | None)
+    for trial in () if submitting is None else (submitting.small, submitting.large):
+        _positive(trial.late_s)
+        _positive(trial.early_s)
+    return submitting
 
 
 def _positive(value: Any) -> float:

@@ -16,6 +16,8 @@ import mlx.core as mx
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.measured import Measured
 from mlx_lm_server.core.plan import CreateSlab, StepPlan
+from mlx_lm_server.core.submitting import Submitting
+from mlx_lm_server.runner.loading.both_ways import BothWays
 from mlx_lm_server.runner.loading.copy_speed import copy_bytes_per_s
 from mlx_lm_server.runner.loading.tiny_plans import (
     SMALL_SLAB,
@@ -47,10 +49,17 @@ FRESH_SHARE = 0.75
 class Measurer:
     """Times forwards for at most about `limit_s` seconds. Used once, on the engine's thread."""
 
-    def __init__(self, forward: Forward, storage: KVStorage, limit_s: float) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        storage: KVStorage,
+        limit_s: float,
+        both_ways: BothWays | None = None,
+    ) -> None:
         self._forward = forward
         self._storage = storage
         self._limit_s = limit_s
+        self._both_ways = both_ways
         self._begun_s = time.perf_counter()
         self._is_steady = True
         self._chunk_tokens = SMALLEST_CHUNK
@@ -65,7 +74,8 @@ class Measurer:
         copied = copy_bytes_per_s(self._storage, self._has_time)
         token_bytes = self._storage.geometry.full_bytes_per_token
         costs = replace(costs, per_copied_token_s=token_bytes / (FRESH_SHARE * copied))
-        return Measured(threads, costs, activation_bytes, copied, self._is_steady)
+        submitting = self._submitting(costs.base_s)
+        return Measured(threads, costs, activation_bytes, copied, submitting, self._is_steady)
 
     def _has_time(self, share: float = 1.0) -> bool:
         return time.perf_counter() - self._begun_s < share * self._limit_s
@@ -115,6 +125,13 @@ class Measurer:
             per_prefill_pair_s=per_pair_s,
         )
         return costs, activation_bytes
+
+    def _submitting(self, step_s: float) -> Submitting | None:
+        """Returns both ways to submit forwards; None where a step takes so long that there is no
+        time to try, nor would a device's waiting be much of it."""
+        if self._both_ways is None or self._both_ways.least_s(step_s) > self._limit_s:
+            return None
+        return self._both_ways.measured(self._has_time)
 
     def _best_s(self, plan: StepPlan, *, is_checked: bool = False) -> float:
         """Returns the seconds of the faster of two runs, or of one where time is up, unless it is
