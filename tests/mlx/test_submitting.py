@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from mlx_lm_server.core.cost_model import StepCosts
+from mlx_lm_server.core.measured import Measured
 from mlx_lm_server.core.plan import StepPlan, StepResult
 from mlx_lm_server.core.submitting import ALWAYS, NEVER, EarlySteps
 from mlx_lm_server.protocol import SamplingParams
@@ -147,8 +149,9 @@ def test_a_plan_with_something_to_do_for_slabs_waits_for_the_last_step(
 
 @observes("CpuConfig.submission")
 def test_submission_is_told_and_its_memory_is_counted(folders: dict[str, Path]) -> None:
+    measured = Measured(None, StepCosts(), 4096, 1e9)
     late, early = (
-        Engine(folders["qwen3"], submission, memory_limit_bytes=1 << 30)
+        Engine(folders["qwen3"], submission, memory_limit_bytes=1 << 30, measured=measured)
         for submission in ("late", "early")
     )
     assert late.ready.submission == "late"
@@ -156,7 +159,8 @@ def test_submission_is_told_and_its_memory_is_counted(folders: dict[str, Path]) 
     runner = early.core._runner
     assert isinstance(runner, ModelRunner)
     counted_bytes = late.ready.kv_limit_bytes - early.ready.kv_limit_bytes
-    assert counted_bytes >= runner.early.max_slab_bytes > 0
+    token_bytes = early.ready.kv_bytes_per_token
+    assert counted_bytes >= runner.early.max_slab_bytes - token_bytes > 0
 
 
 def test_steps_that_are_larger_than_what_was_counted_are_submitted_late(

@@ -51,8 +51,10 @@ def assemble(
     progress: Progress,
     clock: Callable[[], float] = time.monotonic,
     proposer: Proposer | None = None,
+    measured: Measured | None = None,
 ) -> tuple[EngineCore, Ready]:
-    """Returns a ready engine and the message that says so. Raises the classes of ModelError."""
+    """Returns a ready engine and the message that says so. Who gives what is `measured` gets plans
+    that no measurement has a part in. Raises the classes of ModelError."""
     begun_s = time.monotonic()
     backend = choose.choose(order.way)
     if backend.policy.is_in_host_memory:
@@ -63,7 +65,7 @@ def assemble(
         loaded, backend, order.max_batch_size, order.block_size, order.kv_bits, order.kv_group_size
     )
     progress("measuring", 0.9)
-    measured = _measured(order, loaded, runner, blas, time.monotonic() - begun_s)
+    measured = measured or _measured(order, loaded, runner, blas, time.monotonic() - begun_s)
     if measured.num_threads is not None:
         blas = blas.with_threads(measured.num_threads)
     sizes = Sizes(order, loaded, runner, measured)
