@@ -7,6 +7,9 @@ when the graph is built. `one_node_each` puts stand-ins in their place, so that 
 GPU. What stand-ins compute means nothing; shapes and types are right.
 
 A `Reshape` is counted as a view, which it is wherever its input lies in order.
+
+Graphs know no shapes, so bytes are counted where operations are called from Python: not those that
+MLX calls by itself, nor `array.at`.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -34,6 +37,8 @@ VIEWS = {
     "AsStrided", "Broadcast", "Depends", "ExpandDims", "Flatten", "Reshape", "Slice", "Split",
     "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
 }  # fmt: skip
+# What moves numbers and computes none.
+MOVES = ("contiguous", "concatenate", "stack", "take", "take_along_axis", "repeat", "tile", "pad")
 # The real one, where another stands in its place.
 _eval = mx.eval
 
@@ -42,12 +47,18 @@ _PRIMITIVE = re.compile(r'label ="([^"]+)", shape=rectangle')
 
 @dataclass(slots=True)
 class Counts:
-    """`nodes` are primitives by name. A submission is a call that had something to compute. Bytes
-    of K and V are those of the arrays that attention and `mx.dequantize` were given."""
+    """`nodes` are primitives by name. A submission is a call that had something to compute, a wait
+    the first call after one that returns when something has been computed. Bytes of K and V are
+    those of the arrays that attention and `mx.dequantize` were given; written are those that were
+    put in places of another array, copied those of results that are their inputs or parts of them,
+    moved."""
 
     nodes: Counter[str] = field(default_factory=Counter)
     num_submissions: int = 0
+    num_waits: int = 0
     kv_bytes: int = 0
+    written_bytes: int = 0
+    copied_bytes: int = 0
     num_decode_attentions: int = 0
     num_chunk_attentions: int = 0
 
@@ -83,17 +94,55 @@ def primitives(arrays: Any) -> Counter[str]:
 
 @contextmanager
 def counting() -> Iterator[Counts]:
-    """Counts all that is submitted; a list that is made of an array submits it too."""
-    counts = Counts()
+    """Counts all that is submitted; a list that is made of an array submits it too. As it begins
+    something is under way."""
+    counts, is_under_way = Counts(), True
 
-    def spied(submit: Callable[..., Any]) -> Callable[..., Any]:
+    def submitted(submit: Callable[..., Any]) -> Callable[..., Any]:
         def submit_counted(*arrays: Any) -> Any:
+            nonlocal is_under_way
             nodes = primitives(arrays)
             counts.nodes += nodes
             counts.num_submissions += bool(nodes)
+            is_under_way |= bool(nodes)
             return submit(*arrays)
 
         return submit_counted
+
+    def waited(wait: Callable[..., Any]) -> Callable[..., Any]:
+        submit = submitted(wait)
+
+        def wait_counted(*arrays: Any) -> Any:
+            nonlocal is_under_way
+            given = submit(*arrays)
+            counts.num_waits += is_under_way and bool(arrays)
+            is_under_way &= not arrays
+            return given
+
+        return wait_counted
+
+    def written(put: Callable[..., Any]) -> Callable[..., Any]:
+        def put_counted(array: mx.array, places: Any, values: Any) -> Any:
+            counts.written_bytes += pick(array, places).nbytes
+            return put(array, places, values)
+
+        return put_counted
+
+    def picked(pick: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def pick_counted(array: mx.array, places: Any) -> mx.array:
+            found = pick(array, places)
+            counts.copied_bytes += found.nbytes if _is_gather(places) else 0
+            return found
+
+        return pick_counted
+
+    def moved(move: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def move_counted(*given: Any, **named: Any) -> mx.array:
+            found = move(*given, **named)
+            counts.copied_bytes += found.nbytes
+            return found
+
+        return move_counted
 
     def multiplied(product: Callable[..., mx.array]) -> Callable[..., mx.array]:
         def quantized_matmul(x: mx.array, w: mx.array, *rest: Any, **named: Any) -> mx.array:
@@ -121,16 +170,29 @@ def counting() -> Iterator[Counts]:
 
         return dequantize
 
-    with (
-        _replaced(mx, "eval", spied),
-        _replaced(mx, "async_eval", spied),
-        _replaced(mx.array, "tolist", spied),
-        _replaced(mx.array, "item", spied),
-        _replaced(mx, "quantized_matmul", multiplied),
-        _replaced(mx, "dequantize", dequantised),
-        _replaced(mx.fast, "scaled_dot_product_attention", attended),
-    ):
+    pick = mx.array.__getitem__
+    with ExitStack() as replaced:
+        for owner, name, spy in (
+            (mx, "eval", waited),
+            (mx, "async_eval", submitted),
+            (mx.array, "tolist", waited),
+            (mx.array, "item", waited),
+            (mx.array, "__setitem__", written),
+            (mx.array, "__getitem__", picked),
+            *((mx, name, moved) for name in MOVES),
+            (mx, "quantized_matmul", multiplied),
+            (mx, "dequantize", dequantised),
+            (mx.fast, "scaled_dot_product_attention", attended),
+        ):
+            replaced.enter_context(_replaced(owner, name, spy))
         yield counts
+
+
+def _is_gather(places: Any) -> bool:
+    """Whether what lies there is copied by being picked; slices are views."""
+    several = places if isinstance(places, tuple) else (places,)
+    is_number = isinstance(places, int)
+    return is_number or any(isinstance(each, mx.array | list) for each in several)
 
 
 @contextmanager

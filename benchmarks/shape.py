@@ -1,42 +1,38 @@
 """What a GPU would be sent in a step, counted on any machine: ours beside mlx-lm's BatchGenerator.
 
-    python -m benchmarks shape [decode mixed sampling] [--quick]
+    python -m benchmarks shape [counts decode mixed sampling] [--quick]
 
 The engine goes the way of each device, and one counter counts both sides: nodes of the graphs that
 are submitted, kernels (nodes that are no views), submissions, bytes of K and V that attention is
 given, and the time that the engine's thread takes to plan, build and submit. From run to run only
 that time differs, and a little how long rows of different lengths have become. What a layer takes
-is the difference of two models. Writes results/shape-PART.json.
+is the difference of two models. Writes results/shape-PART.json, and `counts` also the table of
+exact counts that a test holds steps against (shape_counts.json): run it where a change was meant.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 
-from benchmarks import reaper
+from benchmarks import shape_counts
 from benchmarks.claims import Claim
 from benchmarks.parts import Effort, Findings, console, run_parts
 from benchmarks.shape_child import Load, Shape, Task
-from benchmarks.shape_models import LAYERS, write_model
+from benchmarks.shape_counts import THEIRS
+from benchmarks.shape_models import LAYERS
+from benchmarks.shape_runs import measured, title_of
 
 OURS = ("metal-16", "metal-8", "cuda-16", "cuda-8", "plain-16", "plain-8")
-THEIRS = "mlx-lm"
 DECODES = [Load(1), Load(8), Load(8, is_ragged=True), Load(32), Load(32, is_ragged=True)]
 MIXED = [Load(n, has_chunk=True) for n in (1, 8, 32)]
 DRAWS = [Load(n, sampling=kind) for n in (8, 32) for kind in ("greedy", "top-p", "penalties")]
 
 # Of a step, then of each of its layers, then of the step again.
 COLUMNS = ("nodes", "kernels", "/ layer", "kernels", "attends", "submits", "KV KiB", "host ms")
-
-Found = dict[str, list[Shape]]
 
 
 class Bounds(NamedTuple):
@@ -81,7 +77,7 @@ def mixed(effort: Effort) -> Findings:
 
 
 def _by_layer(loads: list[Load]) -> Findings:
-    found = _measured((*OURS, THEIRS), Task(LAYERS, loads))
+    found = measured((*OURS, THEIRS), Task(LAYERS, loads))
     claims = []
     for load in loads:
         _print_heading(load)
@@ -90,7 +86,7 @@ def _by_layer(loads: list[Load]) -> Findings:
             _print(name, _shape(found[name], load, max(LAYERS)), layer)
         for name in OURS:
             _print_difference(name, layers[name], layers[THEIRS])
-            title = f"{name}, {_title(load)}: nodes a layer"
+            title = f"{name}, {title_of(load)}: nodes a layer"
             claims.append(Claim(title, layers[name].nodes, at_most=_bound(name, load)))
     return claims, found
 
@@ -106,7 +102,7 @@ def sampling(effort: Effort) -> Findings:
     """What top-p and penalties add to a step of greedy rows."""
     names = (*(name for name in OURS if name.endswith("-16")), THEIRS)
     loads = DRAWS[:3] if effort.is_quick else DRAWS
-    found = _measured(names, Task(LAYERS[:1], loads))
+    found = measured(names, Task(LAYERS[:1], loads))
     claims = []
     for load in loads:
         _print_heading(load)
@@ -115,9 +111,25 @@ def sampling(effort: Effort) -> Findings:
             shape, plain = (_shape(shapes, which, LAYERS[0]) for which in (load, greedy))
             _print(name, shape, None)
             if load != greedy:
-                title = f"{name}, {_title(load)}: kernels more than greedy"
+                title = f"{name}, {title_of(load)}: kernels more than greedy"
                 more = shape.kernels - plain.kernels
                 claims.append(Claim(title, more, at_most=_draw_bound(name, load)))
+    return claims, found
+
+
+def counts(effort: Effort) -> Findings:
+    """What whole steps and draws take, exactly, for each way beside mlx-lm's; renews the table."""
+    found = shape_counts.counted(shape_counts.TESTED if effort.is_quick else shape_counts.ALL)
+    console.print(shape_counts.shown(found), soft_wrap=True)
+    for line in shape_counts.differences(shape_counts.stored(), found):
+        console.print(f"  {line}", soft_wrap=True)
+    if not effort.is_quick:
+        shape_counts.store(found)
+    claims = []
+    for name in shape_counts.WAYS:
+        for title, bound in shape_counts.DRAW_KERNELS.items():
+            kernels = found[name][title]["kernels"]
+            claims.append(Claim(f"{name}, {title}: kernels", kernels, at_most=bound))
     return claims, found
 
 
@@ -127,23 +139,6 @@ def _draw_bound(name: str, load: Load) -> int | None:
     if load.sampling == "penalties":
         return PENALTY_KERNELS_A_ROW * load.num_rows
     return TOP_P_KERNELS[name]
-
-
-def _measured(names: Sequence[str], task: Task) -> Found:
-    with tempfile.TemporaryDirectory() as folder:
-        for num_layers in task.layers:
-            write_model(Path(folder), num_layers)
-        return {name: _child(name, folder, task) for name in names}
-
-
-def _child(name: str, folder: str, task: Task) -> list[Shape]:
-    given = [name, folder, msgspec.json.encode(task).decode()]
-    command = [sys.executable, "-m", "benchmarks.shape_child", *given]
-    child = reaper.start(command, stdout=subprocess.PIPE)
-    printed, _ = child.communicate()
-    if child.returncode:
-        raise subprocess.CalledProcessError(child.returncode, command)
-    return msgspec.json.decode(printed.splitlines()[-1], type=list[Shape])
 
 
 def _shape(shapes: Sequence[Shape], load: Load, num_layers: int) -> Shape:
@@ -162,15 +157,8 @@ def _layer(shapes: Sequence[Shape], load: Load) -> Layer:
     )
 
 
-def _title(load: Load) -> str:
-    rows = f"{load.num_rows} row{'s' * (load.num_rows > 1)}"
-    lengths = " of different lengths" * load.is_ragged
-    drawn = f", {load.sampling}" * (load.sampling != "greedy")
-    return f"{rows}{lengths}{' and a chunk' * load.has_chunk}{drawn}"
-
-
 def _print_heading(load: Load) -> None:
-    console.print(f"  {_title(load)}")
+    console.print(f"  {title_of(load)}")
     _print_cells("", COLUMNS)
 
 
@@ -195,7 +183,7 @@ def _print_difference(name: str, ours: Layer, theirs: Layer) -> None:
     console.print(f"  {name:9} a layer beside {THEIRS}: {told or 'the same'}", soft_wrap=True)
 
 
-PARTS = {"decode": decode, "mixed": mixed, "sampling": sampling}
+PARTS = {"counts": counts, "decode": decode, "mixed": mixed, "sampling": sampling}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,13 @@
-"""Tiny models of one form that differ in how many layers they have."""
+"""Tiny models of one form that differ in how many layers they have.
+
+    python -m benchmarks.shape_models FOLDER LAYERS...
+
+writes them.
+"""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, cast
 
@@ -57,3 +63,9 @@ def _random(name: str, old: Any) -> Any:
     if name.endswith("norm.weight"):
         return mx.ones(old.shape, mx.bfloat16)
     return mx.random.normal(old.shape, mx.bfloat16) * old.shape[-1] ** -0.5
+
+
+if __name__ == "__main__":
+    for number in sys.argv[2:]:
+        write_model(Path(sys.argv[1]), int(number))
+    print("written")

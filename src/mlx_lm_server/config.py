@@ -16,6 +16,7 @@ from mlx_lm_server.web_names import host_fault, origin_fault
 NANO = "nano"
 # How a device is treated; see runner/backends.
 Way = Literal["x86", "metal", "cuda", "plain"]
+Submission = Literal["auto", "late", "early"]
 
 
 @dataclass(frozen=True)
@@ -579,6 +580,14 @@ class CpuConfig:
         "operations only. For tests, and for finding out what goes wrong.",
         why="Each kind of device has one way that is right and fast on it.",
         unset="that of the device",
+    )
+    submission: Submission = option(
+        "auto",
+        "When a GPU is given the next forward: `late`, when the last one has ended, so that K and "
+        "V are written in place; `early`, before that, which copies them (up to a sixteenth of the "
+        "memory that is free for them); `auto` times both while the model is loaded. A CPU, and "
+        "models that run row by row, go late.",
+        why="Which costs more, waiting or copying, depends on the device and the model.",
     )
 
 

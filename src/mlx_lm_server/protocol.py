@@ -13,7 +13,7 @@ from typing import Literal
 
 import msgspec
 
-from mlx_lm_server.config import TierConfig, Way
+from mlx_lm_server.config import Submission, TierConfig, Way
 from mlx_lm_server.tier_stats import TierStats
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -88,7 +88,7 @@ class DiskTier(msgspec.Struct, frozen=True, array_like=True):
 class LoadModel(Message, frozen=True):
     """What to serve and within which bounds. None means: the engine chooses by measuring.
     `keeps_profile`: what it measures is kept, and used at the next start. `way` treats the device
-    as one of another kind."""
+    as one of another kind; `submission` is when forwards are submitted, which `auto` measures."""
 
     model_path: str
     adapter_path: str | None = None
@@ -111,6 +111,7 @@ class LoadModel(Message, frozen=True):
     disk_tier: DiskTier | None = None
     keeps_profile: bool = True
     way: Way | None = None
+    submission: Submission = "auto"
 
 
 class AddRequest(Message, frozen=True):
@@ -156,7 +157,7 @@ class Ready(Message, frozen=True):
     window is full. `batching` says how rows share forwards, `batching_reason` why not in a better
     way. `kv_bits` is the fewest of any layer, 16 where none is quantised; `kv_format` says it all.
     `disk_tier` is the folder of this model's cache, or empty where there is none. `way` is how the
-    device is treated.
+    device is treated, `submission` in words when its forwards are submitted.
     """
 
     model_type: str
@@ -177,6 +178,7 @@ class Ready(Message, frozen=True):
     kv_format: str = ""
     disk_tier: str = ""
     way: str = ""
+    submission: str = "late"
 
 
 class LoadFailed(Message, frozen=True):

@@ -11,6 +11,7 @@ from statistics import median
 import mlx.core as mx
 import msgspec
 
+from mlx_lm_server.core.measured import Measured
 from mlx_lm_server.core.proposer import Proposer
 from mlx_lm_server.engine.assembly import assemble
 from mlx_lm_server.engine.engine_core import EngineCore
@@ -39,14 +40,25 @@ def random_prompts(seed: int, lengths: Sequence[int], vocab_size: int) -> list[l
 class EngineDriver:
     """An engine core with its outputs collected by request."""
 
-    def __init__(self, model: Path, proposer: Proposer | None = None, **order: object) -> None:
+    def __init__(
+        self,
+        model: Path,
+        proposer: Proposer | None = None,
+        measured: Measured | None = None,
+        **order: object,
+    ) -> None:
         order["way"] = order.get("way") or WAY
+        order.setdefault("submission", "late")  # what is measured without a device says nothing
         if WAY is not None:  # tokens are compared, whatever a device would keep them in
             order.setdefault("kv_bits", 16)
         message = msgspec.structs.replace(LoadModel(str(model)), **order)
         self.core: EngineCore
         self.core, self.ready = assemble(
-            message, Blas("test"), lambda _stage, _fraction: None, proposer=proposer
+            message,
+            Blas("test"),
+            lambda _stage, _fraction: None,
+            proposer=proposer,
+            measured=measured,
         )
         self.tokens: dict[str, list[int]] = {}
         self.reasons: dict[str, list[str]] = {}

@@ -112,6 +112,38 @@ def test_what_is_computed_already_is_not_counted() -> None:
     assert counts.num_submissions == 1
 
 
+def test_what_is_put_in_place_is_written_and_what_moves_is_copied() -> None:
+    row_bytes = 8 * 4
+    x, y = mx.zeros((6, 8)), mx.ones((2, 8))
+    mx.eval(x, y)
+    with counting() as counts:
+        x[mx.array([1, 4])] = y
+        x[5:] = 0.0
+    assert (counts.written_bytes, counts.copied_bytes) == (3 * row_bytes, 0)
+    with counting() as counts:
+        mx.concatenate([mx.contiguous(x[1:3]), y])  # a slice is a view
+        x[mx.array([1, 4, 5])]
+        x[2]
+    assert (counts.written_bytes, counts.copied_bytes) == (0, (2 + 4 + 3 + 1) * row_bytes)
+
+
+def test_a_wait_is_counted_once_for_what_was_submitted_before_it() -> None:
+    x = mx.ones((3,))
+    mx.eval(x)
+    with counting() as counts:
+        mx.eval()
+        x.tolist()  # whatever was under way as counting began
+        x.tolist()
+        assert counts.num_waits == 1
+        y = x + 1
+        mx.async_eval(y)
+        mx.eval(y)
+        y.tolist()
+        assert counts.num_waits == 2
+        (y + 1).tolist()
+    assert counts.num_waits == 3
+
+
 def test_codes_that_are_read_are_one_node_and_bytes_of_keys() -> None:
     codes = mx.quantize(mx.ones((2, 2, 8, 64)), group_size=64, bits=8)
     mx.eval(codes)

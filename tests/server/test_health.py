@@ -29,6 +29,7 @@ def test_a_healthy_server_says_ok_and_the_facts(server: RunningServer) -> None:
     assert facts["status"] == "ok"
     assert facts["model"] == "tiny"
     assert facts["engine"]["state"] == "ready"
+    assert facts["engine"]["submission"] == "late"
     assert facts["kv_limit_bytes"] == 1_000_000
     assert server.client.get("/livez").json() == {"status": "alive"}
     assert server.client.get("/readyz").json() == {"status": "ready"}

@@ -51,8 +51,10 @@ def assemble(
     progress: Progress,
     clock: Callable[[], float] = time.monotonic,
     proposer: Proposer | None = None,
+    measured: Measured | None = None,
 ) -> tuple[EngineCore, Ready]:
-    """Returns a ready engine and the message that says so. Raises the classes of ModelError."""
+    """Returns a ready engine and the message that says so. Who gives what is `measured` gets plans
+    that no measurement has a part in. Raises the classes of ModelError."""
     begun_s = time.monotonic()
     backend = choose.choose(order.way)
     if backend.policy.is_in_host_memory:
@@ -62,12 +64,13 @@ def assemble(
     runner = ModelRunner(
         loaded, backend, order.max_batch_size, order.block_size, order.kv_bits, order.kv_group_size
     )
-    log.log(logging.WARNING if runner.batching == "alone" else logging.INFO, runner.describe())
     progress("measuring", 0.9)
-    measured = _measured(order, loaded, runner, blas, time.monotonic() - begun_s)
+    measured = measured or _measured(order, loaded, runner, blas, time.monotonic() - begun_s)
     if measured.num_threads is not None:
         blas = blas.with_threads(measured.num_threads)
     sizes = Sizes(order, loaded, runner, measured)
+    runner.early = sizes.early
+    _tell(runner, measured)
     layout, settings = sizes.layout(), sizes.cache_settings()
     disk = _disk_cache(order, loaded, runner) if settings.is_on else None
     cache = PrefixCache(settings, layout, disk)
@@ -98,8 +101,17 @@ def assemble(
         kv_bits=runner.kv_bits,
         kv_format=runner.kv_format,
         disk_tier=disk.folder if disk else "",
+        submission=runner.early.describe(),
     )
     return core, ready
+
+
+def _tell(runner: ModelRunner, measured: Measured) -> None:
+    log.log(logging.WARNING if runner.batching == "alone" else logging.INFO, runner.describe())
+    submitting = measured.submitting
+    if submitting is not None:
+        level = logging.INFO if submitting.writes_in_place else logging.WARNING
+        log.log(level, submitting.describe())
 
 
 def _disk_cache(order: LoadModel, loaded: LoadedModel, runner: ModelRunner) -> DiskCache | None:
@@ -149,6 +161,7 @@ def _measured(
         "batching": runner.batching,
         "kv": runner.kv_format,
         "adapter": order.adapter_path or "",
+        "submission": order.submission,
     }
     path = profile_path(Path(order.model_path), facts)
     known = load_profile(path) if order.keeps_profile else None
@@ -157,7 +170,8 @@ def _measured(
     others = OthersWork()
     limit_s = max(MIN_MEASURING_S, MEASURING_SHARE * load_s)
     is_free = order.num_threads is None and runner.policy.has_threads
-    measured = runner.measurer(limit_s).measured(
+    tries_early = order.submission == "auto" and not runner.policy.submits_slowly
+    measured = runner.measurer(limit_s, tries_early=tries_early).measured(
         blas.num_threads if is_free else None, blas.with_threads
     )
     if order.keeps_profile and measured.is_steady and others.is_little:

@@ -17,15 +17,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.measured import Measured
+from mlx_lm_server.core.submitting import Submitting
 from mlx_lm_server.folders import cache_folder
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 # Of all cores, what others may take while a measurement is to be kept.
 QUIET_SHARE = 0.15
 
@@ -49,10 +51,19 @@ def load_profile(path: Path) -> Measured | None:
             None if threads is None else int(_positive(threads)),
             costs,
             int(_positive(found["activation_bytes_per_token"])),
+            float(_positive(found["copy_bytes_per_s"])),
+            _submitting(found["submitting"]),
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        msgspec.MsgspecError,
+    ) as error:
         log.warning("the profile %s cannot be read and is measured anew: %s", path, error)
         return None
 
@@ -63,6 +74,8 @@ def save_profile(path: Path, measured: Measured) -> None:
         "num_threads": measured.num_threads,
         "costs": asdict(measured.costs),
         "activation_bytes_per_token": measured.activation_bytes_per_token,
+        "copy_bytes_per_s": measured.copy_bytes_per_s,
+        "submitting": None if measured.submitting is None else asdict(measured.submitting),
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,6 +85,14 @@ def save_profile(path: Path, measured: Measured) -> None:
             os.replace(whole, path)
     except OSError as error:
         log.info("the profile is not kept: %s", error)
+
+
+def _submitting(found: Any) -> Submitting | None:
+    submitting = msgspec.convert(found, Submitting | None)
+    for trial in () if submitting is None else (submitting.small, submitting.large):
+        _positive(trial.late_s)
+        _positive(trial.early_s)
+    return submitting
 
 
 def _positive(value: Any) -> float:

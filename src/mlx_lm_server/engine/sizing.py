@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mlx_lm_server.core.block_pool import DEFAULT_SEGMENT_BYTES
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.kv_layout import KVLayout
@@ -10,6 +12,7 @@ from mlx_lm_server.core.memory_ledger import MemoryLedger
 from mlx_lm_server.core.prefix_cache import CacheSettings
 from mlx_lm_server.core.scheduler import SchedulerLimits
 from mlx_lm_server.core.slab_rules import SlabRules
+from mlx_lm_server.core.submitting import NEVER, WORTH_IT, EarlySteps, early_steps
 from mlx_lm_server.protocol import LoadModel
 from mlx_lm_server.runner.backend import Policy
 from mlx_lm_server.runner.loading.loader import LoadedModel
@@ -39,13 +42,14 @@ class Sizes:
         self._order = order
         self._runner = runner
         self._policy: Policy = runner.policy
+        self._vocab_size = loaded.vocab_size
         self._is_float32 = loaded.weights == "float32"
         geometry = runner.geometry
         rows = order.max_batch_size
         self._max_step_tokens = order.max_num_batched_tokens or max(
             _affordable_tokens(measured.costs), rows
         )
-        self.ledger = MemoryLedger(
+        ledger = MemoryLedger(
             memory_limit_bytes=loaded.memory_limit_bytes,
             weights_bytes=loaded.weights_bytes,
             activation_bytes_per_token=measured.activation_bytes_per_token,
@@ -56,7 +60,22 @@ class Sizes:
             + rows * geometry.bytes_per_row,  # states before and after a step
             max_rows=rows,
         )
+        self.early = self._early_steps(ledger, measured)
+        reserve_bytes = ledger.reserve_bytes + self.early.reserve_bytes
+        self.ledger = replace(ledger, reserve_bytes=reserve_bytes)
         self.ledger.check_model_fits(min(MIN_KV_TOKENS, order.max_kv_tokens or MIN_KV_TOKENS))
+
+    def _early_steps(self, ledger: MemoryLedger, measured: Measured) -> EarlySteps:
+        """Which steps are submitted before the last has ended: besides slabs they hold two steps'
+        states and logits."""
+        submitting = measured.submitting
+        if self._order.submission == "early" and self._runner.can_submit_early:
+            submitting = WORTH_IT
+        if submitting is None or self._order.submission == "late":
+            return NEVER
+        row_bytes = ledger.geometry.bytes_per_row + self._vocab_size * 4
+        other_bytes = ledger.max_rows * row_bytes
+        return early_steps(submitting, other_bytes, ledger.free_bytes, ledger.max_step_tokens)
 
     def layout(self) -> KVLayout:
         """Returns the layout of rows, in which there is none yet."""

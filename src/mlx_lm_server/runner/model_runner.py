@@ -8,10 +8,11 @@ the device:
     handle 1.collect()  waits for the tokens of plan 1; does what plan 2 orders for slabs and pool,
                         and submits its forward: the host digests the tokens while that runs
 
-A forward is submitted only when the one before has ended, because MLX decides at submission
+A forward is submitted late, when the one before has ended, because MLX decides at submission
 whether a slab can be written in place, and an operation under way still holds the slab: submitted
-earlier, each step copied all slabs (docs/adr/0002). Where nothing is under way it is submitted at
-once. Where submitting takes long, tokens that somebody waits for are given before it.
+early, by `submit` already, each step copies all its slabs (docs/adr/0002). Which steps are worth
+that, `early` says; it was measured. Where nothing is under way a forward is submitted at once.
+Where submitting takes long, tokens that somebody waits for are given before it.
 
 Invariants: everything here runs on the engine's main thread; `_last_tokens[row]` is the token that
 a row sampled last; no array of a slab is referenced across steps (see kv_storage).
@@ -28,9 +29,11 @@ import mlx.core as mx
 
 from mlx_lm_server.core.block import num_common
 from mlx_lm_server.core.plan import JoinedRow, RowResult, RowWork, StepPlan, StepResult
+from mlx_lm_server.core.submitting import NEVER, EarlySteps
 from mlx_lm_server.protocol import Batching, TokenLogprobs
 from mlx_lm_server.runner.backend import Backend
 from mlx_lm_server.runner.loading import probe
+from mlx_lm_server.runner.loading.both_ways import BothWays
 from mlx_lm_server.runner.loading.loader import LoadedModel
 from mlx_lm_server.runner.loading.measuring import Measurer
 from mlx_lm_server.runner.sampling.logprobs import Piece, PromptScores, RowScores
@@ -53,6 +56,8 @@ class _Step:
     with it and let go when it has ended."""
 
     works: tuple[RowWork, ...]
+    num_tokens: int = 0
+    is_submitted: bool = False
     result: mx.array | None = None
     beside: list[mx.array] = field(default_factory=list)
     draw: Draw | None = None
@@ -111,7 +116,8 @@ class ModelRunner:
         self._sums: dict[int, mx.array] = {}  # of hidden states, of rows that give their mean
         self._last_tokens = mx.zeros((max_batch_size,), mx.int32)
         self._under_way: _Step | None = None
-        self._built: _Step | None = None  # to be submitted after that
+        self._built: _Step | None = None  # after that, submitted or to be
+        self.early: EarlySteps = NEVER
         self.policy = backend.policy
 
     @property
@@ -173,13 +179,27 @@ class ModelRunner:
         forward = self._forward_of
         return forward.states.nbytes if isinstance(forward, SplitForward) else 0
 
-    def measurer(self, limit_s: float) -> Measurer:
-        return Measurer(self._forward_of, self._storage, limit_s)
+    @property
+    def can_submit_early(self) -> bool:
+        """Whether no step needs that the last one has ended: nothing of ours draws in the host's
+        memory or writes to slabs unseen, and what steps copy is known."""
+        draws = self._sampler.draws_in_host_memory
+        return self.batching != "alone" and not draws and not self.passes_over_holes
+
+    def measurer(self, limit_s: float, *, tries_early: bool = False) -> Measurer:
+        """Returns what measures forwards; with `tries_early` both ways to submit them, too."""
+        both_ways = None
+        if tries_early and self.can_submit_early:
+            room_bytes = self._loaded.memory_limit_bytes - self._loaded.weights_bytes
+            num_rows = self._last_tokens.size
+            both_ways = BothWays(self, self._storage, num_rows, room_bytes)
+        return Measurer(self._forward_of, self._storage, limit_s, both_ways)
 
     # ---- a step
 
     def submit(self, plan: StepPlan) -> StepHandle:
-        """Builds the forward of a plan, and submits it as soon as none is under way."""
+        """Builds the forward of a plan, and submits it as soon as none is under way, or at once
+        where that is better."""
         assert self._built is None, "collect the last plan but one before the next"
         if self._under_way is not None:
             self._draw(self._under_way)
@@ -191,6 +211,8 @@ class ModelRunner:
             self._start(step)
         else:
             self._built = step
+            if self._goes_early(plan, self._under_way):
+                self._submit(step)
         return StepHandle(partial(self._collect, step))
 
     def _order(self, plan: StepPlan) -> None:
@@ -221,7 +243,7 @@ class ModelRunner:
         pooled = [chunk for chunk in plan.chunks if chunk.pooling]
         kept = {*scored, *(chunk.row for chunk in pooled)}
         outcome = self._forward_of.run(plan, self._input_ids(plan), kept)
-        step = _Step(plan.sampling, outcome.result, outcome.beside)
+        step = _Step(plan.sampling, plan.num_tokens, result=outcome.result, beside=outcome.beside)
         for chunk in pooled:
             self._pool(step, chunk, outcome.hidden[chunk.row])
         for chunk in plan.chunks:
@@ -261,12 +283,25 @@ class ModelRunner:
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
     def _start(self, step: _Step) -> None:
-        """Do what the plan orders for slabs and pool, and submit its forward."""
+        """Do what the plan orders for slabs and pool, and submit its forward where it is not."""
         self._storage.stages.run()
+        if not step.is_submitted:
+            self._submit(step)
+        self._under_way = step
+
+    def _submit(self, step: _Step) -> None:
+        step.is_submitted = True
         if step.result is not None:
             # The last tokens too: who only ever writes to them would hold all that was written.
             mx.async_eval(step.result, *step.beside, self._last_tokens)
-        self._under_way = step
+
+    def _goes_early(self, plan: StepPlan, under_way: _Step) -> bool:
+        """Whether a step is submitted beside the last. What a plan orders for slabs and pool is
+        done only when nothing runs."""
+        if not plan.works or not self._storage.stages.are_none:
+            return False
+        slab_bytes = self._storage.slab_bytes({work.slab_id for work in plan.works})
+        return self.early.allow(slab_bytes, under_way.num_tokens + plan.num_tokens)
 
     def _draw(self, step: _Step) -> None:
         """Submit the draw of a token for each position that samples; once."""

@@ -91,6 +91,7 @@ def load_message(config: Config, folder: Path) -> LoadModel:
         memory_limit_bytes=None if gb is None else int(gb * 10**9),
         keeps_profile=not config.cpu.no_profile,
         way=config.cpu.way,
+        submission=config.cpu.submission,
         disk_tier=None if config.tier.no_ssd else _disk_tier(config.tier),
     )
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,12 @@ import pytest
 
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.measured import Measured
+from mlx_lm_server.core.submitting import Submitting, Trial
 from mlx_lm_server.engine.profiles import load_profile, profile_path, save_profile
 
-MEASURED = Measured(2, StepCosts(base_s=0.01, per_prefill_token_s=0.002), 4096)
+SMALL, LARGE = Trial(1 << 20, 0.01, 0.008, 0, 1 << 20), Trial(1 << 28, 0.01, 0.012, 0, 1 << 28)
+COSTS = StepCosts(base_s=0.01, per_prefill_token_s=0.002)
+MEASURED = Measured(2, COSTS, 4096, 5e9, Submitting(SMALL, LARGE))
 FACTS = {"server": "1", "cores": "2"}
 
 
@@ -21,11 +25,12 @@ def model(folder: Path, size: int = 100) -> Path:
     return folder
 
 
-def test_what_was_measured_comes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("measured", [MEASURED, replace(MEASURED, submitting=None)])
+def test_what_was_measured_comes_back(tmp_path: Path, measured: Measured) -> None:
     path = profile_path(model(tmp_path / "m"), FACTS, tmp_path)
     assert load_profile(path) is None
-    save_profile(path, MEASURED)
-    assert load_profile(path) == MEASURED
+    save_profile(path, measured)
+    assert load_profile(path) == measured
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -50,6 +55,12 @@ def test_a_profile_is_of_one_model_machine_and_version(tmp_path: Path) -> None:
         lambda found: {**found, "costs": {"base_s": 0}},
         lambda found: {**found, "costs": {"mood": 1}},
         lambda found: {**found, "activation_bytes_per_token": None},
+        lambda found: {**found, "copy_bytes_per_s": 0},
+        lambda found: {k: v for k, v in found.items() if k != "copy_bytes_per_s"},
+        lambda found: {**found, "submitting": {}},
+        lambda found: {**found, "submitting": {**found["submitting"], "large": {"late_s": 1}}},
+        lambda found: {k: v for k, v in found.items() if k != "submitting"},
+        lambda found: found["submitting"]["small"].update(late_s=-1.0) or found,
     ],
 )
 def test_a_profile_that_cannot_be_believed_is_none(tmp_path: Path, damage: Any) -> None:

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import mlx.core as mx
 
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.measured import Measured
 from mlx_lm_server.core.plan import CreateSlab, StepPlan
+from mlx_lm_server.core.submitting import Submitting
+from mlx_lm_server.runner.loading.both_ways import BothWays
+from mlx_lm_server.runner.loading.copy_speed import copy_bytes_per_s
 from mlx_lm_server.runner.loading.tiny_plans import (
     SMALL_SLAB,
     chunk_of,
@@ -37,18 +41,25 @@ THREADS_SHARE = 0.5
 THREAD_TRIALS = 3
 # Two runs of one thing that differ by more are no measurement to keep.
 AGREEMENT = 0.15
-# Until copies are timed: a host's memory, some of it fresh. A guess that is too slow is given up
-# sooner than one that is too fast.
-FIRST_COPIED_BYTES_PER_S = 4e9
+# What comes from the cache may go to memory that nobody has touched, which takes longer. A guess
+# that is too slow is given up sooner than one that is too fast.
+FRESH_SHARE = 0.75
 
 
 class Measurer:
     """Times forwards for at most about `limit_s` seconds. Used once, on the engine's thread."""
 
-    def __init__(self, forward: Forward, storage: KVStorage, limit_s: float) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        storage: KVStorage,
+        limit_s: float,
+        both_ways: BothWays | None = None,
+    ) -> None:
         self._forward = forward
         self._storage = storage
         self._limit_s = limit_s
+        self._both_ways = both_ways
         self._begun_s = time.perf_counter()
         self._is_steady = True
         self._chunk_tokens = SMALLEST_CHUNK
@@ -60,7 +71,11 @@ class Measurer:
             threads = self._threads(most_threads, with_threads)
             costs, activation_bytes = self._costs()
             self._forward.forget([0])
-        return Measured(threads, costs, activation_bytes, self._is_steady)
+        copied = copy_bytes_per_s(self._storage, self._has_time)
+        token_bytes = self._storage.geometry.full_bytes_per_token
+        costs = replace(costs, per_copied_token_s=token_bytes / (FRESH_SHARE * copied))
+        submitting = self._submitting(costs.base_s)
+        return Measured(threads, costs, activation_bytes, copied, submitting, self._is_steady)
 
     def _has_time(self, share: float = 1.0) -> bool:
         return time.perf_counter() - self._begun_s < share * self._limit_s
@@ -102,16 +117,21 @@ class Measurer:
         far_s = self._best_s(plan_of(chunks=[chunk_of(0, FAR_CONTEXT, small)]))
         per_token_s = max(1e-7, (large_s - small_s) / (large - small))
         per_pair_s = max(per_token_s / 1e5, (far_s - small_s) / (small * FAR_CONTEXT))
-        copied_bytes = self._storage.geometry.full_bytes_per_token
         costs = StepCosts(
             base_s=max(1e-5, one_s - per_token_s),
             per_prefill_token_s=per_token_s,
             per_row_s=per_token_s,
             per_kv_token_s=per_pair_s,
             per_prefill_pair_s=per_pair_s,
-            per_copied_token_s=copied_bytes / FIRST_COPIED_BYTES_PER_S,
         )
         return costs, activation_bytes
+
+    def _submitting(self, step_s: float) -> Submitting | None:
+        """Returns both ways to submit forwards; None where a step takes so long that there is no
+        time to try, nor would a device's waiting be much of it."""
+        if self._both_ways is None or self._both_ways.least_s(step_s) > self._limit_s:
+            return None
+        return self._both_ways.measured(self._has_time)
 
     def _best_s(self, plan: StepPlan, *, is_checked: bool = False) -> float:
         """Returns the seconds of the faster of two runs, or of one where time is up, unless it is

@@ -221,6 +221,11 @@ class Sampler:
         self._race = Race(self._vocabulary, backend.log)
         self._exp = BoundedCompile(backend.exp)
 
+    @property
+    def draws_in_host_memory(self) -> bool:
+        """Whether tokens are there only once a draw has been finished."""
+        return self._native is not None
+
     def start(self, logits: mx.array, rows: Sequence[RowSampling]) -> Draw:
         """Draw a token for each row of logits `[n, vocab]`. Advances the rows."""
         logits = _adjust(logits.astype(mx.float32), rows)

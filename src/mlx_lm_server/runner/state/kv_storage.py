@@ -176,7 +176,11 @@ class KVStorage:
     @property
     def nbytes(self) -> int:
         """What the arrays hold now, in bytes."""
-        slabs = self.slabs.values()
+        return self.slab_bytes(self.slabs)
+
+    def slab_bytes(self, slab_ids: Iterable[int]) -> int:
+        """Returns what the arrays of these slabs hold."""
+        slabs = [self.slabs[slab_id] for slab_id in slab_ids]
         return sum(plane.nbytes for slab in slabs for planes in slab.planes for plane in planes)
 
     # ---- what the core orders

@@ -56,6 +56,11 @@ class Stages:
         """Whether they take no longer than telling tokens does."""
         return not self._has_operations and self._bytes_to_copy <= SHORT_COPY_BYTES
 
+    @property
+    def are_none(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._stages
+
     def start(self) -> None:
         """Submit the first stage already; only where nothing is under way."""
         if self._stages:

@@ -180,6 +180,7 @@ class HealthRoutes:
             if supervisor.ready is not None:
                 ready = supervisor.ready
                 facts |= {"device": ready.device, "way": ready.way, "blas": ready.blas}
+                facts |= {"submission": ready.submission}
                 facts |= {"batching": ready.batching, "batching_reason": ready.batching_reason}
                 facts |= {"kv_bits": ready.kv_bits, "kv_format": ready.kv_format}
         return facts
