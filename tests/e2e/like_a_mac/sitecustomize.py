@@ -2,7 +2,7 @@
 
 Python imports this at its start where the folder is in PYTHONPATH: in the server and in its engine.
 
-- `sys.platform` and `os.uname` say what a Mac's say, and what only Linux has of `os` is gone.
+- `sys.platform` and its like say what a Mac's say, and what only Linux has of `os` is gone.
 - Nothing but psutil, which asks a Mac's kernel, opens anything in /proc and /sys.
 - Socket pairs hold 8 KiB and grant no more.
 - 256 files may be open, 10240 where somebody asks, and who asks for more is refused.
@@ -17,11 +17,13 @@ there.
 from __future__ import annotations
 
 import builtins
+import ctypes
 import errno
 import importlib.abc
 import importlib.machinery
 import io
 import os
+import platform
 import resource
 import socket
 import sys
@@ -41,6 +43,9 @@ BUFFER_BYTES = 8192
 FEW_FILES, MOST_FILES = 256, 10240
 # As the kernel of macOS 15 tells of itself.
 UNAME = os.uname_result(("Darwin", "mac.local", "24.6.0", "Darwin Kernel Version 24.6.0", "arm64"))
+MAC_VERSION = ("15.6", ("", "", ""), "arm64")
+# As the kernel tells its level of memory pressure.
+PRESSURE_NAME, NORMAL_PRESSURE = b"kern.memorystatus_vm_pressure_level", 1
 # What MLX's Metal back end fills in, with the numbers of a machine of 16 GB.
 DEVICE = {
     "device_name": "Apple M2",
@@ -69,6 +74,7 @@ def take_away_linux() -> None:
                 delattr(module, name)
     sys.platform = "darwin"
     os.uname = lambda: UNAME
+    platform.mac_ver = lambda: MAC_VERSION
     plain_open, plain_os_open = io.open, os.open
 
     def opens(plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,6 +145,23 @@ def limit_files() -> None:
     resource.getrlimit, resource.setrlimit = getrlimit, setrlimit
 
 
+def answer_for_the_kernel() -> None:
+    """The C library of macOS has `sysctlbyname`. Asked how short memory is, it says: it is not."""
+    plain = ctypes.CDLL.__getattr__
+
+    def found(library: ctypes.CDLL, name: str) -> Any:
+        return sysctlbyname if name == "sysctlbyname" else plain(library, name)
+
+    ctypes.CDLL.__getattr__ = found
+
+
+def sysctlbyname(name: bytes, value: Any, size: Any, *new: Any) -> int:
+    if name != PRESSURE_NAME:
+        return -1
+    value._obj.value = NORMAL_PRESSURE
+    return 0
+
+
 class DeviceFinder(importlib.abc.MetaPathFinder):
     """Finds `mlx.core` as everybody does, and changes what it tells us about the device."""
 
@@ -185,5 +208,6 @@ FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT
 take_away_linux()
 narrow_socket_pairs()
 limit_files()
+answer_for_the_kernel()
 sys.meta_path.insert(0, DeviceFinder())
 sys.addaudithook(note_programs)
