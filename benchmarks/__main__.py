@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 from benchmarks import (
+    device,
     engine_loop,
     families,
     fields,
@@ -39,6 +40,7 @@ SCRIPTS = {
     "restarts": restarts,
     "revisions": revisions,
     "starts": starts,
+    "device": device,
     "shape": shape,
 }
 

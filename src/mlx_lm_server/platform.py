@@ -13,6 +13,10 @@ def is_linux() -> bool:
     return sys.platform == "linux"
 
 
+def is_macos() -> bool:
+    return sys.platform == "darwin"
+
+
 def machine() -> str:
     """Returns the kind of processor, in the system's words."""
     return platform.machine()

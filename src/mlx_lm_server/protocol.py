@@ -308,6 +308,11 @@ class FrameBuffer:
     def __init__(self) -> None:
         self._buffer = bytearray()
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a frame has come in part."""
+        return bool(self._buffer)
+
     def feed(self, data: bytes) -> list[bytes]:
         """The bodies that `data` completes. Raises FrameError for an impossible length."""
         self._buffer += data

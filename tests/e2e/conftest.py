@@ -3,7 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import httpx
@@ -15,9 +15,16 @@ class Nano:
     """`mlx-lm-server --model nano`, as a user starts it; its cache is on disk only where a test
     says in which folder."""
 
-    def __init__(self, log: Path, *flags: str, cache_dir: Path | None = None) -> None:
+    def __init__(
+        self,
+        log: Path,
+        *flags: str,
+        cache_dir: Path | None = None,
+        model: str = "nano",
+        env: Mapping[str, str] | None = None,
+    ) -> None:
         disk = ("--no-ssd",) if cache_dir is None else ("--ssd-cache-dir", str(cache_dir))
-        command = [sys.executable, "-m", "mlx_lm_server", "--model", "nano"]
+        command = [sys.executable, "-m", "mlx_lm_server", "--model", model]
         self._log = log
         self.began_s = time.monotonic()
         with log.open("w") as output:
@@ -25,6 +32,7 @@ class Nano:
                 [*command, "--port", "0", *disk, *flags],
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                env=env,
             )
         self.url = self._wait_for_url()
         self.client = httpx.Client(base_url=self.url, timeout=60)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +16,10 @@ from pathlib import Path
 
 from mlx_lm_server import folders, platform
 from mlx_lm_server.errors import ConfigError
+from mlx_lm_server.native import compiler
+from mlx_lm_server.native.compiler import Compiler, Failure
+
+log = logging.getLogger(__name__)
 
 COMPILE_TIMEOUT_S = 60
 # Without some of them the compiler keeps branches that stand for errors nobody looks at; and two
@@ -44,7 +48,7 @@ def load(name: str, mode: int = ctypes.RTLD_LOCAL) -> ctypes.CDLL | None:
 
 def compiled(name: str) -> Path | None:
     """Returns where the library of that folder, beside this file or elsewhere, is kept, and
-    compiles it where it is not yet; None where that cannot be done here."""
+    compiles it where it is not yet; None where that cannot be done here, or could not lately."""
     folder = Path(__file__).parent / name
     machine = " ".join([platform.machine(), *sorted(platform.cpu_flags()), *OPTIONS])
     code = b"".join(file.read_bytes() for file in sorted(folder.glob("*.[ch]")))
@@ -88,21 +92,33 @@ def cache_folder() -> Path | None:
 
 
 def _compile(sources: Sequence[Path], target: Path) -> bool:
-    """Atomic, so that two engines that start at once do not see half a file."""
-    compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
+    """Tries it once: what failed is tried again where the compiler is another, or after a day."""
+    chosen, failure = compiler.find(), Failure(target)
+    if chosen is None or failure.is_known(chosen):
         return False
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            built = Path(scratch) / target.name
-            subprocess.run(
-                [compiler, *OPTIONS, *LINK_OPTIONS, "-o", str(built), *map(str, sources)],
-                check=True,
-                capture_output=True,
-                timeout=COMPILE_TIMEOUT_S,
-            )
-            built.replace(target)
-    except (OSError, subprocess.SubprocessError):
+        _build(chosen, sources, target)
+    except subprocess.SubprocessError as error:
+        failure.keep(chosen)
+        why = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip()
+        told = why.partition("\n")[0] or str(error)
+        log.warning("%s cannot compile %s (%s)", chosen.path, sources[0].parent.name, told)
         return False
+    except OSError:
+        return False
+    failure.forget()
     return True
+
+
+def _build(chosen: Compiler, sources: Sequence[Path], target: Path) -> None:
+    """Atomic, so that two engines that start at once do not see half a file."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        built = Path(scratch) / target.name
+        subprocess.run(
+            [chosen.path, *OPTIONS, *LINK_OPTIONS, "-o", str(built), *map(str, sources)],
+            check=True,
+            capture_output=True,
+            timeout=COMPILE_TIMEOUT_S,
+        )
+        built.replace(target)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -22,7 +23,8 @@ from mlx_lm_server.server.http.connection import ConnectionLimits, bounded_proto
 KEEP_ALIVE_S = 75
 # For connections that are open when everything else has ended.
 LAST_BYTES_S = 2
-MAX_OPEN_FILES = 65536
+# macOS refuses more than its kern.maxfilesperproc, which may be 10240.
+OPEN_FILES = (65536, 49152, 24576, 10240, 4096, 1024)
 # Leaves a new file what its owner may read and write.
 ONLY_MINE = 0o177
 
@@ -41,7 +43,7 @@ def listen(server: ServerConfig) -> Iterator[Listener]:
 
     Raises ServerError where that fails.
     """
-    _allow_many_files()
+    allow_many_files()
     if server.uds is not None:
         with _unix_socket(server.uds) as bound:
             yield Listener(f"unix:{server.uds}", bound)
@@ -101,13 +103,27 @@ def _remove_unused(path: str) -> None:
     raise ServerError(f"cannot listen on {path}: another server does")
 
 
-def _allow_many_files() -> None:
-    """Each connection is a file; macOS allows 256 unless asked."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
+class FileLimits(Protocol):
+    """What `resource` knows of limits."""
+
+    def getrlimit(self, which: int, /) -> tuple[int, int]: ...
+
+    def setrlimit(self, which: int, limits: tuple[int, int], /) -> None: ...
+
+
+def allow_many_files(limits: FileLimits = resource) -> None:
+    """Asks for as many open files as the system grants, since each connection is one. macOS allows
+    256 unless asked, names no upper limit, and refuses what is above the one that it has."""
+    soft, hard = limits.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    most = OPEN_FILES[0] if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES[0])
+    for wanted in (most, *(number for number in OPEN_FILES if number < most)):
+        if wanted <= soft:
+            return
         with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            limits.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            return
 
 
 class HttpServer(uvicorn.Server):

@@ -9,7 +9,8 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Sequence
-from typing import cast
+from contextlib import suppress
+from typing import Protocol, cast
 
 import msgspec
 
@@ -24,9 +25,42 @@ from mlx_lm_server.protocol import (
 
 log = logging.getLogger(__name__)
 
+# A prompt of 200 000 tokens. macOS gives a socket pair 8 KiB where nobody asks.
+WANTED_BUFFER_BYTES = 1 << 20
+LEAST_BUFFER_BYTES = 1 << 14
 
 # glibc then backs the engine's arrays with huge pages: some 5 % of a decode step on a Linux CPU.
 ENGINE_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+class BufferedSocket(Protocol):
+    """What is asked of a socket about its buffers."""
+
+    def getsockopt(self, level: int, option: int, /) -> int: ...
+
+    def setsockopt(self, level: int, option: int, value: int, /) -> None: ...
+
+
+def widen(connection: BufferedSocket) -> None:
+    """Asks for buffers that hold a long prompt, or as much of one as the system grants."""
+    for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+        wanted = WANTED_BUFFER_BYTES
+        while (
+            wanted >= LEAST_BUFFER_BYTES
+            and connection.getsockopt(socket.SOL_SOCKET, option) < wanted
+        ):
+            with suppress(OSError):  # ENOBUFS: macOS grants all or nothing, Linux what it may
+                connection.setsockopt(socket.SOL_SOCKET, option, wanted)
+                break
+            wanted //= 2
+
+
+def wide_pair() -> tuple[socket.socket, socket.socket]:
+    """Returns a socket pair in which a frame waits whole for the other side to read it."""
+    pair = socket.socketpair()
+    for end in pair:
+        widen(end)
+    return pair
 
 
 class EngineProcess(asyncio.Protocol):
@@ -43,7 +77,7 @@ class EngineProcess(asyncio.Protocol):
 
     async def start(self, command: Sequence[str]) -> None:
         """Spawns `command --fd N`. Raises OSError where that fails."""
-        ours, theirs = socket.socketpair()
+        ours, theirs = wide_pair()
         with theirs:
             try:
                 self._popen = subprocess.Popen(  # noqa: ASYNC220 - spawning takes a millisecond

@@ -77,7 +77,7 @@ def _facts(config: Config, model: ServedModel, ready: Ready, url: str) -> Table:
         kv_tokens += f", {ready.kv_format}"
     rows = {
         "model": ", ".join(model.names.shown),
-        "device": f"{ready.device}, BLAS {ready.blas}",
+        "device": f"{ready.device}, BLAS {ready.blas}" if ready.blas else ready.device,
         "weights": f"{ready.weights}, {_size(ready.weights_bytes)}, loaded in {ready.load_s:.1f} s",
         "context": f"{model.bounds.context_tokens:,} tokens",
         "KV memory": kv_tokens,
