@@ -41,8 +41,6 @@ class EngineDriver:
 
     def __init__(self, model: Path, proposer: Proposer | None = None, **order: object) -> None:
         order["way"] = order.get("way") or WAY
-        if WAY is not None:  # tokens are compared, whatever a device would keep them in
-            order.setdefault("kv_bits", 16)
         message = msgspec.structs.replace(LoadModel(str(model)), **order)
         self.core: EngineCore
         self.core, self.ready = assemble(
