@@ -60,6 +60,7 @@ GB10 = nvidia("NVIDIA GB10", "sm_121", 127600748 * 1024, 7976902656)
 # NVML of a laptop's chip of this kind knows a part that was set aside.
 GB10_CARVED_OUT = nvidia("NVIDIA N1X", "sm_121", 8128 * MIB, 7929 * MIB)
 ORIN = nvidia("Orin", "sm_87", 30 * GIB, 3 * GIB)
+ORIN_NANO = nvidia("Orin", "sm_87", 8 * GIB, 2 * GIB)
 
 
 @dataclass

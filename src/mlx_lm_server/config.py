@@ -308,11 +308,10 @@ class KVConfig:
     memory_limit_gb: float | None = option(
         None,
         "Hard cap for model, KV and the peak of prefill.",
-        why="The device knows what it has, and the system what others need: `docs/guides/macos.md`.",
+        why="The device knows what it has, and something is left to other programs: "
+        "`docs/concepts/starting.md`.",
         unit="GB (10^9 bytes)",
-        unset="from the device: 0.9 of a Mac's recommended working set, with at least 4 GiB or 8 % "
-        "of its memory left to others; 0.9 of a card's memory, or what is free of it; 0.75 of what "
-        "is available on a CPU",
+        unset="from the device",
         low=0.01,
     )
 
