@@ -136,13 +136,16 @@ def test_what_was_asked_keeps_k_and_v_in_16_bits(asked: dict[str, int], tmp_path
     assert EngineDriver(folder, **order, **asked).ready.kv_bits == 16
 
 
-def test_heads_that_no_group_divides_stay_as_they_are_in_tight_memory(tmp_path: Path) -> None:
+def test_heads_that_no_group_divides_stay_as_they_are_in_tight_memory(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = write_model("qwen3", tmp_path)  # heads of 16
     engine = EngineDriver(
         folder, way="metal", memory_limit_bytes=2_500_000, max_num_batched_tokens=64
     )
     assert engine.ready.kv_bits == 16
     assert engine.ready.kv_limit_tokens < CONTEXT
+    assert "K and V are kept" not in caplog.text
 
 
 @only_x86

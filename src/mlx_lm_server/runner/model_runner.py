@@ -122,11 +122,10 @@ class ModelRunner:
         self._blocks = BlockStore(self._storage, states, self._block_size)
 
     def quantise_kv(self, bits: int) -> bool:
-        """Keeps K and V in so many bits from now on, as far as the heads allow it; before there is
-        any row. Returns whether that takes less memory than before."""
-        layers = list(self._storage.layers)
-        fewer = kv_quantisation.quantised(layers, None, self._kv_group_size, bits)
-        if fewer == layers:
+        """Keeps K and V in so many bits, as far as heads allow it; before there is any row. Returns
+        whether that takes less memory than before."""
+        fewer = kv_quantisation.quantised(self._storage.layers, None, self._kv_group_size, bits)
+        if fewer == self._storage.layers:
             return False
         self._store(fewer)
         return True
