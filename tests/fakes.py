@@ -276,6 +276,7 @@ class FakeEngine:
             decode_tokens_per_s=1e6,
             peak_memory_bytes=0,
             tier=numbered_tier() if self.has_tier else None,
+            memory_pressure=self.options.memory_pressure,
         )
 
     def _send(self, message: protocol.Message) -> None:
@@ -332,6 +333,7 @@ def main() -> None:
     parser.add_argument("--eos", type=int)
     parser.add_argument("--ignores-seeds", type=int, default=0)
     parser.add_argument("--step-s", type=float, default=0.0)
+    parser.add_argument("--memory-pressure", default="normal")
     parser.add_argument("--load-s", type=float, default=0.0)
     parser.add_argument("--fail-loading", default="")
     parser.add_argument("--die-loading", type=int, default=0)

@@ -287,8 +287,10 @@ class KVConfig:
         None,
         "Bits of each number of K and V while they are kept; 16 leaves them as the model made "
         "them. What a model's heads do not allow is refused.",
-        why="On Metal 8 bits double what fits and read faster; elsewhere exactness comes first.",
-        unset="auto: 8 on Metal, else 16",
+        why="Exactness comes first: 8 bits change tokens, and take ten more kernels a layer on a "
+        "GPU. Where a row of the model's context does not fit otherwise, there is no choice.",
+        unset="auto: 16; on Metal and NVIDIA 8 where a row of the model's whole context (or of "
+        "`--max-kv-size`) would not fit the memory in 16",
     )
     kv_group_size: Literal[32, 64, 128] = option(
         64,
@@ -307,7 +309,8 @@ class KVConfig:
     memory_limit_gb: float | None = option(
         None,
         "Hard cap for model, KV and the peak of prefill.",
-        why="The device knows what it has.",
+        why="The device knows what it has, and something is left to other programs: "
+        "`docs/concepts/starting.md`.",
         unit="GB (10^9 bytes)",
         unset="from the device",
         low=0.01,

@@ -17,6 +17,12 @@ def is_macos() -> bool:
     return sys.platform == "darwin"
 
 
+def macos_version() -> tuple[int, ...]:
+    """Returns the version of macOS, `(15, 3)`; nothing elsewhere."""
+    parts = platform.mac_ver()[0].split(".")
+    return tuple(int(part) for part in parts if part.isdigit())
+
+
 def machine() -> str:
     """Returns the kind of processor, in the system's words."""
     return platform.machine()

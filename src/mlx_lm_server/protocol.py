@@ -19,6 +19,7 @@ from mlx_lm_server.tier_stats import TierStats
 FinishReason = Literal["stop", "length", "abort", "error"]
 CpuWeights = Literal["auto", "float32", "native"]
 Batching = Literal["packed", "split", "alone"]
+MemoryPressure = Literal["normal", "warn", "critical"]
 
 LENGTH = struct.Struct("<I")
 MAX_FRAME_BYTES = 256 * 1024 * 1024
@@ -248,7 +249,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """Gauges at the end of a step; totals count from the engine's start. Blocks are those of the
     prefix cache's pool; its queries and hits are counted in prompt tokens. `prompt_tokens_total`
     counts what was asked, `prefill_tokens_total` what was computed. `num_deferred` of those that
-    wait do so for the disk tier, not for a row."""
+    wait do so for the disk tier, not for a row. `memory_pressure` is how short the system finds the
+    machine's memory, "normal" where it does not say."""
 
     num_running: int
     num_waiting: int
@@ -272,6 +274,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prefill_tokens_total: int = 0
     tier: TierStats | None = None
     num_deferred: int = 0
+    memory_pressure: MemoryPressure = "normal"
 
 
 class Outputs(Message, frozen=True):

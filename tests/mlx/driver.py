@@ -49,8 +49,6 @@ class EngineDriver:
     ) -> None:
         order["way"] = order.get("way") or WAY
         order.setdefault("submission", "late")  # what is measured without a device says nothing
-        if WAY is not None:  # tokens are compared, whatever a device would keep them in
-            order.setdefault("kv_bits", 16)
         message = msgspec.structs.replace(LoadModel(str(model)), **order)
         self.core: EngineCore
         self.core, self.ready = assemble(

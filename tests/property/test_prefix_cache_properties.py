@@ -109,6 +109,7 @@ caches = st.builds(
     ),
     copied_token_s=st.sampled_from([1e-6, 1e-3, 1.0]),
     guesses=st.booleans(),
+    held=st.dictionaries(st.integers(0, 60), st.sampled_from([0.0, 0.25, 0.75, 1.0]), max_size=4),
 )
 def test_requests_get_their_tokens_whatever_they_share(
     arrivals,
@@ -120,6 +121,7 @@ def test_requests_get_their_tokens_whatever_they_share(
     tier,
     copied_token_s,
     guesses,
+    held,
 ):
     if guesses:
         limits = replace(limits, max_guesses=0 if GEOMETRIES[kind].bytes_per_row else 5)
@@ -140,6 +142,8 @@ def test_requests_get_their_tokens_whatever_they_share(
                 sim.add(arrival.request(i))
             if arrival.abort_at_step == step and sim.abort(f"r{i}"):
                 aborted.add(f"r{i}")
+        if step in held:
+            sim.scheduler.hold_cache(held[step])
         sim.step()
         check_references(sim)
     sim.run()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import psutil
+import pytest
 
 from tests import fakes
 from tests.server.harness import RunningServer, http_request
@@ -72,6 +73,14 @@ def test_metrics_count_what_happens(start: Callable[..., Any]) -> None:
     text = server.client.get("/metrics").text
     for words in ('finished_reason="length"', 'finished_reason="stop"', 'status="404"'):
         assert words in text
+
+
+@pytest.mark.parametrize(("level", "number"), [("normal", 0), ("warn", 1), ("critical", 2)])
+def test_how_short_memory_is_is_told(start: Callable[..., Any], level: str, number: int) -> None:
+    server = start(engine={"memory_pressure": level})
+    server.complete("abc", max_tokens=2)
+    assert server.health()["memory_pressure"] == level
+    assert metric(server, "mlx_lm_server:memory_pressure") == number
 
 
 def test_the_inter_token_latency_is_the_steps(start: Callable[..., Any]) -> None:

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 SOURCES = Path(__file__).parents[2] / "src" / "mlx_lm_server"
-OF_THE_DEVICE = r"default_device|metal\.is_available|device_info|cuda\.is_available"
+OF_THE_DEVICE = r"default_device|has_metal"
+OF_ITS_MEMORY = (
+    r"\bmx\.(metal|cuda|clear_cache|get_cache_memory)\b|\bdevice_info\b|virtual_memory"
+    r"|\b[gs]et_(wired|cache|memory)_limit\b|sysctlbyname"
+)
 OF_THE_SYSTEM = r"sys\.platform|os\.uname|platform\.(machine|system|uname)\(\)"
 X86 = r"\bx86\b|fast_math|native_products|native_draw|native_rows|span_attention|code_products"
 
@@ -28,10 +32,11 @@ def _code_of(line: str) -> str:
 @pytest.mark.parametrize(
     ("pattern", "allowed"),
     [
-        (OF_THE_DEVICE, {"runner/backends/choose.py", "runner/backends/fused.py"}),
+        (OF_THE_DEVICE, {"runner/backends/choose.py", "runner/device_memory.py"}),
+        (OF_ITS_MEMORY, {"runner/device_memory.py"}),
         (OF_THE_SYSTEM, {"platform.py", "native/__init__.py"}),
     ],
-    ids=["device", "system"],
+    ids=["device", "memory", "system"],
 )
 def test_only_one_place_asks(pattern: str, allowed: set[str]) -> None:
     assert files_that_ask(pattern) == allowed

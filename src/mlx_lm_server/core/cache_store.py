@@ -31,6 +31,8 @@ from mlx_lm_server.core.tier import Label, NoTier, Tier
 MAX_STATE_SHARE = 0.25
 # With less than this share of the memory to spare, what is next to go is offloaded beforehand.
 SHORT_SHARE = 0.25
+# A cache that is held to a part of what it had may have this share of the memory all the same.
+LEAST_HELD_SHARE = 1 / 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,8 @@ class CacheStore:
         self._saves: list[SaveOp] = []
         self._state_bytes = 0
         self._next_state_id = 0
+        self._most_bytes: int | None = None  # what it may have, where it is held
+        self._held_at_bytes = 0  # what it had when that began
         self.num_evictions = 0
 
     @property
@@ -103,6 +107,8 @@ class CacheStore:
         self._pinned.clear()
         self._offloads.begin()
         self._offloads.of_due(self._saves)
+        if self.is_too_large:
+            self._shrink()
         if self._is_short:
             self._offloads.of_oldest(self._lru, self._saves)
 
@@ -195,7 +201,7 @@ class CacheStore:
     def _find_place(self, block: Block) -> Place | None:
         while not self._pool.put(block):
             segment_bytes = self._pool.next_segment_bytes
-            if segment_bytes and segment_bytes <= self._layout.spare_bytes_to_cache:
+            if segment_bytes and segment_bytes <= self._spare_bytes:
                 self._saves.append(self._pool.grow())
                 self._account()
             elif not self._evict_oldest():
@@ -230,7 +236,7 @@ class CacheStore:
             if oldest is None:
                 return None
             self._drop_state(oldest)
-        while self._layout.spare_bytes_to_cache < num_bytes:
+        while self._spare_bytes < num_bytes:
             if not self.give_back():
                 return None
         state = State(self._next_state_id, parent, tail, num_tokens, num_bytes)
@@ -249,6 +255,42 @@ class CacheStore:
                 if entry not in self._lru or any(entry in end for end in self._ends):
                     continue
                 self._evict(entry)
+
+    # ---- how much there is
+
+    def hold(self, share: float) -> None:
+        """Lets it have at most such a share of what it has, or had at the first such call, unless
+        that is very little; 0 lets it have nothing, 1 lets it grow again."""
+        if share >= 1:
+            self._most_bytes = None
+            return
+        if self._most_bytes is None:
+            self._held_at_bytes = self.used_bytes
+        least = int(LEAST_HELD_SHARE * self._layout.limit_bytes) if share > 0 else 0
+        self._most_bytes = max(least, int(share * self._held_at_bytes))
+
+    @property
+    def is_too_large(self) -> bool:
+        return self._most_bytes is not None and self.used_bytes > self._most_bytes
+
+    @property
+    def _spare_bytes(self) -> int:
+        """What it may have more."""
+        spare = self._layout.spare_bytes_to_cache
+        if self._most_bytes is None:
+            return spare
+        return min(spare, self._most_bytes - self.used_bytes)
+
+    def _shrink(self) -> None:
+        """Some of it in each plan, since what is kept may have to move; all of it at once."""
+        if self._most_bytes == 0:
+            while self._evict_oldest():
+                pass
+            while self._pool.can_shrink:
+                self._saves += self._pool.shrink()
+            self._account()
+        else:
+            self.give_back()
 
     # ---- what goes
 

@@ -372,6 +372,16 @@ class PrefixCache:
         """Returns as many blocks as so many bytes are, at least one."""
         return self._store.blocks_in(num_bytes)
 
+    def hold(self, share: float) -> None:
+        """Keeps at most about such a share of what the cache has, or had at the first such call; 1
+        lets it grow again."""
+        self._store.hold(share)
+
+    @property
+    def is_too_large(self) -> bool:
+        """Whether the next plan makes it smaller."""
+        return self._store.is_too_large
+
     # ---- a row leaves
 
     def keep_some(self, request: Request, first: int, most: int) -> KeptPart:

@@ -441,8 +441,10 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """Unfinished requests, rows that leave, or something to give to the tier."""
-        return bool(self._requests or self._departures) or self._cache.has_offloads_due
+        """Unfinished requests, rows that leave, a cache that is to shrink, or something to give to
+        the tier."""
+        has_rows = bool(self._requests or self._departures)
+        return has_rows or self._cache.is_too_large or self._cache.has_offloads_due
 
     @property
     def waits_for_tier(self) -> bool:
@@ -470,6 +472,11 @@ class Scheduler:
     def offload_all(self) -> None:
         """Before the engine ends: give the tier what only memory has, in the plans that follow."""
         self._cache.offload_all()
+
+    def hold_cache(self, share: float) -> None:
+        """Lets the prefix cache keep such a share of what it has, from the next plans on; 1 lets it
+        grow again. A later share is of what it had at the first."""
+        self._cache.hold(share)
 
     def stats(self, peak_memory_bytes: int = 0) -> EngineStats:
         decoding = [request for request in self._running if not request.is_prefilling]

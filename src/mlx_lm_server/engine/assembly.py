@@ -14,13 +14,14 @@ import mlx.core as mx
 from mlx_lm_server import __version__, platform
 from mlx_lm_server.core.cost_model import CostModel
 from mlx_lm_server.core.measured import Measured
+from mlx_lm_server.core.memory_ledger import format_bytes, request_arithmetic
 from mlx_lm_server.core.prefix_cache import PrefixCache
 from mlx_lm_server.core.proposer import Proposer
 from mlx_lm_server.core.scheduler import Scheduler
 from mlx_lm_server.engine.disk_cache import DiskCache
 from mlx_lm_server.engine.engine_core import EngineCore
 from mlx_lm_server.engine.profiles import OthersWork, load_profile, profile_path, save_profile
-from mlx_lm_server.engine.sizing import Sizes
+from mlx_lm_server.engine.sizing import Sizes, context_tokens
 from mlx_lm_server.protocol import LoadModel, Ready
 from mlx_lm_server.runner.backends import choose, host_memory
 from mlx_lm_server.runner.backends.blas import Blas
@@ -65,10 +66,14 @@ def assemble(
         loaded, backend, order.max_batch_size, order.block_size, order.kv_bits, order.kv_group_size
     )
     progress("measuring", 0.9)
-    measured = measured or _measured(order, loaded, runner, blas, time.monotonic() - begun_s)
+    load_s = time.monotonic() - begun_s
+    known = measured
+    measured, sizes = _sized(
+        order, loaded, runner, lambda: known or _measured(order, loaded, runner, blas, load_s)
+    )
     if measured.num_threads is not None:
         blas = blas.with_threads(measured.num_threads)
-    sizes = Sizes(order, loaded, runner, measured)
+    backend.keep_to(sizes.memory_plan())
     runner.early = sizes.early
     _tell(runner, measured)
     layout, settings = sizes.layout(), sizes.cache_settings()
@@ -112,6 +117,41 @@ def _tell(runner: ModelRunner, measured: Measured) -> None:
     if submitting is not None:
         level = logging.INFO if submitting.writes_in_place else logging.WARNING
         log.log(level, submitting.describe())
+
+
+def _sized(
+    order: LoadModel, loaded: LoadedModel, runner: ModelRunner, measure: Callable[[], Measured]
+) -> tuple[Measured, Sizes]:
+    """Returns what was measured and how large things are made. Where nobody said in how many bits K
+    and V are kept, they are quantised if a row of the whole context does not fit otherwise; in the
+    runner, which has no rows yet. Raises ModelTooLargeError."""
+    row_bytes = runner.geometry.row_bytes(context_tokens(order, loaded))
+    is_tight = loaded.weights_bytes + row_bytes > loaded.memory_limit_bytes
+    if is_tight:  # whatever a forward takes
+        _quantise(order, loaded, runner)
+    measured = measure()
+    sizes = Sizes(order, loaded, runner, measured)
+    if not (is_tight or sizes.hold_context) and _quantise(order, loaded, runner):
+        measured = measure()
+        sizes = Sizes(order, loaded, runner, measured)
+    sizes.check()
+    return measured, sizes
+
+
+def _quantise(order: LoadModel, loaded: LoadedModel, runner: ModelRunner) -> bool:
+    """Keeps K and V in fewer bits where that is ours to choose. Returns whether it changed them."""
+    before = runner.geometry
+    if order.kv_bits is not None or not runner.quantise_kv(runner.policy.tight_kv_bits):
+        return False
+    log.warning(
+        "K and V are kept in %d bits, since a row of the whole context does not fit in 16: %s, and "
+        "%s for weights, in %s; --kv-bits 16 keeps them as they are, --max-kv-size caps rows",
+        runner.kv_bits,
+        request_arithmetic(context_tokens(order, loaded), before),
+        format_bytes(loaded.weights_bytes),
+        format_bytes(loaded.memory_limit_bytes),
+    )
+    return True
 
 
 def _disk_cache(order: LoadModel, loaded: LoadedModel, runner: ModelRunner) -> DiskCache | None:

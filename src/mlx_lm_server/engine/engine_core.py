@@ -68,6 +68,7 @@ class EngineCore:
         self._peak_memory = peak_memory
         self._disk = disk
         self._upkeep = upkeep
+        self._cache_share = 1.0
         self._running: _Running | None = None
         self._read_s = 0.0  # when the last forward had ended
         self._progress = PrefillProgress()
@@ -89,6 +90,8 @@ class EngineCore:
 
     def stats(self) -> EngineStats:
         stats = self._scheduler.stats(self._peak_memory())
+        if self._upkeep is not None:
+            stats = msgspec.structs.replace(stats, memory_pressure=self._upkeep.pressure)
         if self._disk is None:
             return stats
         tier = self._disk.stats(self._scheduler.num_restored_tokens)
@@ -160,11 +163,18 @@ class EngineCore:
         self._running = _Running(plan, handle, since_s)
         if self._upkeep is not None:
             self._upkeep.after_step(took_memory=plan.takes_memory)
+            self._hold_cache(self._upkeep.cache_share)
 
     def rest(self) -> None:
         """Uses the time in which there is nothing to do."""
         if self._upkeep is not None:
             self._upkeep.rest()
+            self._hold_cache(self._upkeep.cache_share)
+
+    def _hold_cache(self, share: float) -> None:
+        if share != self._cache_share:
+            self._cache_share = share
+            self._scheduler.hold_cache(share)
 
     def _read(self) -> Iterator[list[RequestOutput]]:
         """Wait for the forward under way, and take in what it gave."""

@@ -14,7 +14,7 @@ from mlx_lm_server.core.scheduler import SchedulerLimits
 from mlx_lm_server.core.slab_rules import SlabRules
 from mlx_lm_server.core.submitting import NEVER, WORTH_IT, EarlySteps, early_steps
 from mlx_lm_server.protocol import LoadModel
-from mlx_lm_server.runner.backend import Policy
+from mlx_lm_server.runner.backend import MemoryPlan, Policy
 from mlx_lm_server.runner.loading.loader import LoadedModel
 from mlx_lm_server.runner.model_runner import ModelRunner
 
@@ -33,8 +33,13 @@ MAX_LOOKAHEAD_SHARE = 0.25
 SAMPLER_ARRAYS = 8
 
 
+def context_tokens(order: LoadModel, loaded: LoadedModel) -> int:
+    """Returns how long a row can become: the model's context, or the operator's cap."""
+    return min(loaded.context_tokens, order.max_kv_tokens or loaded.context_tokens)
+
+
 class Sizes:
-    """What of the memory goes where. Raises ModelTooLargeError where it leaves no room for rows."""
+    """What of the memory goes where."""
 
     def __init__(
         self, order: LoadModel, loaded: LoadedModel, runner: ModelRunner, measured: Measured
@@ -63,7 +68,26 @@ class Sizes:
         self.early = self._early_steps(ledger, measured)
         reserve_bytes = ledger.reserve_bytes + self.early.reserve_bytes
         self.ledger = replace(ledger, reserve_bytes=reserve_bytes)
-        self.ledger.check_model_fits(min(MIN_KV_TOKENS, order.max_kv_tokens or MIN_KV_TOKENS))
+        self._loaded = loaded
+
+    @property
+    def hold_context(self) -> bool:
+        """Whether a row as long as it can become fits, if it is alone."""
+        return self.ledger.kv_limit_tokens >= context_tokens(self._order, self._loaded)
+
+    def check(self) -> None:
+        """Raises ModelTooLargeError where there is no room for rows."""
+        most = self._order.max_kv_tokens or MIN_KV_TOKENS
+        self.ledger.check_model_fits(min(MIN_KV_TOKENS, most))
+
+    def memory_plan(self) -> MemoryPlan:
+        """Returns what MLX and the system are told of all that."""
+        ledger = self.ledger
+        return MemoryPlan(
+            limit_bytes=ledger.memory_limit_bytes,
+            held_bytes=ledger.weights_bytes + ledger.kv_limit_bytes,
+            step_bytes=ledger.activation_bytes + ledger.reserve_bytes,
+        )
 
     def _early_steps(self, ledger: MemoryLedger, measured: Measured) -> EarlySteps:
         """Which steps are submitted before the last has ended: besides slabs they hold two steps'

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 import mlx.core as mx
 
 from mlx_lm_server.config import Way
-from mlx_lm_server.protocol import SamplingParams
+from mlx_lm_server.protocol import MemoryPressure, SamplingParams
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,7 +35,8 @@ class Policy:
 
     - `is_in_host_memory`: what is written to an array's buffer is what MLX computes with.
     - `widens_weights`: 16 bits are slower than 32.
-    - `kv_bits`: what K and V are kept in where nobody asked.
+    - `tight_kv_bits`: what K and V are kept in where nobody asked and a row of the model's context
+      would not fit in 16 bits; 16 keeps them.
     - `submits_slowly`: submitting a forward takes as long as the forward.
     - `max_resized_bytes`: slabs up to so much are made larger by a copy; None for all.
     - `max_slabs`: in how many slabs rows lie, each of which is one attention call a layer; None
@@ -57,7 +58,7 @@ class Policy:
     device: str
     is_in_host_memory: bool
     widens_weights: bool
-    kv_bits: int
+    tight_kv_bits: int
     submits_slowly: bool
     max_resized_bytes: int | None
     max_slabs: int | None
@@ -182,8 +183,27 @@ class ModelOperations:
     swiglu: Callable[..., mx.array] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What an engine's memory is for: `held_bytes` are weights, K and V, `step_bytes` what the
+    largest step takes and gives back; together they are at most `limit_bytes`."""
+
+    limit_bytes: int
+    held_bytes: int
+    step_bytes: int
+
+
 class Upkeep(Protocol):
-    """What is done about the host's memory between steps."""
+    """What is done about memory between steps."""
+
+    @property
+    def pressure(self) -> MemoryPressure:
+        """How short the machine's memory was when it was last looked at."""
+
+    @property
+    def cache_share(self) -> float:
+        """What the prefix cache may keep of what it had when memory got short; 1 where it is not,
+        and the cache may grow."""
 
     def after_step(self, *, took_memory: bool) -> None:
         """Looks after it, where a step made arrays that stay and now and then."""
@@ -227,5 +247,9 @@ class Backend(Protocol):
     def memory_limit_bytes(self) -> int:
         """Returns what an engine may use where nobody said it."""
 
-    def upkeep(self, memory_limit_bytes: int) -> Upkeep | None:
-        """Returns what looks after the host's memory, where arrays lie in it."""
+    def keep_to(self, plan: MemoryPlan) -> None:
+        """Tells MLX and the system what the engine is going to take, where they can be told. Called
+        once, with the weights in memory and nothing under way."""
+
+    def upkeep(self, memory_limit_bytes: int) -> Upkeep:
+        """Returns what looks after memory from now on."""

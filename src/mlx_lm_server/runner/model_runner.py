@@ -41,7 +41,7 @@ from mlx_lm_server.runner.sampling.sampler import Draw, RowSampling, Sampler, st
 from mlx_lm_server.runner.seam.forwards import SplitForward
 from mlx_lm_server.runner.state import kv_quantisation
 from mlx_lm_server.runner.state.block_store import BlockStore
-from mlx_lm_server.runner.state.kv_storage import RING_SPARE, KVStorage
+from mlx_lm_server.runner.state.kv_storage import RING_SPARE, KVStorage, LayerShape
 
 DEFAULT_BLOCK_SIZE = 16
 # Beyond that, tokens that are tried at once are seldom right.
@@ -94,23 +94,17 @@ class ModelRunner:
         kv_group_size: int = 64,
     ) -> None:
         """Finds out how the model can be run; see `probe`. Raises UnsupportedModelError where its
-        K and V cannot be kept in `kv_bits`; None chooses."""
+        K and V cannot be kept in `kv_bits`; None leaves them as the model makes them."""
         self._loaded = loaded
+        self._backend = backend
+        self._block_size = block_size
+        self._kv_group_size = kv_group_size
         state = loaded.state
-        choice = probe.choose_forward(loaded.lm, state, loaded.why_no_state, backend)
-        is_alone = choice.batching == "alone"
+        self._choice = probe.choose_forward(loaded.lm, state, loaded.why_no_state, backend)
+        self.reason = self._choice.reason
+        is_alone = self._choice.batching == "alone"
         layers = [] if is_alone or state is None else state.kv
-        stored = kv_quantisation.quantised(layers, kv_bits, kv_group_size, backend.policy.kv_bits)
-        self._storage = KVStorage(stored, backend)
-        self._forward_of = choice.over(self._storage)
-        probe.check_replays(self._forward_of, self._storage)
-        self.reason = choice.reason
-        per_row = sum(part.nbytes for part in state.recurrent) if state else 0
-        self.geometry = replace(self._storage.geometry, bytes_per_row=per_row)
-        if self.batching == "alone":
-            self.geometry = probe.geometry_of_rows_alone(loaded.lm)
-        states = self._forward_of.states if isinstance(self._forward_of, SplitForward) else None
-        self._blocks = BlockStore(self._storage, states, block_size)
+        self._store(kv_quantisation.quantised(layers, kv_bits, kv_group_size))
         self._sampler = Sampler(loaded.vocab_size, backend)
         self._sampling: dict[int, RowSampling] = {}
         self._sums: dict[int, mx.array] = {}  # of hidden states, of rows that give their mean
@@ -119,6 +113,28 @@ class ModelRunner:
         self._built: _Step | None = None  # after that, submitted or to be
         self.early: EarlySteps = NEVER
         self.policy = backend.policy
+
+    def _store(self, layers: Sequence[LayerShape]) -> None:
+        """Makes room, still empty, for K and V of these shapes, and what runs the model over it."""
+        self._storage = KVStorage(layers, self._backend)
+        self._forward_of = self._choice.over(self._storage)
+        probe.check_replays(self._forward_of, self._storage)
+        state = self._loaded.state
+        per_row = sum(part.nbytes for part in state.recurrent) if state else 0
+        self.geometry = replace(self._storage.geometry, bytes_per_row=per_row)
+        if self.batching == "alone":
+            self.geometry = probe.geometry_of_rows_alone(self._loaded.lm)
+        states = self._forward_of.states if isinstance(self._forward_of, SplitForward) else None
+        self._blocks = BlockStore(self._storage, states, self._block_size)
+
+    def quantise_kv(self, bits: int) -> bool:
+        """Keeps K and V in so many bits, as far as heads allow it; before there is any row. Returns
+        whether that takes less memory than before."""
+        fewer = kv_quantisation.quantised(self._storage.layers, None, self._kv_group_size, bits)
+        if fewer == self._storage.layers:
+            return False
+        self._store(fewer)
+        return True
 
     @property
     def batching(self) -> Batching:

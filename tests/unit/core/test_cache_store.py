@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from scheduler_sim import FakeTier, Simulation, make_request
+import pytest
+from scheduler_sim import FakeTier, Simulation, make_request, token_at
 
-from mlx_lm_server.core.cache_store import MAX_STATE_SHARE
+from mlx_lm_server.core.cache_store import LEAST_HELD_SHARE, MAX_STATE_SHARE
 from mlx_lm_server.core.chain import Chain
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.offloads import MAX_LOOKED_AT, MAX_STEP_ENTRIES
@@ -103,3 +104,88 @@ def test_where_memory_is_short_the_oldest_go_to_the_tier_before_many_are_driven_
     tier, num_blocks = TierThatFills(writes_through=False), MAX_STEP_ENTRIES + MAX_LOOKED_AT - 4
     sim = _simulation(num_blocks * BLOCK * 13 // 10, tier=tier)
     assert _num_stored(tier, sim, num_blocks) == num_blocks
+
+
+def _idle(sim: Simulation) -> list[int]:
+    """Runs until nothing is left to do. Returns what the cache had after each step."""
+    sizes = []
+    while sim.scheduler.has_work:
+        sim.step(read_at_once=True)
+        sizes.append(sim.layout.cached_bytes)
+    return sizes
+
+
+def test_a_cache_that_is_held_to_a_share_gives_the_oldest_back_step_by_step():
+    sim = _simulation(4000)
+    for seed in range(8):
+        _run(sim, seed, 10 * BLOCK)
+    had = sim.layout.cached_bytes
+    assert had == 8 * 10 * BLOCK
+    sim.scheduler.hold_cache(0.5)
+    sizes = _idle(sim)
+    assert sizes == [had - BLOCK * number for number in range(1, 4 * 10 + 1)]
+    for seed, num_cached in ((7, 10 * BLOCK - 1), (0, 0)):
+        sim.add(make_request(f"again {seed}", 10 * BLOCK, 1, seed=seed, stops=False))
+        sim.run()
+        assert sim.report_of(f"again {seed}").num_cached_tokens == num_cached
+
+
+@pytest.mark.parametrize("geometry", [FULL, HYBRID], ids=["blocks", "checkpoints"])
+def test_a_cache_that_is_held_does_not_grow_until_it_may(geometry: KVGeometry):
+    sim = _simulation(4000, geometry=geometry)
+    for seed in range(8):
+        _run(sim, seed, 10 * BLOCK)
+    had = sim.layout.cached_bytes
+    sim.scheduler.hold_cache(0.75)
+    _idle(sim)
+    for seed in range(20, 30):
+        sim.add(make_request(f"later {seed}", 10 * BLOCK, 1, seed=seed, stops=False))
+        assert max(_idle(sim)) <= 0.75 * had, "not for one step"
+    sim.scheduler.hold_cache(0.5)
+    _idle(sim)
+    assert 0.4 * had < sim.layout.cached_bytes <= 0.5 * had, "of what it had at first"
+    sim.scheduler.hold_cache(1)
+    for seed in range(40, 48):
+        _run(sim, seed, 10 * BLOCK)
+    assert sim.layout.cached_bytes > 0.75 * had
+
+
+@pytest.mark.parametrize("geometry", [FULL, HYBRID], ids=["blocks", "checkpoints"])
+def test_a_cache_that_may_have_nothing_gives_all_of_it_back_in_one_plan(geometry: KVGeometry):
+    sim = _simulation(4000, geometry=geometry)
+    for seed in range(8):
+        _run(sim, seed, 10 * BLOCK)
+    assert sim.layout.cached_bytes > 0
+    sim.scheduler.hold_cache(0)
+    assert _idle(sim) == [0]
+    _run(sim, 1, 10 * BLOCK)
+    assert sim.layout.cached_bytes == 0
+
+
+def test_a_cache_that_is_held_may_have_a_little_all_the_same():
+    sim = _simulation(4000)
+    sim.scheduler.hold_cache(0.5)
+    for seed in range(8):
+        _run(sim, seed, 10 * BLOCK)
+    assert 0 < sim.layout.cached_bytes <= LEAST_HELD_SHARE * 4000
+
+
+def test_what_is_given_back_for_others_goes_to_the_tier():
+    tier = TierThatFills(writes_through=False)
+    sim = _simulation(4000, tier=tier)
+    _run(sim, 0, 4 * BLOCK)
+    sim.scheduler.hold_cache(0)
+    _idle(sim)
+    assert len(tier.records) == 4
+
+
+def test_rows_that_run_keep_what_they_have_while_the_cache_gives_all_back():
+    sim = _simulation(4000)
+    _run(sim, 0, 10 * BLOCK)
+    sim.add(make_request("running", 10 * BLOCK, 40, seed=0, stops=False))
+    for _ in range(4):
+        sim.step()
+    sim.scheduler.hold_cache(0)
+    sim.run()
+    assert sim.tokens_of("running") == [token_at(0, index) for index in range(40)]
+    assert sim.layout.cached_bytes == 0

@@ -33,6 +33,10 @@ class Scheduler:
         self.seconds: list[float] = []
         self.plans_after_reading = plans_after_reading
         self.calls: list[str] = []
+        self.held: list[float] = []
+
+    def hold_cache(self, share: float) -> None:
+        self.held.append(share)
 
     def schedule(self, _now_s: float) -> StepPlan | None:
         plan = self.left.pop(0) if self.left else None
@@ -178,3 +182,34 @@ def test_the_tokens_of_each_step_that_computed_some_are_told_once() -> None:
     core.step()
     assert core.take_step_tokens() == [4], "the last only gives rows back"
     assert core.take_step_tokens() == []
+
+
+class Upkeep:
+    """Memory that is as short as it is told to be."""
+
+    pressure = "normal"
+    cache_share = 1.0
+
+    def after_step(self, *, took_memory: bool) -> None:
+        pass
+
+    def rest(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("rests", [True, False])
+def test_the_cache_is_held_to_its_share_once_after_each_change(rests: bool) -> None:
+    clock, scheduler, upkeep = Clock(), Scheduler(), Upkeep()
+    scheduler.left = [plan_of(number) for number in range(1, 9)]
+    core = EngineCore(
+        scheduler,  # type: ignore[arg-type]
+        Runner(clock),
+        clock,
+        upkeep=upkeep,  # type: ignore[arg-type]
+    )
+    for upkeep.cache_share in (1.0, 0.75, 0.75, 0.0, 0.0, 1.0, 1.0):
+        if rests:
+            core.rest()
+        else:
+            core.step()
+    assert scheduler.held == [0.75, 0.0, 1.0]

@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from mlx_lm_server import platform
 from mlx_lm_server.config import Way
+from mlx_lm_server.runner import device_memory
 from mlx_lm_server.runner.backend import Backend, Policy
 from mlx_lm_server.runner.backends.fused import FusedBackend
 from mlx_lm_server.runner.backends.x86.backend import X86Backend
@@ -47,7 +48,7 @@ def policy_of(way: Way, device: str) -> Policy:
         device=device,
         is_in_host_memory=is_cpu,
         widens_weights=is_cpu,
-        kv_bits=8 if way == "metal" else 16,
+        tight_kv_bits=16 if is_cpu else 8,
         submits_slowly=is_cpu,
         max_resized_bytes=MAX_RESIZED_BYTES if is_cpu else None,
         max_slabs=None if is_cpu else MAX_SLABS,
@@ -65,10 +66,10 @@ def policy_of(way: Way, device: str) -> Policy:
 def _own_way() -> Way:
     if mx.default_device() == mx.Device(mx.cpu):
         return "x86" if platform.is_x86() else "plain"
-    return "metal" if mx.metal.is_available() else "cuda"
+    return "metal" if device_memory.has_metal() else "cuda"
 
 
 def _device_name() -> str:
     if mx.default_device() == mx.Device(mx.cpu):
         return "CPU"
-    return str(mx.device_info().get("device_name", "GPU"))
+    return str(device_memory.MlxMemory().info.get("device_name", "GPU"))

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 
 from mlx_lm_server import platform
+from mlx_lm_server.protocol import MemoryPressure
 
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
@@ -54,6 +55,15 @@ class HeapUpkeep:
         self._grow_ahead = None if _glibc() is None else grow_ahead
         self._num_steps = 0
         self._idle_since_s: float | None = None
+
+    @property
+    def pressure(self) -> MemoryPressure:
+        """Always "normal": the system's is not asked for where arrays lie in host memory."""
+        return "normal"
+
+    @property
+    def cache_share(self) -> float:
+        return 1.0
 
     def after_step(self, *, took_memory: bool) -> None:
         """Looks whether enough of the heap is there, where much was taken and now and then."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -21,7 +21,14 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from mlx_lm_server.config import KVConfig
-from mlx_lm_server.protocol import CacheReport, EngineStats, FinishReason, Ready, RequestOutput
+from mlx_lm_server.protocol import (
+    CacheReport,
+    EngineStats,
+    FinishReason,
+    MemoryPressure,
+    Ready,
+    RequestOutput,
+)
 from mlx_lm_server.tier_stats import shown
 
 if TYPE_CHECKING:
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
     from mlx_lm_server.server.models.served_model import Bounds
 
 PREFIX = "mlx_lm_server:"
+PRESSURES: Sequence[MemoryPressure] = get_args(MemoryPressure)
 TTFT_BOUNDS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
     20.0, 40.0, 80.0, 160.0, 640.0,
@@ -288,6 +296,8 @@ class Metrics(Collector):
             ("kv_cache_cached_bytes", "KV memory that the prefix cache keeps.",
              stats.kv_cached_bytes if stats else 0),
             ("kv_cache_bits", "Bits K and V are kept in; 16: not quantised.", self.kv_bits),
+            ("memory_pressure", "How short memory is: 0 normal, 1 warn, 2 critical.",
+             PRESSURES.index(stats.memory_pressure) if stats else 0),
         ):  # fmt: skip
             family = GaugeMetricFamily(PREFIX + name, help, labels=["model_name"])
             family.add_metric([self.model_name], value)

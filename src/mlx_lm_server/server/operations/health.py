@@ -80,6 +80,9 @@ class HealthAnswer(StatusAnswer):
     """KV memory in all."""
     kv_usage: float
     """Share of it in use, 0 to 1."""
+    memory_pressure: str
+    """How short the system finds the machine's memory: normal, warn or critical. Told by macOS
+    only."""
     disk_tier: dict[str, Any] | None
     """The cache on disk: its folder, what it holds and what went wrong; null where it is off."""
 
@@ -139,6 +142,7 @@ class HealthRoutes:
             "kv_cached_bytes": stats.kv_cached_bytes if stats else 0,
             "kv_limit_bytes": self._kv_limit_bytes(),
             "kv_usage": round(kv_usage(stats), 4),
+            "memory_pressure": stats.memory_pressure if stats else "normal",
             "disk_tier": self._tier_facts(stats),
         }
         return _json(503 if is_bad else 200, facts)
