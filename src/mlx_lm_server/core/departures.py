@@ -21,12 +21,11 @@ class _Leaving:
 
 
 class Departures:
-    """Owned by the scheduler. A step saves `step_bytes`, and at least a block."""
+    """Owned by the scheduler."""
 
-    def __init__(self, cache: PrefixCache, layout: KVLayout, step_bytes: int) -> None:
+    def __init__(self, cache: PrefixCache, layout: KVLayout) -> None:
         self._cache = cache
         self._layout = layout
-        self._step_blocks = cache.blocks_in(step_bytes)
         self._leaving: deque[_Leaving] = deque()
 
     def __len__(self) -> int:
@@ -42,13 +41,14 @@ class Departures:
             self._layout.suits(leaving.request.held_row, num_tokens) for leaving in self._leaving
         )
 
-    def go_on(self, *, at_once: bool) -> list[int]:
-        """The next part of what is to be saved, or all of it; gives the rows that have left."""
+    def go_on(self, most_bytes: int | None) -> list[int]:
+        """Saves the next part of what is to be saved, of so many bytes and at least a block, or all
+        of it. Returns the rows that have left."""
         left = []
-        num_blocks = self._step_blocks
+        num_blocks = 0 if most_bytes is None else self._cache.blocks_in(most_bytes)
         while self._leaving:
             first = self._leaving[0]
-            if not at_once:
+            if most_bytes is not None:
                 kept = self._cache.keep_some(first.request, first.num_done, num_blocks)
                 first.num_done, num_blocks = kept.stop, num_blocks - kept.num_saved
                 if num_blocks == 0:

@@ -78,7 +78,7 @@ class Scheduler:
         self._requests: dict[str, Request] = {}  # all unfinished ones
         self._queue = FairQueue()
         self._running: list[Request] = []  # the most urgent first
-        self._departures = Departures(cache, layout, limits.leaving_bytes)
+        self._departures = Departures(cache, layout)
         self._free_rows = list(reversed(range(limits.max_batch_size)))
         self._left_rows: list[int] = []  # given back by the plan in the making
         self._in_flight: dict[int, dict[int, Request]] = {}  # by step and row
@@ -183,7 +183,8 @@ class Scheduler:
             self._departures.add(request)
             request.status = RequestStatus.DRAINING
         at_once = not self._running or self._is_place_wanted()
-        self._left_rows += self._departures.go_on(at_once=at_once)
+        most_bytes = self._limits.leaving_bytes_in(self._forecast_step_s)
+        self._left_rows += self._departures.go_on(None if at_once else most_bytes)
 
     def _is_place_wanted(self) -> bool:
         """Whether the next request in the queue waits for what a row that leaves still has."""
@@ -230,7 +231,7 @@ class Scheduler:
         """Have a place for one more token, if need be at the cost of less urgent requests; False
         where the request itself is the least urgent and had to give way."""
         if self._departures and not self._room.has_next(request):
-            self._left_rows += self._departures.go_on(at_once=True)
+            self._left_rows += self._departures.go_on(None)
         while not self._room.find_next(request):
             victim = self._running[-1]
             self._preempt(victim)

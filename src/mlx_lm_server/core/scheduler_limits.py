@@ -9,6 +9,7 @@ from mlx_lm_server.errors import ConfigError
 MIN_GOAL_FACTOR = 1.5
 MAX_CROWD = 2.0
 MIN_LOOKAHEAD_TOKENS = 32
+COPYING_SHARE, LEAST_COPYING_S = 0.1, 0.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +28,10 @@ class SchedulerLimits:
     tokens whole `token_tile`s: the last few of a tile cost next to nothing, and with fewer sizes
     forwards of one form come again (docs/adr/0009). A row gets room for some of its answer when it
     joins, `lookahead_share` of what it has, at most `lookahead_tokens`: memory that it holds is
-    nobody else's. Of cached tokens a step loads at least `min_loaded_tokens`, whatever the
-    goal, and beside others it saves `leaving_bytes` of what rows leave behind. `max_guesses` is how
-    many tokens of a row may be tried at once, as many as it can take back.
+    nobody else's. Of cached tokens a step loads at least `min_loaded_tokens`, whatever the goal.
+    Beside others it saves, of what rows leave behind, what is copied in a tenth of the step at
+    `copy_bytes_per_s`, at least in a millisecond, and at least `leaving_bytes`. `max_guesses` is
+    how many tokens of a row may be tried at once, as many as it can take back.
     """
 
     max_batch_size: int = 32
@@ -46,7 +48,8 @@ class SchedulerLimits:
     token_tile: int = 1
     lookahead_tokens: int = 256
     lookahead_share: float = 1.0
-    leaving_bytes: int = 4 << 20  # copied in a millisecond or two
+    leaving_bytes: int = 4 << 20
+    copy_bytes_per_s: float = 0.0
     min_loaded_tokens: int = 256
     max_guesses: int = 0
 
@@ -58,6 +61,11 @@ class SchedulerLimits:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_batch_size ({self.max_batch_size}): each decoding row needs one token a step"
             )
+
+    def leaving_bytes_in(self, step_s: float) -> int:
+        """Returns how much of what rows leave behind a step saves that takes so long."""
+        copying_s = max(LEAST_COPYING_S, COPYING_SHARE * step_s)
+        return max(self.leaving_bytes, int(self.copy_bytes_per_s * copying_s))
 
     def lookahead(self, num_tokens: int) -> int:
         """Returns how many tokens a row with so many gets room for beyond them."""

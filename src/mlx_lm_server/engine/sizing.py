@@ -48,6 +48,7 @@ class Sizes:
         self._runner = runner
         self._policy: Policy = runner.policy
         self._vocab_size = loaded.vocab_size
+        self._copy_bytes_per_s = measured.copy_bytes_per_s
         self._is_float32 = loaded.weights == "float32"
         geometry = runner.geometry
         rows = order.max_batch_size
@@ -133,6 +134,7 @@ class Sizes:
             max_guesses=self._runner.max_guesses,
             lookahead_tokens=min(MAX_LOOKAHEAD, max(MIN_LOOKAHEAD, lookahead)),
             lookahead_share=self._policy.lookahead_share,
+            copy_bytes_per_s=self._copy_bytes_per_s,
         )
 
     @property

@@ -13,9 +13,9 @@ from mlx_lm_server.core.plan import LoadBlocks, SaveBlocks
 from mlx_lm_server.runner.state.block_planes import BlockPlanes, Planes
 from mlx_lm_server.runner.state.kv_storage import KVStorage
 from mlx_lm_server.runner.state.plane_spans import Span
-from mlx_lm_server.runner.state.record_bytes import PlaneGroups
+from mlx_lm_server.runner.state.record_bytes import PlaneGroups, copy_spans
 from mlx_lm_server.runner.state.stages import unchanged
-from mlx_lm_server.tier import Record
+from mlx_lm_server.tier import Record, Tensor
 
 
 class BlockBytes:
@@ -63,6 +63,9 @@ class BlockBytes:
                 ]
                 planes = [unchanged(segment[layer][number]) for layer, number in group]
                 self._restore_group(planes, spans, [tensor.data for tensor in tensors])
+
+    def out(self, planes: Planes, spans: Sequence[Span]) -> list[Tensor]:
+        return copy_spans(self._storage.copies, planes, spans)
 
     def _restore_group(
         self, planes: Planes, spans: Sequence[Span], copies: Sequence[bytes | memoryview]

@@ -12,7 +12,8 @@ from mlx_lm_server.core.block import Place
 from mlx_lm_server.core.plan import LoadBlocks, SaveBlocks
 from mlx_lm_server.runner.state.block_planes import BlockPlanes, Planes
 from mlx_lm_server.runner.state.kv_storage import KVStorage
-from mlx_lm_server.runner.state.record_bytes import PlaneGroups, read_array
+from mlx_lm_server.runner.state.plane_spans import Span
+from mlx_lm_server.runner.state.record_bytes import PlaneGroups, read_array, tensors_of
 from mlx_lm_server.tier import Record, Tensor
 
 Restored = tuple[Place, tuple[Tensor, ...]]
@@ -26,6 +27,7 @@ class BlockOperations:
         self._pool = pool
         self._groups = groups
         self._size = pool.block_size
+        self._max_bytes = storage.backend.policy.max_copied_bytes
 
     # ---- from a row to the pool
 
@@ -101,6 +103,20 @@ class BlockOperations:
             plane[op.slot, :, start : op.stop] = tokens[:, before : before + op.stop - start]
         return plane
 
+    # ---- from slabs and pool to the tier
+
+    def out(self, planes: Planes, spans: Sequence[Span]) -> list[Tensor]:
+        """Gathers the spans on the device, some at a time, before the host looks: it would be given
+        the whole of a plane, and on CUDA have it moved."""
+        token_bytes = len(planes) * planes[0].nbytes // (planes[0].shape[0] * planes[0].shape[2])
+        tensors: list[Tensor] = []
+        for _, run in groupby(spans, key=lambda span: span.num_tokens):
+            alike = list(run)
+            at_once = max(1, self._max_bytes // max(1, token_bytes * alike[0].num_tokens))
+            for first in range(0, len(alike), at_once):
+                tensors += _gathered(planes, alike[first : first + at_once])
+        return tensors
+
     # ---- from the tier to the pool
 
     def restore(self, places: Sequence[Place], records: Sequence[Record]) -> None:
@@ -123,6 +139,22 @@ class BlockOperations:
                     plane[numbers, :, :num_tokens] = blocks[:, column]
                 written.append(plane)
         self._storage.stages.add(written)
+
+
+def _gathered(planes: Planes, spans: Sequence[Span]) -> list[Tensor]:
+    """Spans of one length, each `[planes, kv_heads, num_tokens, width]`."""
+    of_planes = [_spans_of(plane, spans)[:, None] for plane in planes]
+    whole = mx.contiguous(mx.concatenate(of_planes, axis=1))
+    mx.eval(whole)
+    return tensors_of(whole)
+
+
+def _spans_of(plane: mx.array, spans: Sequence[Span]) -> mx.array:
+    """`[spans, kv_heads, num_tokens, width]`: a gather of whole slots, slices of others."""
+    num_tokens = spans[0].num_tokens
+    if all(span.start == 0 for span in spans):
+        return plane[mx.array([span.slot for span in spans], mx.int32), :, :num_tokens]
+    return mx.stack([plane[s.slot, :, s.start : s.start + num_tokens] for s in spans])
 
 
 def _split(parts: Sequence[mx.array], count: int) -> tuple[Planes, Planes]:

@@ -43,7 +43,6 @@ from mlx_lm_server.runner.state.plane_spans import Span
 from mlx_lm_server.runner.state.record_bytes import (
     ArraySpec,
     RecordShapes,
-    copy_spans,
     read_array,
     stacked_bytes,
 )
@@ -81,6 +80,10 @@ class BlockCopies(Protocol):
     def load(self, op: LoadBlocks) -> None: ...
 
     def restore(self, places: Sequence[Place], records: Sequence[Record]) -> None: ...
+
+    def out(self, planes: Planes, spans: Sequence[Span]) -> list[Tensor]:
+        """Returns each span of planes of one shape, which are computed, as a tensor
+        `[planes, kv_heads, num_tokens, width]` in the host's memory."""
 
 
 @dataclass(slots=True)
@@ -196,7 +199,7 @@ class BlockStore:
 
         def give() -> None:
             mx.eval(groups)
-            tensors = [copy_spans(self._storage.copies, group, spans) for group in groups]
+            tensors = [self._copies.out(group, spans) for group in groups]
             for number, label in enumerate(labels):
                 self._give(label, [copies[number] for copies in tensors])
 

@@ -131,6 +131,17 @@ def copy_spans(
     ]
 
 
+def tensors_of(array: mx.array) -> list[Tensor]:
+    """Copies of the first axis' parts, of an array that is computed and lies in order."""
+    name, shape = DTYPE_NAMES[array.dtype], tuple(array.shape[1:])
+    data = bytes_of(array)
+    size = len(data) // max(1, array.shape[0])
+    return [
+        Tensor(name, shape, bytes(data[number * size : (number + 1) * size]))
+        for number in range(array.shape[0])
+    ]
+
+
 def read_array(tensor: Tensor) -> mx.array:
     raw = mx.array(cast(Any, memoryview(tensor.data)))
     return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
