@@ -216,14 +216,15 @@ def _of_bits(bits: dict[int, Look]) -> list[Row]:
 
 
 def _of_submissions(submitted: dict[str, Look]) -> list[Row]:
-    """What was measured at load stands in the words of who measured it. Nothing where an engine
-    knows of one way only."""
+    """Returns the speed of each way to submit; nothing where an engine knows of one only, and no
+    speed where one is not to be had on this device."""
     rows: list[Row] = []
     for asked, look in submitted.items():
         if isinstance(look, Failure):
             rows.append((f"submitted {asked}", look.why))
             continue
-        speeds = ", ".join(map(_speed, look.decodes))
+        is_done = (look.submission or "").startswith(asked)
+        speeds = ", ".join(map(_speed, look.decodes)) if is_done else "not in this way"
         rows.append((f"asked to submit {asked} (is: {look.submission})", speeds))
     return rows
 

@@ -39,13 +39,17 @@ class Engines:
 
     def __init__(self, own: Look, **ways: Look) -> None:
         self._own, self._ways = own, ways
-        self.decode = IN_PLACE
+        self.decode, self.goes_early = IN_PLACE, True
         self.tasks: list[Task] = []
 
     def __call__(self, task: Task) -> Look:
         self.tasks.append(task)
         if task.rows:
-            return seen(kv_format=f"{task.kv_bits} bits", decodes=[self.decode])
+            bits, submission = (
+                f"{task.kv_bits} bits",
+                task.submission if self.goes_early else "late",
+            )
+            return seen(kv_format=bits, decodes=[self.decode], submission=submission)
         return self._own if task.way is None else self._ways.get(task.way, self._own)
 
 
@@ -133,7 +137,9 @@ def test_both_ways_to_submit_are_shown_where_engines_know_them() -> None:
     engines = Engines(seen(submission="early"))
     _, markdown = reported(engines, has_submissions=True)
     assert "packed, submitted early |" in markdown
-    assert "asked to submit late" in markdown
-    assert "asked to submit early" in markdown
-    timed = [task.submission for task in engines.tasks if task.rows]
+    assert "| asked to submit late (is: late) | 8 rows: 80.0 tok/s |" in markdown
+    assert "| asked to submit early (is: early) | 8 rows: 80.0 tok/s |" in markdown
+    engines.goes_early = False
+    assert "(is: late) | not in this way |" in reported(engines, has_submissions=True)[1]
+    timed = [task.submission for task in engines.tasks if task.rows][:4]
     assert timed == ["late", "late", "late", "early"], "gaps are those of late steps"
