@@ -16,6 +16,8 @@ from mlx_lm_server.runner.backends.choose import choose
 from mlx_lm_server.runner.backends.fused import FusedBackend
 
 WAY = cast("Way | None", os.environ.get("MLX_LM_SERVER_WAY") or None)
+# What is measured without a device says nothing. With `early` all tests of a way are its tests.
+SUBMISSION = os.environ.get("MLX_LM_SERVER_SUBMISSION") or "late"
 BACKEND = choose(WAY)
 IS_X86 = BACKEND.policy.way == "x86"
 

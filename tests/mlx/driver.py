@@ -25,7 +25,7 @@ from mlx_lm_server.protocol import (
     TokenLogprobs,
 )
 from mlx_lm_server.runner.backends.blas import Blas
-from tests.back_ends import WAY
+from tests.back_ends import SUBMISSION, WAY
 
 __all__ = ["GREEDY", "EngineDriver", "random_prompts"]
 
@@ -48,7 +48,7 @@ class EngineDriver:
         **order: object,
     ) -> None:
         order["way"] = order.get("way") or WAY
-        order.setdefault("submission", "late")  # what is measured without a device says nothing
+        order.setdefault("submission", SUBMISSION)
         message = msgspec.structs.replace(LoadModel(str(model)), **order)
         self.core: EngineCore
         self.core, self.ready = assemble(
