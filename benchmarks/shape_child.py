@@ -23,6 +23,7 @@ import msgspec
 from benchmarks.shape_models import VOCAB_SIZE, name_of
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.measured import Measured
+from mlx_lm_server.core.memory_ledger import ForwardBytes
 from mlx_lm_server.core.plan import StepPlan
 from mlx_lm_server.engine.assembly import assemble
 from mlx_lm_server.engine.engine_core import Handle
@@ -47,7 +48,7 @@ MEMORY_LIMIT_BYTES = 4 << 30
 # So few that rows do not get room for long answers at once, but grow.
 FEW_KV_TOKENS = 16384
 # Plans are those of any machine.
-MEASURED = Measured(None, StepCosts(), 100_000, 1e9)
+MEASURED = Measured(None, StepCosts(), ForwardBytes(100_000), 1e9)
 
 Kind = Literal["greedy", "top-p", "penalties"]
 Event = Literal["leaving", "growing"]

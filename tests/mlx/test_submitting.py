@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.measured import Measured
+from mlx_lm_server.core.memory_ledger import ForwardBytes
 from mlx_lm_server.core.plan import StepPlan, StepResult
 from mlx_lm_server.core.submitting import ALWAYS, NEVER, EarlySteps
 from mlx_lm_server.protocol import SamplingParams
@@ -149,7 +150,7 @@ def test_a_plan_with_something_to_do_for_slabs_waits_for_the_last_step(
 
 @observes("CpuConfig.submission")
 def test_submission_is_told_and_its_memory_is_counted(folders: dict[str, Path]) -> None:
-    measured = Measured(None, StepCosts(), 4096, 1e9)
+    measured = Measured(None, StepCosts(), ForwardBytes(4096), 1e9)
     late, early = (
         Engine(folders["qwen3"], submission, memory_limit_bytes=1 << 30, measured=measured)
         for submission in ("late", "early")

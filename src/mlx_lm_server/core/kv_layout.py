@@ -20,15 +20,13 @@ row leaves and another takes costs no copy. What `settle` keeps true:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from itertools import islice
-from typing import NamedTuple
+from collections.abc import Mapping
 
 from mlx_lm_server.core.kv_geometry import MAX_ROW_TOKENS, KVGeometry
 from mlx_lm_server.core.like_lengths import together
-from mlx_lm_server.core.plan import CreateSlab, DropSlab, KVOp, MoveRow, ResizeSlab
+from mlx_lm_server.core.plan import KVOp, MoveRow
 from mlx_lm_server.core.slab_rules import MAX_HELD_RATIO, SlabRules
+from mlx_lm_server.core.slabs import Location, Slab, enlarge, reduce
 
 # Memory is ample where slots take no more than the first share of it, which the prefix cache leaves
 # to them, or where the second is left.
@@ -37,32 +35,6 @@ SLOTS_SHARE, AMPLE_SHARE = 1 / 8, 1 / 4
 # with its neighbour.
 NEAR_END_SHARE = 1 / 16
 DEFAULT_RULES = SlabRules()
-
-
-class Location(NamedTuple):
-    slab_id: int
-    slot: int
-
-
-@dataclass(slots=True, eq=False)
-class _Slab:
-    """`num_slots` is what the runner holds (0: not made yet), `rows` who is in it on paper,
-    `source_id` the slab whose rows grow into it, `was_left` whether a row went since the last
-    `settle`."""
-
-    slab_id: int
-    capacity: int
-    num_slots: int = 0
-    source_id: int | None = None
-    was_left: bool = False
-    rows: dict[int, None] = field(default_factory=dict)  # an ordered set
-
-    @property
-    def has_free_slot(self) -> bool:
-        return len(self.rows) < self.num_slots
-
-    def num_spare_tokens(self, num_slots: int) -> int:
-        return (num_slots - len(self.rows)) * self.capacity
 
 
 class KVLayout:
@@ -87,8 +59,8 @@ class KVLayout:
         self._limit_tokens = geometry.tokens_in(limit_bytes, max_tokens)
         self._rules = rules
         self._max_rows = max_rows
-        self._slabs: dict[int, _Slab] = {}
-        self._slab_of: dict[int, _Slab] = {}
+        self._slabs: dict[int, Slab] = {}
+        self._slab_of: dict[int, Slab] = {}
         self._wanted: dict[int, int] = {}  # the capacity that each row asked for
         self._num_tokens: dict[int, int] = {}
         self._settled: dict[int, Location] = {}
@@ -240,10 +212,10 @@ class KVLayout:
         sources = {move.from_slab for move in moves}
         read = [slab for slab in self._slabs.values() if slab.slab_id in sources]
         unread = [slab for slab in self._slabs.values() if slab.slab_id not in sources]
-        ops = self._give_back(unread, sizes)
-        ops += self._enlarge(sizes)
+        ops = reduce(unread, sizes) + enlarge(self._slabs.values(), sizes)
         ops += moves
-        ops += self._give_back(read, sizes)
+        ops += reduce(read, sizes)
+        self._slabs = {n: slab for n, slab in self._slabs.items() if sizes[n]}
         for slab in self._slabs.values():
             slab.was_left = False
         return tuple(ops)
@@ -255,7 +227,7 @@ class KVLayout:
             return num_tokens
         return min(self._rules.capacity_for(num_tokens), self._limit_tokens)
 
-    def _max_slots(self, slab: _Slab) -> int:
+    def _max_slots(self, slab: Slab) -> int:
         return self._rules.max_slots(slab.num_slots, self._slot_bytes(slab.capacity))
 
     def _slot_bytes(self, capacity: int) -> int:
@@ -278,7 +250,7 @@ class KVLayout:
     def _could_fit(self, more_bytes: int) -> bool:
         return self._needed_bytes + more_bytes <= self.limit_bytes
 
-    def _choose_slab(self, capacity: int) -> _Slab:
+    def _choose_slab(self, capacity: int) -> Slab:
         """A free slot nearby, else one more slot in a slab of this class, else a new slab."""
         assert self._fits(self._row_bytes(capacity)), "ask before you place or grow"
         most = capacity * self._rules.max_shared_ratio
@@ -320,7 +292,7 @@ class KVLayout:
                     self._exit(row)
                     self._enter(row, into)
 
-    def _slab_within(self, capacity: int, rows: set[int]) -> _Slab | None:
+    def _slab_within(self, capacity: int, rows: set[int]) -> Slab | None:
         """The largest slab of this capacity none of whose rows is missing."""
         found = [
             slab
@@ -329,18 +301,18 @@ class KVLayout:
         ]
         return max(found, key=lambda slab: slab.num_slots, default=None)
 
-    def _new_slab(self, capacity: int) -> _Slab:
-        slab = _Slab(self._next_slab_id, capacity)
+    def _new_slab(self, capacity: int) -> Slab:
+        slab = Slab(self._next_slab_id, capacity)
         self._next_slab_id += 1
         self._slabs[slab.slab_id] = slab
         return slab
 
-    def _needed_of(self, row: int, slab: _Slab) -> int:
+    def _needed_of(self, row: int, slab: Slab) -> int:
         """What the row cannot do without: of a slot that is larger than it asked for only that,
         where rows that share slabs can be parted again."""
         return self._row_bytes(self._wanted[row] if self._is_parted else slab.capacity)
 
-    def _enter(self, row: int, slab: _Slab) -> None:
+    def _enter(self, row: int, slab: Slab) -> None:
         slab.rows[row] = None
         self._slab_of[row] = slab
         self._needed_bytes += self._needed_of(row, slab)
@@ -384,7 +356,7 @@ class KVLayout:
             excess -= cut * slot_bytes
         return excess
 
-    def _comfortable_size(self, slab: _Slab) -> int:
+    def _comfortable_size(self, slab: Slab) -> int:
         needed, num_coming = len(slab.rows), self._num_coming(slab)
         if needed > slab.num_slots:
             most = min(self._max_slots(slab), needed + num_coming + self._max_rows - self.num_rows)
@@ -398,12 +370,12 @@ class KVLayout:
             return 2 * needed
         return slab.num_slots
 
-    def _num_coming(self, slab: _Slab) -> int:
+    def _num_coming(self, slab: Slab) -> int:
         """Rows that will grow into it, as their neighbour has."""
         source = None if slab.source_id is None else self._slabs.get(slab.source_id)
         return len(source.rows) if source else 0
 
-    def _is_source(self, slab: _Slab) -> bool:
+    def _is_source(self, slab: Slab) -> bool:
         """Whether its rows are about to leave it."""
         return any(other.source_id == slab.slab_id for other in self._slabs.values())
 
@@ -417,25 +389,11 @@ class KVLayout:
         settled: dict[int, Location] = {}
         for slab in sorted(self._slabs.values(), key=lambda slab: -slab.capacity):
             num_slots = sizes[slab.slab_id] if self._rules.keeps_holes else len(slab.rows)
-            for row, slot in self._slots_in(slab, num_slots):
+            for row, slot in slab.slots(num_slots, self._settled):
                 settled[row] = Location(slab.slab_id, slot)
                 moves += self._move_of(row, settled[row])
         self._settled = settled
         return moves
-
-    def _slots_in(self, slab: _Slab, end: int) -> list[tuple[int, int]]:
-        """Rows below the end stay; the others and those that come fill the holes."""
-        staying: dict[int, int] = {}
-        to_fill_holes: list[int] = []
-        for row in slab.rows:
-            before = self._settled.get(row)
-            if before is not None and before.slab_id == slab.slab_id and before.slot < end:
-                staying[before.slot] = row
-            else:
-                to_fill_holes.append(row)
-        holes = islice((n for n in range(end) if n not in staying), len(to_fill_holes))
-        kept = [(row, slot) for slot, row in staying.items()]
-        return kept + list(zip(to_fill_holes, holes, strict=True))
 
     def _move_of(self, row: int, to: Location) -> list[MoveRow]:
         before = self._settled.get(row)
@@ -443,27 +401,3 @@ class KVLayout:
         if before is None or before == to or num_tokens == 0:
             return []
         return [MoveRow(before.slab_id, before.slot, to.slab_id, to.slot, num_tokens)]
-
-    def _enlarge(self, sizes: dict[int, int]) -> list[KVOp]:
-        ops: list[KVOp] = []
-        for slab in self._slabs.values():
-            size = sizes[slab.slab_id]
-            if size <= slab.num_slots:
-                continue
-            if slab.num_slots == 0:
-                ops.append(CreateSlab(slab.slab_id, size, slab.capacity))
-            else:
-                ops.append(ResizeSlab(slab.slab_id, size))
-            slab.num_slots = size
-        return ops
-
-    def _give_back(self, slabs: Iterable[_Slab], sizes: dict[int, int]) -> list[KVOp]:
-        ops: list[KVOp] = []
-        for slab in slabs:
-            size = sizes[slab.slab_id]
-            if size == 0:
-                del self._slabs[slab.slab_id]
-            if size < slab.num_slots:
-                ops.append(ResizeSlab(slab.slab_id, size) if size else DropSlab(slab.slab_id))
-                slab.num_slots = size
-        return ops

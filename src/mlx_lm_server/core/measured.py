@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mlx_lm_server.core.cost_model import StepCosts
+from mlx_lm_server.core.memory_ledger import ForwardBytes
 from mlx_lm_server.core.submitting import Submitting
 
 
@@ -17,7 +18,7 @@ class Measured:
 
     num_threads: int | None
     costs: StepCosts
-    activation_bytes_per_token: int
+    forward_bytes: ForwardBytes
     copy_bytes_per_s: float
     submitting: Submitting | None = None
     is_steady: bool = True

@@ -21,32 +21,74 @@ def format_bytes(num_bytes: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class ForwardBytes:
+    """The peak of a forward beyond what is held: for each token in it; for each pair of a token and
+    one that it attends to, whose scores are there for a moment where no fused kernel computes them;
+    and for each token whose K and V, of one layer, are read from few bits: of the row of a chunk,
+    and with `reads_all` of all rows that decode."""
+
+    per_token: int
+    per_pair: float = 0.0
+    per_read_token: int = 0
+    reads_all: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryLedger:
     """How the memory limit is divided.
 
-    `activation_bytes_per_token` is the peak of a forward per token in it, `max_step_tokens` how
-    many tokens a step may have, `geometry` what rows take, `max_kv_tokens` the operator's cap,
-    `reserve_bytes` whatever else is needed (sampler, one layer of a slab that is being resized).
+    `max_step_tokens` is how many tokens a step may have, `max_step_pairs` to how many those of its
+    chunks may attend together, `max_read_tokens` how long a row can become, `geometry` what rows
+    take, `max_kv_tokens` the operator's cap, `reserve_bytes` whatever else is needed (sampler,
+    layers of slabs that are being moved).
     """
 
     memory_limit_bytes: int
     weights_bytes: int
-    activation_bytes_per_token: int
+    forward: ForwardBytes
     max_step_tokens: int
     geometry: KVGeometry
     max_kv_tokens: int | None = None
     reserve_bytes: int = 0
     max_rows: int = 1
+    max_step_pairs: int = 0
+    max_read_tokens: int = MAX_ROW_TOKENS
 
     @property
     def activation_bytes(self) -> int:
-        return self.activation_bytes_per_token * self.max_step_tokens
+        return self.forward.per_token * self.max_step_tokens
+
+    @property
+    def score_bytes(self) -> int:
+        """Of chunks, where attention computes scores."""
+        return int(self.forward.per_pair * self.max_step_pairs)
+
+    @property
+    def attention_bytes(self) -> int:
+        """Of a layer that attends to all K and V there may be: scores of the rows that decode, and
+        what is read from few bits."""
+        forward, left_bytes = self.forward, max(0, self._left_bytes)
+        per_kv_token = forward.per_pair + forward.reads_all * forward.per_read_token
+        in_all = left_bytes * per_kv_token / max(1.0, self.geometry.bytes_per_token + per_kv_token)
+        if not forward.reads_all:
+            in_all += forward.per_read_token * min(
+                self.max_read_tokens, self._tokens_in(left_bytes)
+            )
+        return int(in_all)
+
+    def _tokens_in(self, num_bytes: int) -> int:
+        return num_bytes // max(1, self.geometry.bytes_per_token + self.forward.per_read_token)
+
+    @property
+    def _left_bytes(self) -> int:
+        taken = self.weights_bytes + self.activation_bytes + self.score_bytes + self.reserve_bytes
+        return self.memory_limit_bytes - taken
 
     @property
     def free_bytes(self) -> int:
-        """What weights, activations and reserve leave; negative where they do not fit."""
-        taken = self.weights_bytes + self.activation_bytes + self.reserve_bytes
-        return self.memory_limit_bytes - taken
+        """What weights, activations, attention and reserve leave; negative where they do not
+        fit."""
+        return self._left_bytes - self.attention_bytes
 
     @property
     def kv_limit_bytes(self) -> int:
@@ -80,6 +122,8 @@ class MemoryLedger:
             f"{format_bytes(self.weights_bytes)} weights",
             f"{format_bytes(self.activation_bytes)} activations of {self.max_step_tokens} tokens",
         ]
+        if in_attention := self.score_bytes + self.attention_bytes:
+            parts.append(f"{format_bytes(in_attention)} attention over long contexts")
         if self.reserve_bytes:
             parts.append(f"{format_bytes(self.reserve_bytes)} reserve")
         line = " - ".join(parts) + f" = {format_bytes(self.free_bytes)}"

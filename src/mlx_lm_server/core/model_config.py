@@ -45,6 +45,14 @@ def field(config: Mapping[str, Any], name: str) -> Any:
     return None
 
 
+def num_heads(config: Mapping[str, Any]) -> int | None:
+    """Returns how many heads of queries a layer has at most; None where config.json does not
+    say."""
+    stated = field(config, "num_attention_heads")
+    counts = stated if isinstance(stated, list) else [stated]
+    return max((int(n) for n in counts if _positive(n) is not None), default=None)
+
+
 def context_tokens(config: Mapping[str, Any]) -> int | None:
     """How many tokens the model is made for, with what its rotary embedding is scaled by; None
     where config.json does not say."""

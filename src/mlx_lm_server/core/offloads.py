@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 
 from mlx_lm_server.core.block import Block, State
-from mlx_lm_server.core.kv_layout import Location
 from mlx_lm_server.core.plan import OffloadBlocks, OffloadState, OffloadTokens, SaveOp
+from mlx_lm_server.core.slabs import Location
 from mlx_lm_server.core.tier import Label, Tier
 
 # Of what is due, in one step; at least one entry.

@@ -13,6 +13,7 @@ long prompt beside decoding rows starts small and grows by at most half from ste
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
@@ -77,7 +78,12 @@ class PrefillPlan:
         had = self._granted.get(request, 0)
         wanted = self._wanted(request) - had
         minimum = min(wanted, self._limits.min_chunk_tokens)
-        num_tokens = min(wanted, int(share * self._tokens_left), self._affordable(request, share))
+        num_tokens = min(
+            wanted,
+            int(share * self._tokens_left),
+            self._affordable(request, share),
+            self._within_pairs(request.num_computed_tokens + had),
+        )
         if num_tokens < minimum:
             num_tokens = 0 if self._granted else minimum
         if self._is_short(request) and wanted - num_tokens <= MAX_TAIL_SHARE * (had + num_tokens):
@@ -113,6 +119,14 @@ class PrefillPlan:
         if self._limits.itl_goal_s is not None:
             return num_tokens
         return self._whole_tiles(num_tokens)
+
+    def _within_pairs(self, start: int) -> int:
+        """How many tokens from there on attend to as many as a step's may."""
+        left = max(0.0, self._limits.max_prefill_pairs - self._features.prefill_pairs)
+        if math.isinf(left):
+            return self._tokens_left
+        near = start + 0.5
+        return int(math.sqrt(near * near + 2 * left) - near)
 
     def _whole_tiles(self, num_tokens: int) -> int:
         """The largest number up to this that makes the tokens of the step whole tiles; the number

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mlx_lm_server.core.kv_layout import Location
 from mlx_lm_server.core.plan import JoinedRow, RowWork
 from mlx_lm_server.core.request import Request
+from mlx_lm_server.core.slabs import Location
 
 
 def decode_work(request: Request, place: Location, guesses: tuple[int, ...]) -> RowWork:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from mlx_lm_server.errors import ConfigError
@@ -31,7 +32,8 @@ class SchedulerLimits:
     nobody else's. Of cached tokens a step loads at least `min_loaded_tokens`, whatever the goal.
     Beside others it saves, of what rows leave behind, what is copied in a tenth of the step at
     `copy_bytes_per_s`, at least in a millisecond, and at least `leaving_bytes`. `max_guesses` is
-    how many tokens of a row may be tried at once, as many as it can take back.
+    how many tokens of a row may be tried at once, as many as it can take back. The tokens of a
+    step's chunks attend to at most `max_prefill_pairs` others together.
     """
 
     max_batch_size: int = 32
@@ -52,6 +54,7 @@ class SchedulerLimits:
     copy_bytes_per_s: float = 0.0
     min_loaded_tokens: int = 256
     max_guesses: int = 0
+    max_prefill_pairs: float = math.inf
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:

@@ -75,6 +75,7 @@ def assemble(
         blas = blas.with_threads(measured.num_threads)
     backend.keep_to(sizes.memory_plan())
     runner.early = sizes.early
+    runner.copy_at_most(sizes.max_copied_bytes)
     _tell(runner, measured)
     layout, settings = sizes.layout(), sizes.cache_settings()
     disk = _disk_cache(order, loaded, runner) if settings.is_on else None

@@ -22,12 +22,13 @@ import psutil
 
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.measured import Measured
+from mlx_lm_server.core.memory_ledger import ForwardBytes
 from mlx_lm_server.core.submitting import Submitting
 from mlx_lm_server.folders import cache_folder
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 # Of all cores, what others may take while a measurement is to be kept.
 QUIET_SHARE = 0.15
 
@@ -50,7 +51,7 @@ def load_profile(path: Path) -> Measured | None:
         return Measured(
             None if threads is None else int(_positive(threads)),
             costs,
-            int(_positive(found["activation_bytes_per_token"])),
+            _forward_bytes(found["forward_bytes"]),
             float(_positive(found["copy_bytes_per_s"])),
             _submitting(found["submitting"]),
         )
@@ -73,7 +74,7 @@ def save_profile(path: Path, measured: Measured) -> None:
     about: dict[str, Any] = {
         "num_threads": measured.num_threads,
         "costs": asdict(measured.costs),
-        "activation_bytes_per_token": measured.activation_bytes_per_token,
+        "forward_bytes": asdict(measured.forward_bytes),
         "copy_bytes_per_s": measured.copy_bytes_per_s,
         "submitting": None if measured.submitting is None else asdict(measured.submitting),
     }
@@ -85,6 +86,13 @@ def save_profile(path: Path, measured: Measured) -> None:
             os.replace(whole, path)
     except OSError as error:
         log.info("the profile is not kept: %s", error)
+
+
+def _forward_bytes(found: Any) -> ForwardBytes:
+    forward_bytes = msgspec.convert(found, ForwardBytes)
+    _positive(forward_bytes.per_token)
+    _positive(1 + min(forward_bytes.per_pair, forward_bytes.per_read_token))
+    return forward_bytes
 
 
 def _submitting(found: Any) -> Submitting | None:

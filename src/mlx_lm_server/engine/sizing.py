@@ -25,12 +25,17 @@ MIN_KV_TOKENS = 1024
 # Rows of one capacity share slabs of up to so much, and each slab is one attention call a layer.
 MIN_SLAB_BYTES = 64 * 1024 * 1024
 SLABS_IN_MEMORY = 8
+# Of what weights leave, the part that may be copied at once.
+MOVED_PART = 32
 # A row gets room for so many tokens of its answer at once, where that takes no more than a share of
 # the memory in all rows.
 MIN_LOOKAHEAD, MAX_LOOKAHEAD = 256, 1024
 MAX_LOOKAHEAD_SHARE = 0.25
 # Logits and the sampler's arrays of the same size, in float32, per row that samples.
 SAMPLER_ARRAYS = 8
+# Scores of chunks, where attention computes such, may take a share of what weights leave, or as
+# much as full steps over short contexts do.
+SCORES_SHARE, LEAST_SCORED_CONTEXT = 0.05, 512
 
 
 def context_tokens(order: LoadModel, loaded: LoadedModel) -> int:
@@ -58,18 +63,38 @@ class Sizes:
         ledger = MemoryLedger(
             memory_limit_bytes=loaded.memory_limit_bytes,
             weights_bytes=loaded.weights_bytes,
-            activation_bytes_per_token=measured.activation_bytes_per_token,
+            forward=measured.forward_bytes,
             max_step_tokens=self._max_step_tokens,
             geometry=geometry,
             max_kv_tokens=order.max_kv_tokens,
             reserve_bytes=rows * loaded.vocab_size * 4 * SAMPLER_ARRAYS
-            + rows * geometry.bytes_per_row,  # states before and after a step
+            + rows * geometry.bytes_per_row  # states before and after a step
+            + self._moved_bytes(loaded),
             max_rows=rows,
+            max_read_tokens=context_tokens(order, loaded),
+            max_step_pairs=self._max_step_pairs(loaded, measured.forward_bytes.per_pair),
         )
         self.early = self._early_steps(ledger, measured)
         reserve_bytes = ledger.reserve_bytes + self.early.reserve_bytes
         self.ledger = replace(ledger, reserve_bytes=reserve_bytes)
         self._loaded = loaded
+
+    def _moved_bytes(self, loaded: LoadedModel) -> int:
+        """What layers of slabs take that are moved at once: as many as may be copied together, and
+        at least one of the largest slab."""
+        free_bytes = max(0, loaded.memory_limit_bytes - loaded.weights_bytes)
+        of_layer = free_bytes // SLABS_IN_MEMORY // max(1, self._runner.num_layers)
+        self.max_copied_bytes = min(self._policy.max_copied_bytes, free_bytes // MOVED_PART)
+        return max(of_layer, self.max_copied_bytes)
+
+    def _max_step_pairs(self, loaded: LoadedModel, pair_bytes: float) -> int:
+        """To how many tokens those of a step's chunks attend together: as far as scores take a
+        small share of what weights leave, else chunks far from the start are smaller."""
+        context = context_tokens(self._order, loaded)
+        free_bytes = max(0, loaded.memory_limit_bytes - loaded.weights_bytes)
+        affordable = int(SCORES_SHARE * free_bytes / max(pair_bytes, 1e-9))
+        least = self._max_step_tokens * min(context, LEAST_SCORED_CONTEXT)
+        return min(self._max_step_tokens * context, max(least, affordable))
 
     @property
     def hold_context(self) -> bool:
@@ -135,6 +160,7 @@ class Sizes:
             lookahead_tokens=min(MAX_LOOKAHEAD, max(MIN_LOOKAHEAD, lookahead)),
             lookahead_share=self._policy.lookahead_share,
             copy_bytes_per_s=self._copy_bytes_per_s,
+            max_prefill_pairs=self.ledger.max_step_pairs,
         )
 
     @property

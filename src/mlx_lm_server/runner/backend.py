@@ -120,7 +120,11 @@ class ChunkAttention(Protocol):
 
 
 class AttentionKernel(Protocol):
-    """The arithmetic of attention for models of one type of numbers."""
+    """The arithmetic of attention for models of one type of numbers. With `multiplies_codes` rows
+    that decode attend to K and V in few bits as they are, else to what they are read into."""
+
+    @property
+    def multiplies_codes(self) -> bool: ...
 
     def is_in_place(self, layers: Sequence[LayerShape]) -> bool:
         """Whether attention sees nothing of slabs with such layers but what was written: places

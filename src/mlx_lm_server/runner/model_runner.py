@@ -196,6 +196,15 @@ class ModelRunner:
         return forward.states.nbytes if isinstance(forward, SplitForward) else 0
 
     @property
+    def num_layers(self) -> int:
+        """How many layers keep K and V in slabs."""
+        return len(self._storage.layers)
+
+    def copy_at_most(self, num_bytes: int) -> None:
+        """Of layers whose slabs or blocks are copied at once, about so much, and at least one."""
+        self._storage.max_copied_bytes = num_bytes
+
+    @property
     def can_submit_early(self) -> bool:
         """Whether no step needs that the last one has ended: nothing of ours draws in the host's
         memory or writes to slabs unseen, and what steps copy is known."""
@@ -209,7 +218,8 @@ class ModelRunner:
             room_bytes = self._loaded.memory_limit_bytes - self._loaded.weights_bytes
             num_rows = self._last_tokens.size
             both_ways = BothWays(self, self._storage, num_rows, room_bytes)
-        return Measurer(self._forward_of, self._storage, limit_s, both_ways)
+        num_heads = self._loaded.num_heads
+        return Measurer(self._forward_of, self._storage, limit_s, num_heads, both_ways)
 
     # ---- a step
 

@@ -4,9 +4,10 @@ import pytest
 from scheduler_sim import SlabStore
 
 from mlx_lm_server.core.kv_geometry import KVGeometry
-from mlx_lm_server.core.kv_layout import KVLayout, Location
+from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.plan import CreateSlab, DropSlab, KVOp, MoveRow, ResizeSlab
 from mlx_lm_server.core.slab_rules import SlabRules
+from mlx_lm_server.core.slabs import Location
 
 
 def _layout(

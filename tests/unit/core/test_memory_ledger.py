@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from mlx_lm_server.core.kv_geometry import KVGeometry
-from mlx_lm_server.core.memory_ledger import MemoryLedger, format_bytes
+from mlx_lm_server.core.memory_ledger import ForwardBytes, MemoryLedger, format_bytes
 from mlx_lm_server.errors import ModelTooLargeError
 
 GIB = 1024**3
@@ -14,7 +16,7 @@ def _ledger(max_kv_tokens: int | None = None, weights_bytes: int = 5 * GIB) -> M
     return MemoryLedger(
         memory_limit_bytes=8 * GIB,
         weights_bytes=weights_bytes,
-        activation_bytes_per_token=512 * KIB,
+        forward=ForwardBytes(512 * KIB),
         max_step_tokens=2048,
         geometry=KVGeometry(144 * KIB),
         max_kv_tokens=max_kv_tokens,
@@ -51,6 +53,22 @@ def test_the_arithmetic_names_every_part():
         "8 GiB memory limit - 5 GiB weights - 1 GiB activations of 2048 tokens = 2 GiB, "
         "capped at 1000 tokens: 1000 tokens x 144 KiB = 140.6 MiB of KV"
     )
+
+
+def test_what_attention_takes_for_a_moment_is_not_given_to_rows():
+    """36 layers with 8 heads of 128 for K and V in 8 bits: one layer is read into numbers at once,
+    and the scores of 32 heads are there for each pair."""
+    plain = _ledger()
+    forward = ForwardBytes(512 * KIB, 64.0, 4 * KIB, reads_all=True)
+    ledger = replace(plain, forward=forward, max_step_pairs=1 << 20)
+    assert ledger.score_bytes == 64 << 20
+    assert ledger.kv_limit_tokens < plain.kv_limit_tokens
+    beside = ledger.kv_limit_tokens * (4 * KIB + 64) + ledger.score_bytes
+    assert 0 <= plain.free_bytes - ledger.kv_limit_bytes - beside < 200 * KIB
+    assert "attention over long contexts" in ledger.arithmetic()
+    of_one_row = replace(forward, per_pair=0.0, reads_all=False)
+    ledger = replace(plain, forward=of_one_row, max_read_tokens=1000)
+    assert ledger.attention_bytes == 1000 * 4 * KIB
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from scheduler_sim import make_request
 
-from mlx_lm_server.core.cost_model import CostModel, StepCosts, StepFeatures
+from mlx_lm_server.core.cost_model import CostModel, StepCosts, StepFeatures, prefill_pairs
 from mlx_lm_server.core.prefill import PrefillPlan
 from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler_limits import SchedulerLimits
@@ -159,3 +159,37 @@ def test_a_short_prompt_beside_decoding_rows_does_not() -> None:
     plan = PrefillPlan(SchedulerLimits(itl_goal_s=60.0), CostModel(COSTS), DECODING, ramp_tokens=16)
     [(_, num_tokens)] = plan.share_out(_prompts(128))
     assert num_tokens == 128
+
+
+def test_chunks_far_from_the_start_attend_to_no_more_than_a_step_may():
+    limits = SchedulerLimits(max_num_batched_tokens=512, max_prefill_pairs=512 * 1000)
+    [request] = _prompts(60_000)
+    sizes = []
+    for computed in (0, 512, 8_000, 50_000):
+        request.num_computed_tokens = computed
+        plan = PrefillPlan(limits, CostModel(COSTS), IDLE, UNBOUNDED)
+        [(_, num_tokens)] = plan.share_out([request])
+        assert prefill_pairs(computed, num_tokens) <= 512 * 1000
+        assert prefill_pairs(computed, num_tokens + 1) > 512 * 1000 or num_tokens == 512
+        sizes.append(num_tokens)
+    assert sizes[0] == 512
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-1] < 12
+
+
+def test_two_chunks_share_what_a_step_may_attend_to():
+    limits = SchedulerLimits(max_num_batched_tokens=512, max_prefill_pairs=100_000)
+    requests = _prompts(9000, 9000)
+    for request in requests:
+        request.num_computed_tokens = 2000
+    plan = PrefillPlan(limits, CostModel(COSTS), IDLE, UNBOUNDED)
+    chunks = plan.share_out(requests)
+    assert sum(prefill_pairs(2000, num_tokens) for _, num_tokens in chunks) <= 100_000
+
+
+def test_a_chunk_goes_on_where_even_a_few_tokens_attend_to_too_many():
+    limits = SchedulerLimits(max_prefill_pairs=10)
+    [request] = _prompts(9000)
+    request.num_computed_tokens = 2000
+    plan = PrefillPlan(limits, CostModel(COSTS), IDLE, UNBOUNDED)
+    assert plan.share_out([request]) == [(request, limits.min_chunk_tokens)]

@@ -9,12 +9,13 @@ import pytest
 
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.measured import Measured
+from mlx_lm_server.core.memory_ledger import ForwardBytes
 from mlx_lm_server.core.submitting import Submitting, Trial
 from mlx_lm_server.engine.profiles import load_profile, profile_path, save_profile
 
 SMALL, LARGE = Trial(1 << 20, 0.01, 0.008, 0, 1 << 20), Trial(1 << 28, 0.01, 0.012, 0, 1 << 28)
 COSTS = StepCosts(base_s=0.01, per_prefill_token_s=0.002)
-MEASURED = Measured(2, COSTS, 4096, 5e9, Submitting(SMALL, LARGE))
+MEASURED = Measured(2, COSTS, ForwardBytes(4096, 12.5, 512), 5e9, Submitting(SMALL, LARGE))
 FACTS = {"server": "1", "cores": "2"}
 
 
@@ -54,7 +55,8 @@ def test_a_profile_is_of_one_model_machine_and_version(tmp_path: Path) -> None:
         lambda found: {**found, "num_threads": "many"},
         lambda found: {**found, "costs": {"base_s": 0}},
         lambda found: {**found, "costs": {"mood": 1}},
-        lambda found: {**found, "activation_bytes_per_token": None},
+        lambda found: {**found, "forward_bytes": {**found["forward_bytes"], "per_token": 0}},
+        lambda found: {**found, "forward_bytes": {**found["forward_bytes"], "per_pair": -2.0}},
         lambda found: {**found, "copy_bytes_per_s": 0},
         lambda found: {k: v for k, v in found.items() if k != "copy_bytes_per_s"},
         lambda found: {**found, "submitting": {}},

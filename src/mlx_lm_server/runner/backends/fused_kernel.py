@@ -20,7 +20,7 @@ class FusedKernel:
 
     def __init__(self, read: Callable[[Stored], mx.array], *, multiplies_codes: bool) -> None:
         self._read = read
-        self._multiplies_codes = multiplies_codes
+        self.multiplies_codes = multiplies_codes
 
     def is_in_place(self, layers: Sequence[LayerShape]) -> bool:
         return False
@@ -40,7 +40,7 @@ class FusedKernel:
         view: SlotsView,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        if self._multiplies_codes and isinstance(k, PackedKV) and isinstance(v, PackedKV):
+        if self.multiplies_codes and isinstance(k, PackedKV) and isinstance(v, PackedKV):
             return decode_packed(q, k, v, scale, view, sinks)
         return mx.fast.scaled_dot_product_attention(
             q, self._read(k), self._read(v), scale=scale, mask=view.mask(q.shape[1]), sinks=sinks

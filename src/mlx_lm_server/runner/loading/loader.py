@@ -29,6 +29,7 @@ from mlx_lm_server.runner.state.cache_kinds import ModelState, UnbatchableState,
 # Of the memory limit, what float32 weights may take when nobody asked for them.
 FLOAT32_SHARE = 0.5
 DEFAULT_CONTEXT_TOKENS = 32768
+DEFAULT_HEADS = 64
 
 Progress = Callable[[str, float], None]
 
@@ -47,6 +48,7 @@ class LoadedModel:
     weights: str
     weights_bytes: int
     memory_limit_bytes: int
+    num_heads: int
 
 
 def load(order: LoadModel, backend: Backend, progress: Progress) -> LoadedModel:
@@ -75,6 +77,7 @@ def load(order: LoadModel, backend: Backend, progress: Progress) -> LoadedModel:
         weights=weights,
         weights_bytes=weights_bytes,
         memory_limit_bytes=memory_limit_bytes,
+        num_heads=model_config.num_heads(config) or DEFAULT_HEADS,
     )
 
 

@@ -15,8 +15,10 @@ import mlx.core as mx
 
 from mlx_lm_server.core.cost_model import StepCosts
 from mlx_lm_server.core.measured import Measured
+from mlx_lm_server.core.memory_ledger import ForwardBytes
 from mlx_lm_server.core.plan import CreateSlab, StepPlan
 from mlx_lm_server.core.submitting import Submitting
+from mlx_lm_server.runner.loading.attention_memory import bytes_per_pair, bytes_per_read_token
 from mlx_lm_server.runner.loading.both_ways import BothWays
 from mlx_lm_server.runner.loading.copy_speed import copy_bytes_per_s
 from mlx_lm_server.runner.loading.tiny_plans import (
@@ -54,11 +56,13 @@ class Measurer:
         forward: Forward,
         storage: KVStorage,
         limit_s: float,
+        num_heads: int,
         both_ways: BothWays | None = None,
     ) -> None:
         self._forward = forward
         self._storage = storage
         self._limit_s = limit_s
+        self._num_heads = num_heads
         self._both_ways = both_ways
         self._begun_s = time.perf_counter()
         self._is_steady = True
@@ -75,7 +79,17 @@ class Measurer:
         token_bytes = self._storage.geometry.full_bytes_per_token
         costs = replace(costs, per_copied_token_s=token_bytes / (FRESH_SHARE * copied))
         submitting = self._submitting(costs.base_s)
-        return Measured(threads, costs, activation_bytes, copied, submitting, self._is_steady)
+        forward_bytes = self._forward_bytes(activation_bytes)
+        return Measured(threads, costs, forward_bytes, copied, submitting, self._is_steady)
+
+    def _forward_bytes(self, per_token: int) -> ForwardBytes:
+        layers = self._storage.layers
+        if not layers:
+            return ForwardBytes(per_token)
+        kernel = self._storage.backend.kernel(layers[0].dtype)
+        per_pair = bytes_per_pair(kernel, layers, self._num_heads)
+        per_read_token = bytes_per_read_token(layers)
+        return ForwardBytes(per_token, per_pair, per_read_token, not kernel.multiplies_codes)
 
     def _has_time(self, share: float = 1.0) -> bool:
         return time.perf_counter() - self._begun_s < share * self._limit_s

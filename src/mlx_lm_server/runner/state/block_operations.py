@@ -27,7 +27,6 @@ class BlockOperations:
         self._pool = pool
         self._groups = groups
         self._size = pool.block_size
-        self._max_bytes = storage.backend.policy.max_copied_bytes
 
     # ---- from a row to the pool
 
@@ -112,7 +111,9 @@ class BlockOperations:
         tensors: list[Tensor] = []
         for _, run in groupby(spans, key=lambda span: span.num_tokens):
             alike = list(run)
-            at_once = max(1, self._max_bytes // max(1, token_bytes * alike[0].num_tokens))
+            at_once = max(
+                1, self._storage.max_copied_bytes // max(1, token_bytes * alike[0].num_tokens)
+            )
             for first in range(0, len(alike), at_once):
                 tensors += _gathered(planes, alike[first : first + at_once])
         return tensors

@@ -151,7 +151,7 @@ class KVStorage:
         self.slabs: dict[int, Slab] = {}
         self.backend = backend
         self.is_in_host_memory = backend.policy.is_in_host_memory
-        self._max_copied_bytes = backend.policy.max_copied_bytes
+        self.max_copied_bytes = backend.policy.max_copied_bytes
         self.copies = PlaneCopies(backend.copy_heads)
         # Whether places that no token was written to may be multiplied by zero.
         self.needs_zeros = True
@@ -265,7 +265,7 @@ class KVStorage:
         if not layers:
             return
         largest = max(self.layers[layer].bytes_per_token for layer in layers) * num_tokens
-        at_once = max(1, self._max_copied_bytes // max(1, largest))
+        at_once = max(1, self.max_copied_bytes // max(1, largest))
         for first in range(0, len(layers), at_once):
             yield layers[first : first + at_once]
 

@@ -43,6 +43,10 @@ class CpuKernel:
         self._products = code_products.choose_products()
         self.reads_in_place = span_attention.is_there() and _are_spans_right(self)
 
+    @property
+    def multiplies_codes(self) -> bool:
+        return isinstance(self._products, code_products.NativeCodeProducts)
+
     def is_in_place(self, layers: Sequence[LayerShape]) -> bool:
         return self.reads_in_place and all(layer.is_plain_float32 for layer in layers)
 
