@@ -1,6 +1,6 @@
 """What a GPU would be sent in a step, counted on any machine: ours beside mlx-lm's BatchGenerator.
 
-    python -m benchmarks shape [counts decode mixed sampling] [--quick]
+    python -m benchmarks shape [counts decode mixed sampling slabs] [--quick]
 
 The engine goes the way of each device, and one counter counts both sides: nodes of the graphs that
 are submitted, kernels (nodes that are no views), submissions, bytes of K and V that attention is
@@ -25,6 +25,7 @@ from benchmarks.shape_child import Load, Shape, Task
 from benchmarks.shape_counts import THEIRS
 from benchmarks.shape_models import LAYERS
 from benchmarks.shape_runs import measured, title_of
+from benchmarks.shape_slabs import slabs
 
 OURS = ("metal-16", "metal-8", "cuda-16", "cuda-8", "plain-16", "plain-8")
 DECODES = [Load(1), Load(8), Load(8, is_ragged=True), Load(32), Load(32, is_ragged=True)]
@@ -183,7 +184,13 @@ def _print_difference(name: str, ours: Layer, theirs: Layer) -> None:
     console.print(f"  {name:9} a layer beside {THEIRS}: {told or 'the same'}", soft_wrap=True)
 
 
-PARTS = {"counts": counts, "decode": decode, "mixed": mixed, "sampling": sampling}
+PARTS = {
+    "counts": counts,
+    "decode": decode,
+    "mixed": mixed,
+    "sampling": sampling,
+    "slabs": slabs,
+}
 
 
 if __name__ == "__main__":

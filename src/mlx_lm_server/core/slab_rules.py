@@ -7,20 +7,23 @@ from dataclasses import dataclass
 
 SMALL_CAPACITIES = (64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 STEPS_PER_OCTAVE = 16
+SMALL_STEP = 32
 DEFAULT_MAX_SLAB_BYTES = 64 * 1024 * 1024
 # A slot may be so much larger than what its row asked for.
 MAX_SHARED_CAPACITY_RATIO = 1.5
 # Where slabs are counted, all slots together may.
-MAX_HELD_RATIO = 1.25
+MAX_HELD_RATIO = 1.2
 
 
 @dataclass(frozen=True, slots=True)
 class SlabRules:
-    """- `max_slab_bytes` is what one slab of several rows may hold, `max_resized_bytes` one that is
+    """A value that the scheduler's layout is made with.
+
+    - `max_slab_bytes` is what one slab of several rows may hold, `max_resized_bytes` one that is
       made larger by a copy (None: any).
     - `keeps_holes`: attention passes over slots without a row, so that rows stay where they are.
-    - `capacity_step`: capacities are multiples of it; None for few classes, whose slots rows of
-      different length share.
+    - `capacity_step`: capacities beyond it are multiples of it, others of `SMALL_STEP`; None for
+      few classes, whose slots rows of different length share.
     - `max_slabs`: rows are brought together where there would be more slabs, each of which is one
       attention call a layer; and slots are not larger, nor are there more to spare, than
       `MAX_HELD_RATIO` allows. None where neither matters.
@@ -42,7 +45,8 @@ class SlabRules:
         if self.capacity_step is None and num_tokens <= SMALL_CAPACITIES[-1]:
             return SMALL_CAPACITIES[bisect_left(SMALL_CAPACITIES, num_tokens)]
         octave = 1 << max(0, (num_tokens - 1).bit_length() - 1)
-        step = max(self.capacity_step or 1, octave // STEPS_PER_OCTAVE)
+        is_small = num_tokens <= (self.capacity_step or 0)
+        step = SMALL_STEP if is_small else max(self.capacity_step or 1, octave // STEPS_PER_OCTAVE)
         return -(-num_tokens // step) * step
 
     def max_slots(self, num_slots: int, slot_bytes: int) -> int:

@@ -41,7 +41,7 @@ class Policy:
     - `max_resized_bytes`: slabs up to so much are made larger by a copy; None for all.
     - `max_slabs`: in how many slabs rows lie, each of which is one attention call a layer; None
       where a call costs nothing, or copying rows into fewer slabs would cost more.
-    - `capacity_step`: slots have a multiple of so many places; None for few classes of them.
+    - `capacity_step`: slots with more places have a multiple of so many; None for few classes.
     - `lookahead_share`: of what it has, a row gets so much room for its answer. Less holds less
       memory, and copies more often.
     - `length_step`: K and V that decoding rows read are rounded up to so many tokens, so that the

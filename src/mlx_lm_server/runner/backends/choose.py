@@ -21,7 +21,8 @@ CPU_WAYS: tuple[Way, ...] = ("x86", "plain")
 MAX_RESIZED_BYTES = 64 * 1024 * 1024
 # Attention calls a layer for all rows that decode.
 MAX_SLABS = 6
-# MLX's decode attention goes to cuDNN only where the whole slab has a multiple of 256 places.
+# MLX's decode attention goes to cuDNN only over 256 keys or more, and where the whole slab has a
+# multiple of 256 places.
 CAPACITY_STEPS = {"metal": 32, "cuda": 256}
 
 
