@@ -131,10 +131,11 @@ def test_blocks_of_the_pool_are_offloaded_as_they_were() -> None:
     cache.check(*wanted)
 
 
-def test_an_offload_lets_the_slab_be_written_in_place() -> None:
+@pytest.mark.parametrize("number", [0, 5], ids=["the first of its slot", "another"])
+def test_an_offloaded_block_takes_little_and_lets_the_slab_be_written_in_place(number: int) -> None:
     cache = Cache(capacity=4096, dim=64)
     held = cache.storage.nbytes
-    cache.blocks.save(OffloadTokens(0, (1,), (5,), (label(0),)))
+    cache.blocks.save(OffloadTokens(0, (1,), (number,), (label(0),)))
     move_another_row_there(cache)
     cache.overwrite()
     mx.reset_peak_memory()

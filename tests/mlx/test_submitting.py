@@ -203,25 +203,36 @@ class FakeHandle:
 
 
 class FakeSteps:
-    """Takes so many seconds for a late step, and for an early one and its copies."""
+    """Takes so many seconds for a late step, and for an early one and its copies, and so many more
+    for each place that a row might have."""
 
-    def __init__(self, storage: KVStorage, late_s: float, early_s: float, copy_s: float) -> None:
+    def __init__(
+        self,
+        storage: KVStorage,
+        late_s: float,
+        early_s: float,
+        copy_s: float,
+        per_place_s: float = 0.0,
+    ) -> None:
         self.early = EarlySteps(17, 17)
         self._storage = storage
         self._late_s, self._early_s, self._copy_s = late_s, early_s, copy_s
-        self.num_decodes = 0
+        self._per_place_s = per_place_s
+        self.capacities: list[int] = []
 
     def submit(self, plan: StepPlan) -> FakeHandle:
         if plan.decodes:
-            self.num_decodes += 1
             [slab] = {work.slab_id for work in plan.decodes}
-            is_large = self._storage.slabs[slab].capacity > SMALL_CAPACITY
-            early_s = self._early_s + (self._copy_s if is_large else 0.0)
-            time.sleep(early_s if self.early is ALWAYS else self._late_s)
+            capacity = self._storage.slabs[slab].capacity
+            self.capacities.append(capacity)
+            early_s = self._early_s + (self._copy_s if capacity > SMALL_CAPACITY else 0.0)
+            step_s = early_s if self.early is ALWAYS else self._late_s
+            time.sleep(step_s + self._per_place_s * capacity)
         return FakeHandle()
 
 
 LAYERS = [LayerShape(2, 64, 64)]
+LOOKS = 2  # steps over each slab before one is chosen
 
 
 @pytest.mark.parametrize(
@@ -233,7 +244,7 @@ def test_the_quicker_way_is_chosen_by_what_slabs_hold(
 ) -> None:
     storage = KVStorage(LAYERS, BACKEND)
     steps = FakeSteps(storage, late_s, early_s, copy_s)
-    measured = BothWays(steps, storage, 4, 64 << 20).measured(lambda: True)
+    measured = BothWays(steps, storage, 4, 64 << 20).measured(lambda: True, 60.0)
     assert measured is not None
     assert steps.early == EarlySteps(17, 17), "as it was"
     assert storage.slabs == {}
@@ -243,10 +254,34 @@ def test_the_quicker_way_is_chosen_by_what_slabs_hold(
 
 def test_without_time_each_way_is_tried_once_and_without_room_never() -> None:
     storage = KVStorage(LAYERS, BACKEND)
-    num_decodes = []
+    in_trials = []
     for has_time in (False, True):
         steps = FakeSteps(storage, 0.0, 0.0, 0.0)
-        assert BothWays(steps, storage, 4, 64 << 20).measured(lambda has=has_time: has)
-        num_decodes.append(steps.num_decodes)
-    assert num_decodes[1] == 3 * num_decodes[0] > 0
-    assert BothWays(FakeSteps(storage, 0.0, 0.0, 0.0), storage, 4, 4096).measured(bool) is None
+        assert BothWays(steps, storage, 4, 64 << 20).measured(lambda has=has_time: has, 60.0)
+        largest = max(steps.capacities)
+        in_trials.append(steps.capacities.count(largest) - LOOKS)
+    assert in_trials[1] == 3 * in_trials[0] > 0
+    none = BothWays(FakeSteps(storage, 0.0, 0.0, 0.0), storage, 4, 4096).measured(bool, 60.0)
+    assert none is None
+
+
+def test_the_large_slab_is_no_larger_than_there_is_time_for() -> None:
+    """A step may take 20 ms; over 1024 places it takes 10, over 4096 it would take 40."""
+    storage = KVStorage(LAYERS, BACKEND)
+    steps = FakeSteps(storage, 0.0, 0.0, 0.0, per_place_s=1e-5)
+    both_ways = BothWays(steps, storage, 4, 64 << 20)
+    measured = both_ways.measured(lambda: False, both_ways.least_s(0.02))
+    assert measured is not None
+    assert measured.large.slab_bytes == 4 * measured.small.slab_bytes
+    assert max(steps.capacities) == 4 * SMALL_CAPACITY
+    assert storage.slabs == {}
+
+
+def test_a_device_that_is_slow_over_any_large_slab_is_given_late_steps() -> None:
+    storage = KVStorage(LAYERS, BACKEND)
+    steps = FakeSteps(storage, 0.0, 0.0, 0.0, per_place_s=4e-5)
+    both_ways = BothWays(steps, storage, 4, 64 << 20)
+    assert both_ways.measured(lambda: True, both_ways.least_s(0.02)) is None
+    assert len(steps.capacities) == 2 * LOOKS, "the small one and one that is larger"
+    assert storage.slabs == {}
+    assert steps.early == EarlySteps(17, 17), "as it was"

@@ -101,9 +101,9 @@ def test_a_row_that_fits_in_no_case_is_seen_before_anything_is_measured(
     formats: list[str] = []
     measurer = ModelRunner.measurer
 
-    def watched(runner: ModelRunner, limit_s: float) -> Measurer:
+    def watched(runner: ModelRunner, limit_s: float, *, tries_early: bool = False) -> Measurer:
         formats.append(runner.kv_format)
-        return measurer(runner, limit_s)
+        return measurer(runner, limit_s, tries_early=tries_early)
 
     monkeypatch.setattr(ModelRunner, "measurer", watched)
     folder = write_model("qwen3", tmp_path, has_wide_heads=True)

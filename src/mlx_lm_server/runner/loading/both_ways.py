@@ -1,10 +1,15 @@
-"""Times steps that are submitted late and early, over a small slab and a large one."""
+"""Times steps that are submitted late and early, over a small slab and a large one.
+
+How large the large one is, memory bounds and time: attention over much takes some devices seconds a
+step. So it is found by making slabs larger, for as long as a step over the next one is expected to
+leave time for all steps that are timed.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,6 +35,8 @@ SMALL_CAPACITY = 256
 # Large enough that a copy takes longer than two steps differ by, on any device.
 MOST_SLAB_BYTES = 256 << 20
 MOST_CAPACITY = 1 << 17
+# How much larger the next slab is that is looked at.
+GROWTH = 4
 
 
 class Handle(Protocol):
@@ -54,46 +61,85 @@ class BothWays:
     """Used once, while the model is loaded."""
 
     def __init__(self, steps: Steps, storage: KVStorage, max_rows: int, room_bytes: int) -> None:
-        """`room_bytes` is what the large slab may take at most, with what is made in copying."""
+        """`room_bytes` is what the slabs may take at most, with what is made in copying."""
         self._steps = steps
         self._storage = storage
         self._num_rows = min(NUM_ROWS, max_rows)
         self._position = 0
         bound = min(MOST_SLAB_BYTES, room_bytes // 3) // self._num_rows
-        found = (
+        self._most_capacity = (
             storage.geometry.tokens_in(bound, MOST_CAPACITY) if storage.layers else MOST_CAPACITY
         )
-        self._capacities = {SMALL_SLAB: SMALL_CAPACITY, LARGE_SLAB: found}
 
     @staticmethod
     def least_s(step_s: float) -> float:
         """Returns what measuring takes at least where a step takes `step_s`."""
         return 4 * (WARM_STEPS + TIMED_STEPS + 1) * step_s
 
-    def measured(self, has_time: Callable[[], bool]) -> Submitting | None:
-        """Returns the fastest of some rounds each, of one where time is up; None where there is no
-        room to try."""
-        if self._capacities[LARGE_SLAB] <= SMALL_CAPACITY:
+    def measured(self, has_time: Callable[[], bool], limit_s: float) -> Submitting | None:
+        """Returns the fastest of some rounds each, of one where `has_time` says that it is up; None
+        where there is no room to try, or a step over any large slab would take so long that all of
+        them took over `limit_s`."""
+        if self._most_capacity <= SMALL_CAPACITY:
             return None
-        slabs = [CreateSlab(slab, self._num_rows, c) for slab, c in self._capacities.items()]
-        with scratch(self._storage, *slabs), _kept(self._steps):
-            trials = {slab: self._trial(slab) for slab in self._capacities}
-            for _ in range(ROUNDS - 1):
-                if not has_time():
-                    break
-                trials = {slab: _with(old, self._trial(slab)) for slab, old in trials.items()}
-            self._leave()
+        with _kept(self._steps):
+            capacity = self._affordable_capacity(limit_s)
+            if capacity is None:
+                return None
+            capacities = {SMALL_SLAB: SMALL_CAPACITY, LARGE_SLAB: capacity}
+            with self._slabs(capacities):
+                trials = {slab: self._trial(slab, c) for slab, c in capacities.items()}
+                for _ in range(ROUNDS - 1):
+                    if not has_time():
+                        break
+                    trials = {
+                        slab: _with(old, self._trial(slab, capacities[slab]))
+                        for slab, old in trials.items()
+                    }
+                self._leave()
         return Submitting(trials[SMALL_SLAB], trials[LARGE_SLAB])
 
-    def _trial(self, slab: int) -> Trial:
-        self._join(slab)
+    def _slabs(self, capacities: Mapping[int, int]) -> AbstractContextManager[None]:
+        slabs = [CreateSlab(slab, self._num_rows, c) for slab, c in capacities.items()]
+        return scratch(self._storage, *slabs)
+
+    def _affordable_capacity(self, limit_s: float) -> int | None:
+        """Returns the largest capacity with which there is time for all steps; None where there is
+        for no more than the small one's. What a step takes beyond one over the small slab grows
+        with the capacity."""
+        small_s = self._step_s(SMALL_CAPACITY)
+        best, beyond_s = SMALL_CAPACITY, 0.0
+        while best < self._most_capacity:
+            capacity = min(GROWTH * best, self._most_capacity)
+            if self.least_s(small_s + beyond_s * capacity / best) > limit_s:
+                break
+            step_s = self._step_s(capacity)
+            if self.least_s(step_s) > limit_s:
+                break
+            best, beyond_s = capacity, max(0.0, step_s - small_s)
+        return best if best > SMALL_CAPACITY else None
+
+    def _step_s(self, capacity: int) -> float:
+        """Returns the seconds of one late step, after another of its form."""
+        with self._slabs({LARGE_SLAB: capacity}):
+            self._join(LARGE_SLAB, capacity)
+            self._steps.early = NEVER
+            _collect(self._steps.submit(self._decodes(LARGE_SLAB)))
+            begun_s = time.perf_counter()
+            _collect(self._steps.submit(self._decodes(LARGE_SLAB)))
+            step_s = time.perf_counter() - begun_s
+            self._leave()
+        return step_s
+
+    def _trial(self, slab: int, capacity: int) -> Trial:
+        self._join(slab, capacity)
         late, early = (self._run(slab, which) for which in (NEVER, ALWAYS))
         slab_bytes = self._storage.slab_bytes([slab])
         return Trial(slab_bytes, late.step_s, early.step_s, late.peak_bytes, early.peak_bytes)
 
-    def _join(self, slab: int) -> None:
+    def _join(self, slab: int, capacity: int) -> None:
         self._leave()
-        self._position = self._capacities[slab] // 2  # nobody reads what attention makes of it
+        self._position = capacity // 2  # nobody reads what attention makes of it
         rows = range(self._num_rows)
         prompts = [tuple(token_of(row, at) for at in range(PROMPT_TOKENS)) for row in rows]
         sampling = SamplingParams(max_tokens=1, seed=0, temperature=0.0)

@@ -145,7 +145,7 @@ class Measurer:
         time to try, nor would a device's waiting be much of it."""
         if self._both_ways is None or self._both_ways.least_s(step_s) > self._limit_s:
             return None
-        return self._both_ways.measured(self._has_time)
+        return self._both_ways.measured(self._has_time, self._limit_s)
 
     def _best_s(self, plan: StepPlan, *, is_checked: bool = False) -> float:
         """Returns the seconds of the faster of two runs, or of one where time is up, unless it is

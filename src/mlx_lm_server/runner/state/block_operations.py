@@ -151,9 +151,10 @@ def _gathered(planes: Planes, spans: Sequence[Span]) -> list[Tensor]:
 
 
 def _spans_of(plane: mx.array, spans: Sequence[Span]) -> mx.array:
-    """`[spans, kv_heads, num_tokens, width]`: a gather of whole slots, slices of others."""
+    """`[spans, kv_heads, num_tokens, width]`: a gather of slots that are not much more than what is
+    taken, slices of others, since a gather copies whole slots."""
     num_tokens = spans[0].num_tokens
-    if all(span.start == 0 for span in spans):
+    if plane.shape[2] < 2 * num_tokens and all(span.start == 0 for span in spans):
         return plane[mx.array([span.slot for span in spans], mx.int32), :, :num_tokens]
     return mx.stack([plane[s.slot, :, s.start : s.start + num_tokens] for s in spans])
 
