@@ -46,7 +46,7 @@ def slabs(effort: Effort) -> Findings:
             Claim(
                 f"… held over live, at most of {num_draws}", max(x.held for x in each), None, 1.5
             ),
-            Claim("… tokens copied for each", max(x.copied for x in each), at_most=6),
+            Claim("… tokens copied for each", max(x.copied for x in each), at_most=7),
         ]
     for length in (100, 500):
         claims.append(Claim(f"32 rows of {length}: held", lying([length] * 32, 32).held, None, 4))

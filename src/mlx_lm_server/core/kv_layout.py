@@ -11,8 +11,8 @@ row leaves and another takes costs no copy. What `settle` keeps true:
   next slab of its class is made twice as large, up to `max_slab_bytes`;
 - a slab halves its slots at a quarter's use, unless memory is ample, and goes when it is empty;
 - a slab that is made for a row that grows has slots for its neighbours too, who will follow;
-- where the number of slabs is bounded, rows of like length are brought together whenever there
-  would be more, and rows near the end of their slots grow with the first of them that has to;
+- where the number of slabs is bounded, rows of like length are brought together when one more
+  would be made, and rows near the end of their slots grow with the first of them that has to;
 - `used_bytes` and `cached_bytes` are never over `limit_bytes` together. What an operation needs
   while it runs is not counted: the runner works layer by layer, so it is at most one layer of the
   slabs that change.
@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from mlx_lm_server.core.kv_geometry import MAX_ROW_TOKENS, KVGeometry
-from mlx_lm_server.core.like_lengths import together
+from mlx_lm_server.core.like_lengths import Bounds, together
 from mlx_lm_server.core.plan import KVOp, MoveRow
 from mlx_lm_server.core.slab_rules import MAX_HELD_RATIO, SlabRules
 from mlx_lm_server.core.slabs import Location, Slab, enlarge, reduce
@@ -34,6 +34,8 @@ SLOTS_SHARE, AMPLE_SHARE = 1 / 8, 1 / 4
 # Where the number of slabs is bounded, a row with less than such a share of its slot left grows
 # with its neighbour.
 NEAR_END_SHARE = 1 / 16
+# … and such a part of the memory may go to slots that are larger than what rows asked for.
+LITTLE_PART = 128
 DEFAULT_RULES = SlabRules()
 
 
@@ -78,12 +80,23 @@ class KVLayout:
     @property
     def spare_bytes(self) -> int:
         """What neither rows nor slots nor the prefix cache have taken."""
-        return self.limit_bytes - self.cached_bytes - max(self.used_bytes, self._needed_bytes)
+        return self.limit_bytes - self.cached_bytes - self._taken_bytes
+
+    @property
+    def _taken_bytes(self) -> int:
+        return max(self.used_bytes, self._comfortable_bytes(self._needed_bytes))
+
+    def _comfortable_bytes(self, needed_bytes: int) -> int:
+        """What rows that need so much hold in few slabs: some more, and a little in any case."""
+        if not self._is_parted:
+            return needed_bytes
+        little = self.limit_bytes // LITTLE_PART if needed_bytes else 0
+        return max(int(MAX_HELD_RATIO * needed_bytes), needed_bytes + little)
 
     @property
     def spare_bytes_to_cache(self) -> int:
         """Of them, what the prefix cache may take: rows find some memory without an eviction."""
-        in_slots = max(self.used_bytes, self._needed_bytes)
+        in_slots = self._taken_bytes
         kept_for_slots = max(0, int(SLOTS_SHARE * self.limit_bytes) - in_slots)
         return self.spare_bytes - kept_for_slots
 
@@ -135,8 +148,9 @@ class KVLayout:
 
     # ---- ask, then do
 
-    def can_place(self, num_tokens: int) -> bool:
-        return self._fits(self._row_bytes(self._capacity_for(num_tokens)))
+    def can_place(self, num_tokens: int, *, tightly: bool = False) -> bool:
+        """Whether a row fits beside what is cached; with `tightly` in whatever slabs."""
+        return self._fits(self._row_bytes(self._capacity_for(num_tokens)), tightly=tightly)
 
     def could_place(self, num_tokens: int) -> bool:
         """If the prefix cache gave back all it has."""
@@ -157,8 +171,9 @@ class KVLayout:
         wanted = self._capacity_for(num_tokens)
         return wanted <= self.capacity(row) <= wanted * self._rules.max_shared_ratio
 
-    def can_grow(self, row: int, num_tokens: int) -> bool:
-        return self._fits(self._more_bytes(row, num_tokens))
+    def can_grow(self, row: int, num_tokens: int, *, tightly: bool = False) -> bool:
+        """Whether the row may hold more beside what is cached; with `tightly` in whatever slabs."""
+        return self._fits(self._more_bytes(row, num_tokens), tightly=tightly)
 
     def could_grow(self, row: int, num_tokens: int) -> bool:
         """If the prefix cache gave back all it has."""
@@ -244,8 +259,11 @@ class KVLayout:
         )
         return slots + self.num_rows * self.geometry.bytes_per_row
 
-    def _fits(self, more_bytes: int) -> bool:
-        return self._needed_bytes + more_bytes <= self.limit_bytes - self.cached_bytes
+    def _fits(self, more_bytes: int, *, tightly: bool = True) -> bool:
+        needed_bytes = self._needed_bytes + more_bytes
+        if not tightly:
+            needed_bytes = self._comfortable_bytes(needed_bytes)
+        return needed_bytes <= self.limit_bytes - self.cached_bytes
 
     def _could_fit(self, more_bytes: int) -> bool:
         return self._needed_bytes + more_bytes <= self.limit_bytes
@@ -269,20 +287,23 @@ class KVLayout:
         return self._new_slab(capacity)
 
     def _bring_together(self) -> None:
-        """Puts rows of like length into one slab each where there are too many slabs, or their
-        slots are more than fits. Only slabs that are new, or keep all their rows, get rows: what is
-        overwritten was read before."""
+        """Puts rows of like length into one slab each where one is to be made, or slots are more
+        than fits. Only slabs that are new, or keep all their rows, get rows: what is overwritten
+        was read before."""
         max_slabs = self._rules.max_slabs
-        held = {slab.slab_id: len(slab.rows) for slab in self._slabs.values()}
-        if max_slabs is None:
+        held = [slab for slab in self._slabs.values() if slab.rows]
+        if max_slabs is None or not held:
             return
         most = self.limit_bytes - self.cached_bytes
-        is_over = self._bytes_of(held) > most
-        if not is_over and len(held) - list(held.values()).count(0) <= max_slabs:
+        sizes = {slab.slab_id: len(slab.rows) for slab in self._slabs.values()}
+        is_over = self._bytes_of(sizes) > most
+        if not is_over and all(slab.num_slots for slab in held):
             return
-        most -= self.num_rows * self.geometry.bytes_per_row
-        groups = together(self._wanted, self.geometry.slot_bytes, max_slabs, most)
-        if len(groups) > max_slabs and not is_over:
+        in_states = self.num_rows * self.geometry.bytes_per_row
+        comfortable = min(most, self._comfortable_bytes(self._needed_bytes)) - in_states
+        bounds = Bounds(max_slabs, comfortable, most - in_states)
+        groups = together(self._wanted, self.geometry.slot_bytes, bounds)
+        if len(groups) >= len(held) and not is_over:
             return
         targets = [self._slab_within(capacity, set(rows)) for capacity, rows in groups]
         for (capacity, rows), target in zip(groups, targets, strict=True):
@@ -331,8 +352,8 @@ class KVLayout:
         """Slots per slab: with room to spare where the limit allows it."""
         sizes = {slab.slab_id: self._comfortable_size(slab) for slab in self._slabs.values()}
         if self._is_parted:
-            needed = sum(map(self._row_bytes, self._wanted.values()))
-            self._cut_spare(sizes, int(MAX_HELD_RATIO * needed), keeps_slots=True)
+            most = self._comfortable_bytes(self._needed_bytes)
+            self._cut_spare(sizes, most, keeps_slots=True)
         excess = self._cut_spare(sizes, self.limit_bytes - self.cached_bytes, keeps_slots=False)
         assert excess <= 0, "the rows alone are over the limit"
         return sizes

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from itertools import groupby
 from typing import NamedTuple
 
-from mlx_lm_server.core.slab_rules import MAX_HELD_RATIO
-
 
 class Together(NamedTuple):
     """Rows that share a slab of this capacity."""
@@ -16,15 +14,20 @@ class Together(NamedTuple):
     rows: tuple[int, ...]
 
 
+class Bounds(NamedTuple):
+    """As few groups as hold `comfortable_bytes`, at most `max_groups`; and more only where those
+    would hold over `max_bytes`."""
+
+    max_groups: int
+    comfortable_bytes: int
+    max_bytes: int
+
+
 def together(
-    wanted: Mapping[int, int],
-    bytes_of: Callable[[int], int],
-    max_groups: int,
-    max_bytes: int,
+    wanted: Mapping[int, int], bytes_of: Callable[[int], int], bounds: Bounds
 ) -> list[Together]:
-    """Returns groups of rows, of which `wanted` says what capacity each needs and `bytes_of` what
-    a slot of some capacity takes: as few as hold `MAX_HELD_RATIO` times what is needed, at most
-    `max_groups`, and more only where they would hold over `max_bytes`.
+    """Returns groups of rows within bounds. `wanted` says what capacity each row needs, `bytes_of`
+    what a slot of some capacity takes.
 
     Sorted by length, groups are stretches; the best cut into k of them follows from the best ones
     into k - 1 (dynamic programming).
@@ -35,12 +38,11 @@ def together(
     counts = [0]
     for _, rows in alike:
         counts.append(counts[-1] + len(rows))
-    needed = sum(size * len(rows) for size, (_, rows) in zip(slot_bytes, alike, strict=True))
-    comfortable = min(max_bytes, MAX_HELD_RATIO * needed)
     held = [0.0] + [float("inf")] * len(alike)  # of the first lengths, in the best cut
     cuts: list[list[int]] = []
-    while held[-1] > (comfortable if len(cuts) < max_groups else max_bytes):
-        if len(cuts) == len(alike):
+    while len(cuts) < len(alike):
+        is_bounded = len(cuts) >= bounds.max_groups
+        if held[-1] <= (bounds.max_bytes if is_bounded else bounds.comfortable_bytes):
             break
         starts, best = [0], [0.0]
         for end in range(1, len(held)):

@@ -4,11 +4,17 @@ where memory is short, at the cost of what the prefix cache keeps."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
 
 from mlx_lm_server.core.hit import Hit
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.prefix_cache import PrefixCache
 from mlx_lm_server.core.request import Request
+
+
+class Fits(Protocol):
+    def __call__(self, *, tightly: bool) -> bool: ...
 
 
 class RowRoom:
@@ -31,7 +37,7 @@ class RowRoom:
     def find_place(self, num_tokens: int, hit: Hit | None) -> bool:
         """Whether a row fits, with what it is to go on from still in the cache."""
         pinned = self._cache.pin(hit)
-        has_place = self._find(lambda: self._layout.can_place(num_tokens), could_fit=True)
+        has_place = self._find(partial(self._layout.can_place, num_tokens), could_fit=True)
         if not has_place:
             self._cache.unpin(pinned)
         return has_place
@@ -39,7 +45,8 @@ class RowRoom:
     def has_next(self, request: Request) -> bool:
         """Whether one more token of its row has a place at nobody's cost."""
         row, needed = request.held_row, request.num_computed_tokens + 1
-        return needed <= self._layout.capacity(row) or self._layout.can_grow(row, needed)
+        is_there = needed <= self._layout.capacity(row)
+        return is_there or self._layout.can_grow(row, needed, tightly=True)
 
     def spare_tokens(self, request: Request) -> int:
         """Returns for how many tokens beyond the next one its row has places."""
@@ -52,7 +59,7 @@ class RowRoom:
         if needed <= self._layout.capacity(row):
             return True
         could_fit = self._layout.could_grow(row, needed)
-        has_place = self._find(lambda: self._layout.can_grow(row, needed), could_fit)
+        has_place = self._find(partial(self._layout.can_grow, row, needed), could_fit)
         if has_place:
             self._grow(request, needed)
         return has_place
@@ -80,9 +87,10 @@ class RowRoom:
     def _tokens_ahead(self, request: Request, num_tokens: int) -> int:
         return max(0, min(request.num_tokens_to_plan - 1, self._lookahead(num_tokens)))
 
-    def _find(self, fits: Callable[[], bool], could_fit: bool) -> bool:
-        """Whether memory is there, if need be at the cost of what is cached."""
-        while not fits():
+    def _find(self, fits: Fits, could_fit: bool) -> bool:
+        """Whether memory is there, if need be at the cost of what is cached; tightly where that
+        gives no more."""
+        while not fits(tightly=False):
             if not (could_fit and self._cache.give_back()):
-                return False
+                return fits(tightly=True)
         return True

@@ -138,7 +138,7 @@ class Sizes:
                 max_resized_bytes=self._policy.max_resized_bytes,
                 keeps_holes=self._runner.passes_over_holes,
                 capacity_step=self._policy.capacity_step,
-                max_slabs=self._policy.max_slabs,
+                max_slabs=None if self._runner.passes_over_holes else self._policy.max_slabs,
             ),
             max_rows=self._order.max_batch_size,
             max_tokens=self.ledger.kv_limit_tokens,

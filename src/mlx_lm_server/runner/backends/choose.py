@@ -52,7 +52,7 @@ def policy_of(way: Way, device: str) -> Policy:
         tight_kv_bits=16 if is_cpu else 8,
         submits_slowly=is_cpu,
         max_resized_bytes=MAX_RESIZED_BYTES if is_cpu else None,
-        max_slabs=None if is_cpu else MAX_SLABS,
+        max_slabs=MAX_SLABS,
         capacity_step=None if is_cpu else CAPACITY_STEPS[way],
         lookahead_share=1.0 if is_cpu else 1 / 8,
         length_step=32 if is_cpu else 1,
