@@ -31,7 +31,8 @@ MOVED_PART = 32
 # the memory in all rows.
 MIN_LOOKAHEAD, MAX_LOOKAHEAD = 256, 1024
 MAX_LOOKAHEAD_SHARE = 0.25
-# Logits and the sampler's arrays of the same size, in float32, per row that samples.
+# Logits and the sampler's arrays of the same size, in float32, per row that samples
+# (tests/mlx/test_sampler_kernels.py).
 SAMPLER_ARRAYS = 8
 # Scores of chunks, where attention computes such, may take a share of what weights leave, or as
 # much as full steps over short contexts do.

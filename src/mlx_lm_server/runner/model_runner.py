@@ -37,7 +37,8 @@ from mlx_lm_server.runner.loading.both_ways import BothWays
 from mlx_lm_server.runner.loading.loader import LoadedModel
 from mlx_lm_server.runner.loading.measuring import Measurer
 from mlx_lm_server.runner.sampling.logprobs import Piece, PromptScores, RowScores
-from mlx_lm_server.runner.sampling.sampler import Draw, RowSampling, Sampler, start_row
+from mlx_lm_server.runner.sampling.row_sampling import RowSampling, start_row
+from mlx_lm_server.runner.sampling.sampler import Draw, Sampler
 from mlx_lm_server.runner.seam.forwards import SplitForward
 from mlx_lm_server.runner.state import kv_quantisation
 from mlx_lm_server.runner.state.block_store import BlockStore
@@ -196,6 +197,11 @@ class ModelRunner:
         return forward.states.nbytes if isinstance(forward, SplitForward) else 0
 
     @property
+    def sampler_held_bytes(self) -> int:
+        """Of what draws are to know of rows' tokens."""
+        return self._sampler.held_bytes
+
+    @property
     def num_layers(self) -> int:
         """How many layers keep K and V in slabs."""
         return len(self._storage.layers)
@@ -246,7 +252,8 @@ class ModelRunner:
         for save in plan.saves:
             self._blocks.save(save)
         for row in plan.left_rows:
-            self._sampling.pop(row, None)
+            if (ended := self._sampling.pop(row, None)) is not None:
+                self._sampler.let_go(ended)
             self._sums.pop(row, None)
         self._forward_of.forget(plan.left_rows)
         for joined in plan.joined_rows:

@@ -1,7 +1,7 @@
 """The draw of a whole batch in C, for CPUs: `native/draw` on the buffers of evaluated arrays.
 
 `sampling/race.py` says the same with arrays, for GPUs and machines without a compiler. There a row
-of 8192 costs thirty passes over memory, here it stays in the cache (docs/adr/0004).
+of 8192 costs a dozen passes over memory, here it stays in the cache (docs/adr/0004).
 """
 
 from __future__ import annotations
