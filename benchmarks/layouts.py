@@ -20,7 +20,7 @@ from time import perf_counter
 from benchmarks.claims import Claim
 from benchmarks.models import ensure_models
 from benchmarks.parts import Effort, Findings, console, run_parts
-from mlx_lm_server.core.kv_layout import capacity_for
+from mlx_lm_server.core.kv_layout import DEFAULT_RULES
 from mlx_lm_server.core.plan import CreateSlab, RowWork, StepPlan
 from mlx_lm_server.protocol import LoadModel
 from mlx_lm_server.runner.backends import blas
@@ -71,9 +71,10 @@ class Candidates:
     ) -> tuple[tuple[RowWork, ...], tuple[RowWork, ...], tuple[RowWork, ...]]:
         """Decode rows in shared slabs, the same in a slab each, and the chunk."""
         self._storage.slabs.clear()
-        capacities = sorted({capacity_for(n + 1) for n in lengths})
+        capacities = sorted({DEFAULT_RULES.capacity_for(n + 1) for n in lengths})
         by_capacity = {
-            c: [r for r, n in enumerate(lengths) if capacity_for(n + 1) == c] for c in capacities
+            c: [r for r, n in enumerate(lengths) if DEFAULT_RULES.capacity_for(n + 1) == c]
+            for c in capacities
         }
         shared = []
         for slab, (capacity, rows) in enumerate(by_capacity.items()):
@@ -81,7 +82,7 @@ class Candidates:
             shared += [RowWork(r, slab, slot, lengths[r]) for slot, r in enumerate(rows)]
         alone = []
         for row, length in enumerate(lengths):
-            self._storage.apply(CreateSlab(1000 + row, 1, capacity_for(length + 1)))
+            self._storage.apply(CreateSlab(1000 + row, 1, DEFAULT_RULES.capacity_for(length + 1)))
             alone.append(RowWork(row, 1000 + row, 0, length))
         self._storage.apply(CreateSlab(999, 1, 512))
         chunk = RowWork(len(lengths), 999, 0, 256, (1,) * CHUNK_TOKENS, yields=1)

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks.models import ensure_models
-from mlx_lm_server.core.kv_layout import capacity_for
+from mlx_lm_server.core.kv_layout import DEFAULT_RULES
 from mlx_lm_server.protocol import AddRequest, EngineStats, LoadModel, RequestOutput, SamplingParams
 
 FIRST_ID, LAST_ID = 300, 8000
@@ -77,7 +77,7 @@ def tail(prefix_tokens: int, new_tokens: int, rounds: int) -> dict[str, Any]:
     ids = [rng.randrange(FIRST_ID, LAST_ID) for _ in range(prefix_tokens + new_tokens)]
     taken = []
     for _ in range(rounds + 1):
-        loop.storage.apply(CreateSlab(SLAB, 1, capacity_for(len(ids))))
+        loop.storage.apply(CreateSlab(SLAB, 1, DEFAULT_RULES.capacity_for(len(ids))))
         mx.eval(loop.prefill(0, ids[:prefix_tokens]))
         begun = perf_counter()
         mx.eval(loop.prefill(0, ids[prefix_tokens:], prefix_tokens))
@@ -106,7 +106,7 @@ def shared(prefix_tokens: int, suffix_tokens: int, num_requests: int) -> dict[st
 
 def oversubscribed(num_rows: int, prompt_tokens: int, output_tokens: int) -> dict[str, Any]:
     """Twice as many requests as the memory holds rows, against as many as it holds."""
-    room = num_rows * capacity_for(prompt_tokens + output_tokens)
+    room = num_rows * DEFAULT_RULES.capacity_for(prompt_tokens + output_tokens)
     trial = Trial(max_kv_tokens=room, prefix_cache=True)
     found: dict[str, Any] = {"room_tokens": room}
     for label, num_requests in (("warm-up", 2), ("fits", num_rows), ("twice", 2 * num_rows)):

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from benchmarks.contenders.load import Load
-from mlx_lm_server.core.kv_layout import capacity_for
+from mlx_lm_server.core.kv_layout import DEFAULT_RULES
 from mlx_lm_server.core.plan import CreateSlab, DropSlab, RowWork, StepPlan
 from mlx_lm_server.protocol import LoadModel
 from mlx_lm_server.runner.backends import host_memory
@@ -42,7 +42,7 @@ class BareLoop:
 
     def generate(self, load: Load) -> Iterator[list[int]]:
         rows = list(range(len(load.prompt_tokens)))
-        capacity = capacity_for(max(load.prompt_tokens) + load.output_tokens)
+        capacity = DEFAULT_RULES.capacity_for(max(load.prompt_tokens) + load.output_tokens)
         self.storage.apply(CreateSlab(SLAB, len(rows), capacity))
         tokens = mx.concatenate([self.prefill(row, ids) for row, ids in enumerate(load.prompts)])
         mx.eval(tokens)
