@@ -588,8 +588,8 @@ class CpuConfig:
         "auto",
         "When a GPU is given the next forward: `late`, when the last one has ended, so that K and "
         "V are written in place; `early`, before that, which copies them (up to a sixteenth of the "
-        "memory that is free for them); `auto` times both while the model is loaded. A CPU, and "
-        "models that run row by row, go late.",
+        "memory that is free for them); `auto` times both while the model is loaded, on a GPU, and "
+        "is `late` on a CPU. Models that run row by row, and the way `x86`, always go late.",
         why="Which costs more, waiting or copying, depends on the device and the model.",
     )
 

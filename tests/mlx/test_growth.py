@@ -128,3 +128,18 @@ def test_a_change_of_many_rows_is_one_wait_for_some_layers() -> None:
             then()
     per_layer = 8 if rows.storage.is_in_host_memory else 1
     assert len(waits) == LAYERS * per_layer
+
+
+def test_a_slab_that_is_read_and_then_written_is_written_in_place() -> None:
+    """A row leaves it for a larger one, and another takes its slot."""
+    storage = Rows().storage
+    storage.apply(CreateSlab(7, 8, 64), CreateSlab(8, 8, 512), CreateSlab(9, 8, 1024))
+    storage.stages.run()
+    held = storage.nbytes
+    mx.clear_cache()
+    others = mx.get_active_memory() - held
+    mx.reset_peak_memory()
+    storage.apply(MoveRow(8, 0, 9, 0, 32), MoveRow(7, 0, 8, 0, 32))
+    storage.stages.run()
+    of_slab = storage.slab_bytes([8]) // LAYERS
+    assert mx.get_peak_memory() - others - held < of_slab / 4

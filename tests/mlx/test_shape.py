@@ -15,6 +15,7 @@ from tests.mlx.tiny_models import write_model
 
 Planted = Callable[[mx.array], mx.array]
 NUM_LAYERS = 2
+PROMPT = [1, 2, 3]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> EngineDriver:
     model = write_model("qwen3", tmp_path_factory.mktemp("shape"))
     engine = EngineDriver(model, way="metal", kv_bits=16, keeps_profile=False)
     for name in ("a", "b"):
-        engine.add(name, [1, 2, 3], msgspec.structs.replace(GREEDY, max_tokens=1000))
+        engine.add(name, PROMPT, msgspec.structs.replace(GREEDY, max_tokens=1000))
     for _ in range(6):  # until both rows do nothing but decode
         engine.step()
     return engine
@@ -78,8 +79,9 @@ def test_a_step_draws_submits_a_forward_and_attends_once_a_layer(engine: EngineD
     assert counts.num_submissions == 2
     assert counts.num_decode_attentions == NUM_LAYERS
     assert counts.num_chunk_attentions == 0
-    places, heads, dim, item_bytes, rows = 32, 2, 16, 4, 2
-    assert counts.kv_bytes == NUM_LAYERS * 2 * rows * places * heads * dim * item_bytes
+    heads, dim, item_bytes, rows = 2, 16, 4, 2
+    held = len(PROMPT) + len(engine.tokens["a"])
+    assert counts.kv_bytes == NUM_LAYERS * 2 * rows * held * heads * dim * item_bytes
 
 
 def test_fused_operations_are_one_node_each() -> None:

@@ -77,6 +77,14 @@ def test_what_a_workflow_calls_is_there(workflow: Path) -> None:
     assert set(results) <= set(SCRIPTS)
 
 
+@pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.stem)
+def test_the_report_is_shown_where_the_step_that_writes_it_fails(workflow: Path) -> None:
+    steps = re.split(r"^      - ", workflow.read_text(), flags=re.MULTILINE)
+    [shows] = [step for step in steps if "GITHUB_STEP_SUMMARY" in step]
+    assert "if: ${{ !cancelled() }}" in shows
+    assert "benchmarks device" not in shows
+
+
 def test_nobody_elses_code_runs_on_machines_of_ours() -> None:
     """A runner of ours is reached by hand only, and tokens may do nothing but read."""
     for workflow in WORKFLOWS:
