@@ -58,17 +58,15 @@ class Draws(msgspec.Struct, frozen=True):
 
 
 def ours(way: Way, params: list[SamplingParams], logits: Any) -> DrawOnce:
-    import mlx.core as mx
-
     from mlx_lm_server.runner.backends.choose import choose
-    from mlx_lm_server.runner.sampling.sampler import Sampler, start_row
+    from mlx_lm_server.runner.sampling.row_sampling import start_row
+    from mlx_lm_server.runner.sampling.sampler import Sampler
 
     sampler = Sampler(VOCAB_SIZE, choose(way))
     rows = [
         start_row(msgspec.structs.replace(each, seed=seed), PROMPT, OUTPUT, VOCAB_SIZE)
         for seed, each in enumerate(params)
     ]
-    mx.eval([[row.output_counts, row.seen, row.bias] for row in rows])
     return lambda: sampler.start(logits, rows).tokens
 
 
