@@ -61,6 +61,7 @@ BOARD = HostMemory(30 * GIB, 20 * GIB)
         (M5_MAX_128, SMALL_HOST, 96.77),
         (RTX_4090, SMALL_HOST, 21.59),  # nine tenths of the card, whatever the host has
         (RTX_4090_SHARED, SMALL_HOST, 9.5),  # others have the rest of it
+        (RTX_4090 | {"free_memory": 0}, SMALL_HOST, 0.0),  # a full card is no card
         (H100, SMALL_HOST, 71.68),
         (GB10, SPARK, 107.42),  # what the page cache has is free
         (GB10_CARVED_OUT, SPARK, 107.42),

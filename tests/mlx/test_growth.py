@@ -10,6 +10,7 @@ import pytest
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.plan import CreateSlab, DropSlab, KVOp, MoveRow, ResizeSlab
 from mlx_lm_server.core.slab_rules import SlabRules
+from mlx_lm_server.runner.backends.fused_kernel import MAX_MASKS, FusedKernel, sees
 from mlx_lm_server.runner.state.kv_storage import KVStorage, LayerShape
 from tests.back_ends import with_policy
 
@@ -26,7 +27,7 @@ class Rows:
         backend = with_policy(max_copied_bytes=1)  # one layer at a time
         self.storage = KVStorage([LayerShape(KV_HEADS, DIM, DIM)] * LAYERS, backend)
         rules = SlabRules(TOKEN_BYTES << 20, None, capacity_step=32, max_slabs=max_slabs)
-        self.layout = KVLayout(self.storage.geometry, TOKEN_BYTES << 20, rules)
+        self.layout = KVLayout(self.storage.geometry, TOKEN_BYTES << 14, rules)
         self.num_rows = 0
 
     def place(self, num_tokens: int) -> None:
@@ -143,3 +144,13 @@ def test_a_slab_that_is_read_and_then_written_is_written_in_place() -> None:
     storage.stages.run()
     of_slab = storage.slab_bytes([8]) // LAYERS
     assert mx.get_peak_memory() - others - held < of_slab / 4
+
+
+def test_layers_with_a_window_share_the_mask_of_a_chunk() -> None:
+    kernel = FusedKernel(lambda stored: stored, multiplies_codes=False)  # type: ignore[arg-type]
+    masks = [kernel._window_mask(start, 6, 4) for start in (3, 3, 5)]
+    assert masks[0] is masks[1]
+    assert mx.array_equal(masks[2], sees(5, 6, 0, 11, 4))
+    for start in range(2 * MAX_MASKS):
+        kernel._window_mask(start, 6, 4)
+    assert len(kernel._masks) == MAX_MASKS

@@ -14,8 +14,8 @@ row leaves and another takes costs no copy. What `settle` keeps true:
 - where the number of slabs is bounded, rows of like length are brought together when one more
   would be made, and rows near the end of their slots grow with the first of them that has to;
 - `used_bytes` and `cached_bytes` are never over `limit_bytes` together. What an operation needs
-  while it runs is not counted: the runner works layer by layer, so it is at most one layer of the
-  slabs that change.
+  while it runs is not counted here: the runner changes some layers after the other, and the ledger
+  has those in its reserve.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ from mlx_lm_server.runner.state.kv_quantisation import PackedKV
 from mlx_lm_server.runner.state.kv_storage import KVStorage, LayerShape, Stored
 from mlx_lm_server.runner.state.step_layout import SlotsView
 
+# Of chunks over layers with a window, each about as large as chunk times window.
+MAX_MASKS = 4
+
 
 class FusedKernel:
     """MLX's own fused attention: Metal, CUDA, and CPUs with a fast exp. With `multiplies_codes`
@@ -21,6 +24,7 @@ class FusedKernel:
     def __init__(self, read: Callable[[Stored], mx.array], *, multiplies_codes: bool) -> None:
         self._read = read
         self.multiplies_codes = multiplies_codes
+        self._masks: dict[tuple[int, int, int], mx.array] = {}
 
     def is_in_place(self, layers: Sequence[LayerShape]) -> bool:
         return False
@@ -59,11 +63,21 @@ class FusedKernel:
         length = q.shape[1]
         mask: str | mx.array = "causal"
         if window is not None and start + length > window:
-            mask = sees(start, length, 0, start + length, window)
+            mask = self._window_mask(start, length, window)
         out = mx.fast.scaled_dot_product_attention(
             q[None], k[None], v[None], scale=scale, mask=mask, sinks=sinks
         )
         return out.squeeze(0)  # an index would copy
+
+    def _window_mask(self, start: int, length: int, window: int) -> mx.array:
+        """What a chunk sees that comes after `start` keys: one array for all layers, and for the
+        chunks of other steps that are as long."""
+        key = (start, length, window)
+        if key not in self._masks:
+            if len(self._masks) == MAX_MASKS:
+                self._masks.pop(next(iter(self._masks)))
+            self._masks[key] = sees(start, length, 0, start + length, window)
+        return self._masks[key]
 
 
 def decode_packed(

@@ -54,7 +54,7 @@ def limit_bytes(info: DeviceInfo, host: HostMemory) -> int:
     if _shares_host_memory(info):
         total, free = host.total_bytes, host.available_bytes
         return min(int(DEVICE_SHARE * total), _beside_others(total), _countable(free))
-    if total and free:
+    if total:  # a card that is full has nothing for us, whatever the host has
         return min(int(DEVICE_SHARE * total), _countable(free))
     log.warning("MLX does not tell how much memory the device has: the host's is taken for it")
     return int(HOST_SHARE * host.available_bytes)

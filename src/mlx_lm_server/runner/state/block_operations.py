@@ -3,8 +3,9 @@ layers by group of layers, so that what is copied at once stays small."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import TypeVar
 
 import mlx.core as mx
 
@@ -15,6 +16,8 @@ from mlx_lm_server.runner.state.kv_storage import KVStorage
 from mlx_lm_server.runner.state.plane_spans import Span
 from mlx_lm_server.runner.state.record_bytes import PlaneGroups, read_array, tensors_of
 from mlx_lm_server.tier import Record, Tensor
+
+T = TypeVar("T")
 
 Restored = tuple[Place, tuple[Tensor, ...]]
 
@@ -111,11 +114,8 @@ class BlockOperations:
         tensors: list[Tensor] = []
         for _, run in groupby(spans, key=lambda span: span.num_tokens):
             alike = list(run)
-            at_once = max(
-                1, self._storage.max_copied_bytes // max(1, token_bytes * alike[0].num_tokens)
-            )
-            for first in range(0, len(alike), at_once):
-                tensors += _gathered(planes, alike[first : first + at_once])
+            for some in self._batches(alike, token_bytes * alike[0].num_tokens):
+                tensors += _gathered(planes, some)
         return tensors
 
     # ---- from the tier to the pool
@@ -125,7 +125,14 @@ class BlockOperations:
         for segment_id, run in groupby(items, key=lambda item: item[0].segment_id):
             # A block with fewer tokens than the others is put in place by itself.
             for num_tokens, alike in groupby(run, key=lambda item: item[1][0].shape[2]):
-                self._put(segment_id, num_tokens, list(alike))
+                for some in self._batches(list(alike), self._pool.token_bytes * num_tokens):
+                    self._put(segment_id, num_tokens, some)
+
+    def _batches(self, items: Sequence[T], item_bytes: int) -> Iterator[Sequence[T]]:
+        """As many at once as may be copied together."""
+        at_once = max(1, self._storage.max_copied_bytes // max(1, item_bytes))
+        for first in range(0, len(items), at_once):
+            yield items[first : first + at_once]
 
     def _put(self, segment_id: int, num_tokens: int, items: Sequence[Restored]) -> None:
         segment, written = self._pool.segment(segment_id), []
