@@ -135,9 +135,9 @@ def _engine(interval: Interval) -> Iterator[Row]:
     if not isinstance(engine, Mapping):
         return
     state = str(engine.get("state", "unknown"))
-    line = Text(state, style="green" if state == "ready" else "yellow")
+    line = Text.assemble((state, "green" if state == "ready" else "yellow"))
     if engine.get("pid"):
-        line.append(f"  pid {engine['pid']}", "")
+        line.append(f"  pid {engine['pid']}")
     restarts = interval.now.total("engine_restarts_total")
     line.append(f"  restarts {restarts:.0f}", "yellow" if restarts else "")
     yield "engine", line
