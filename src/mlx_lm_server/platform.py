@@ -26,9 +26,9 @@ def macos_version() -> tuple[int, ...]:
     return tuple(int(part) for part in parts if part.isdigit())
 
 
-def system() -> str:
-    """Returns the system's own name: Linux, or Darwin."""
-    return platform.system()
+def system_and_machine() -> str:
+    """Returns both in the system's own words, such as `Linux x86_64`."""
+    return f"{platform.system()} {machine()}"
 
 
 def python() -> str:

@@ -55,7 +55,7 @@ def machine() -> Finding:
     memory = platform.memory_bytes()
     size = f", {memory / 10**9:.0f} GB of memory" if memory else ""
     cores = platform.usable_cores()
-    words = f"{platform.system()} {platform.machine()}, {platform.cpu_name()}, {cores} cores{size}"
+    words = f"{platform.system_and_machine()}, {platform.cpu_name()}, {cores} cores{size}"
     load = os.getloadavg()[0]
     busy = f", load {load:.1f}"
     if load > 2 * cores:
