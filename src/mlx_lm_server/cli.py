@@ -36,6 +36,13 @@ PROGRAM = "mlx-lm-server"
 # Commands that live elsewhere: name → (module, attribute, one line for the help).
 LAZY_COMMANDS = {
     "bench": ("mlx_lm_server.bench.cli", "bench", "measure any OpenAI-compatible server"),
+    "chat": ("mlx_lm_server.commands.chat.cli", "chat", "talk with a running server"),
+    "top": ("mlx_lm_server.commands.top.cli", "top", "watch a running server"),
+    "doctor": (
+        "mlx_lm_server.commands.doctor.cli",
+        "doctor",
+        "look at this machine and try a model on it",
+    ),
 }
 COMMANDS = ("serve", *LAZY_COMMANDS)
 MODEL_ARGUMENT = "model_argument"

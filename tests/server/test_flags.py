@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from mlx_lm_server import __version__
-from mlx_lm_server.cli import main, shown_flag
+from mlx_lm_server.cli import COMMANDS, main, shown_flag
 from mlx_lm_server.config_loading import flag_name, settings
 from mlx_lm_server.folders import cache_folder
 from mlx_lm_server.protocol import LENGTH, DiskTier, LoadModel, decode_to_engine
@@ -393,7 +393,7 @@ def test_every_setting_is_in_the_help() -> None:
         assert flag_name(setting.name) in text
     for panel in ("model", "server", "kv cache", "batching", "generation", "admission", "cpu"):
         assert f"─ {panel} ─" in text
-    assert "bench" in text
+    assert all(name in text for name in COMMANDS)
 
 
 @pytest.mark.parametrize("columns", [80, 60, 30])
@@ -410,7 +410,7 @@ def test_the_help_never_cuts_a_name_and_switches_have_no_value(columns: int) -> 
         assert max(map(len, lines)) <= columns
 
 
-@pytest.mark.parametrize("command", [(), ("serve",), ("bench",)], ids=str)
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=str)
 def test_a_short_h_is_help(command: tuple[str, ...]) -> None:
     assert printed(*command, "-h") == printed(*command, "--help")
 
@@ -433,7 +433,7 @@ def test_a_switch_with_a_value_says_how_to_write_it(
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        ("bnech", "bnech is no command (serve, bench); did you mean bench?"),
+        ("bnech", "bnech is no command (serve, bench, chat, top, doctor); did you mean bench?"),
         ("--port 1 srve", "did you mean serve?"),
         ("nnao", "did you mean nano?"),
         ("gpt2", "If it is a model: mlx-lm-server serve gpt2"),

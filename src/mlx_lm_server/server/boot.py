@@ -92,13 +92,14 @@ def load_message(config: Config, folder: Path) -> LoadModel:
         keeps_profile=not config.cpu.no_profile,
         way=config.cpu.way,
         submission=config.cpu.submission,
-        disk_tier=None if config.tier.no_ssd else _disk_tier(config.tier),
+        disk_tier=None if config.tier.no_ssd else disk_tier_of(config.tier),
     )
 
 
-def _disk_tier(config: TierConfig) -> DiskTier:
-    """Raises ConfigError where the folder can never be one. What may pass (a full disk, a folder
-    that nobody may write to now) only leaves the tier empty."""
+def disk_tier_of(config: TierConfig) -> DiskTier:
+    """Returns what the engine is told of the cache on disk. Raises ConfigError where the folder can
+    never be one. What may pass (a full disk, a folder that nobody may write to now)
+    only leaves the tier empty."""
     if config.ssd_cache_dir is None:
         folder = folders.cache_folder() / "kv-cache"
     else:

@@ -1,0 +1,1 @@
+"""`mlx-lm-server chat`: a conversation with a running server, in a terminal or through pipes."""

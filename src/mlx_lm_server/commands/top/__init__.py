@@ -1,0 +1,1 @@
+"""`mlx-lm-server top`: what a running server does, live."""
