@@ -87,6 +87,16 @@ def save_profile(path: Path, measured: Measured) -> None:
         log.info("the profile is not kept: %s", error)
 
 
+def encode_measured(measured: Measured) -> bytes:
+    """Returns what was measured in a form that a next engine takes."""
+    return msgspec.msgpack.encode(measured)
+
+
+def decode_measured(data: bytes) -> Measured | None:
+    """Returns what `encode_measured` wrote; None for no bytes."""
+    return msgspec.msgpack.decode(data, type=Measured) if data else None
+
+
 def _submitting(found: Any) -> Submitting | None:
     submitting = msgspec.convert(found, Submitting | None)
     for trial in () if submitting is None else (submitting.small, submitting.large):

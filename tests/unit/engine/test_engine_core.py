@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from mlx_lm_server.core.plan import RowResult, RowWork, StepPlan, StepResult
+from mlx_lm_server.core.plan import JoinedRow, RowResult, RowWork, StepPlan, StepResult
 from mlx_lm_server.engine.engine_core import EngineCore
-from mlx_lm_server.protocol import RequestOutput
+from mlx_lm_server.protocol import RequestOutput, SamplingParams
 
 BUILD_S, FORWARD_S = 1.0, 10.0
 NAMES = ("a", "b")
@@ -171,7 +171,8 @@ def test_awaited_tokens_are_told_before_the_next_forward_is_submitted() -> None:
 def test_the_tokens_of_each_step_that_computed_some_are_told_once() -> None:
     core, scheduler, _ = engine()
     chunk = RowWork(1, 0, 1, 0, (5, 6, 7))
-    mixed = StepPlan(3, decodes=(RowWork(0, 0, 0, 5),), chunks=(chunk,))
+    joined = JoinedRow("b", 1, (5, 6, 7), (), SamplingParams(max_tokens=1, seed=0))
+    mixed = StepPlan(3, (), (joined,), (), (RowWork(0, 0, 0, 5),), (chunk,))
     scheduler.left += [mixed, StepPlan(4, left_rows=(0,))]
     assert core.take_step_tokens() == []
     core.step()

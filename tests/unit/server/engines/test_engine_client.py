@@ -170,7 +170,7 @@ async def test_an_error_comes_after_the_tokens_before_it() -> None:
     generation = scene.generate()
     [req_id] = scene.ids()
     scene.say(RequestOutput(req_id, [0]))
-    scene.client.detach(EngineDiedError("dead"))
+    scene.client.give_up(EngineDiedError("dead"))
     assert await generation.next() == [Delta(0, "a")]
     with pytest.raises(EngineDiedError):
         await generation.next()
@@ -179,7 +179,7 @@ async def test_an_error_comes_after_the_tokens_before_it() -> None:
 
 async def test_without_an_engine_nothing_is_submitted() -> None:
     scene = Scene()
-    scene.client.detach(EngineDiedError("dead"))
+    scene.client.give_up(EngineDiedError("dead"))
     with pytest.raises(EngineUnavailableError):
         scene.generate()
     assert scene.client.num_live == 0
