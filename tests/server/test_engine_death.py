@@ -3,6 +3,7 @@ of which engines die fails."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -163,6 +164,29 @@ def test_a_request_that_the_engine_cannot_do_is_an_error_of_that_request_only(
     assert response.status_code == 500
     assert response.json()["error"]["message"] == "told to fail"
     assert mortal.engine_pid == pid
+
+
+def test_keep_alives_go_on_while_the_engine_is_started_anew(
+    start: Callable[..., RunningServer],
+) -> None:
+    server = start(engine={"load_s": 0.8}, flags={"--keep-alive-s": 0.1})
+    body = {"prompt": "abc", "seed": fakes.DIE_AFTER_TOKEN, "max_tokens": 5, "stream": True}
+    with server.client.stream("POST", "/v1/completions", json=body) as response:
+        text = response.read().decode()
+    assert text.count(": keep-alive") >= 3
+    said = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["text"] for event in said) == "abcab"
+
+
+def test_deaths_between_which_tokens_were_made_are_no_crash_loop(
+    start: Callable[..., RunningServer],
+) -> None:
+    server = start(limits={"first_backoff_s": 0.01, "max_deaths": 2, "tick_s": 0.05})
+    for _ in range(4):
+        revived(server)
+        os.kill(server.engine_pid, signal.SIGKILL)
+        server.wait_until(lambda: server.status("/readyz") == 503)
+    revived(server)
 
 
 def test_a_crash_loop_ends_the_server_loudly(start: Callable[..., RunningServer]) -> None:
