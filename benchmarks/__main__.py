@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 from benchmarks import (
+    deaths,
     device,
     engine_loop,
     families,
@@ -40,6 +41,7 @@ SCRIPTS = {
     "restarts": restarts,
     "revisions": revisions,
     "starts": starts,
+    "deaths": deaths,
     "device": device,
     "shape": shape,
 }

@@ -63,7 +63,7 @@ def ready(effort: Effort) -> Findings:
         first_s = _start_s(models["30 M"], "--no-profile")
         claims.append(Claim("30 M, the first time: C is compiled", first_s, unit="s"))
         for name, model in models.items():
-            read_s = min(_read_s(model) for _ in range(2))
+            read_s = min(read_s(model) for _ in range(2))
             anew = [_start_s(model, "--no-profile") for _ in range(effort.rounds)]
             kept = _with_profile(model, cache, effort.rounds)
             times = {"read": [read_s], "anew": anew, "kept": kept}
@@ -103,7 +103,7 @@ print(time.perf_counter() - begun)
 """
 
 
-def _read_s(model: str) -> float:
+def read_s(model: str) -> float:
     """How long MLX takes to read the weights and to widen them, by itself."""
     command = [sys.executable, "-c", READ, str(Path(model) / "model.safetensors")]
     return float(subprocess.check_output(command, text=True))

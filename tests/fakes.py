@@ -36,6 +36,7 @@ from mlx_lm_server.protocol import (
     RequestOutput,
     Shutdown,
     TokenLogprobs,
+    WarmUp,
     decode_to_engine,
     encode_frame,
 )
@@ -43,7 +44,7 @@ from mlx_lm_server.tier_stats import TierCounters, TierStats
 
 # Seeds with a meaning.
 DIE = 666  # the engine ends at once
-DIE_AFTER_TOKEN = 667  # … after the first token of this request
+DIE_AFTER_TOKEN = 667  # … after the first token of this request, once
 HANG = 668  # the engine stops reading and writing
 SILENT = 669  # this request never gets a token
 SILENT_AFTER_TOKEN = 670  # … after its first
@@ -163,8 +164,9 @@ class FakeEngine:
     def _wait_for_load(self) -> LoadModel:
         while True:
             for message in self._receive(timeout_s=None) or sys.exit(0):
-                assert isinstance(message, LoadModel)
-                return message
+                if not isinstance(message, WarmUp):
+                    assert isinstance(message, LoadModel)
+                    return message
 
     def _drain_inbox(self) -> bool:
         """False where the engine shall end."""
@@ -203,7 +205,7 @@ class FakeEngine:
         if self.options.record_sampling:
             said = msgspec.to_builtins(Seen.of(request), str_keys=True)
             Path(self.options.record_sampling).write_text(json.dumps(said))
-        self.rows[request.req_id] = Row(request)
+        self.rows[request.req_id] = Row(request, num_said=len(request.output_ids))
 
     def _is_silent(self, row: Row) -> bool:
         return row.seed == SILENT or (row.seed == SILENT_AFTER_TOKEN and row.num_said > 0)
@@ -255,7 +257,8 @@ class FakeEngine:
 
     def _suffer(self, output: RequestOutput) -> None:
         row = self.rows.get(output.req_id)
-        if row is not None and row.seed == DIE_AFTER_TOKEN:
+        is_first = row is not None and not row.request.output_ids
+        if row is not None and row.seed == DIE_AFTER_TOKEN and is_first:
             os._exit(9)
 
     def _stats(self) -> EngineStats:
@@ -326,6 +329,7 @@ def command(**options: object) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--note-fd", type=int, required=True)
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--kv-tokens", type=int, default=1_000_000)

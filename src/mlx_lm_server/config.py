@@ -524,7 +524,8 @@ class GenerationConfig:
     )
     request_timeout_s: float = option(
         120.0,
-        "Time without a new token after which a request ends; not the whole answer. 0 = off.",
+        "Time without a new token after which a request ends; not the whole answer. It does not "
+        "run while the engine is started anew. 0 = off.",
         why="Long answers live, stuck ones do not.",
         unit="s",
         low=0,
@@ -539,8 +540,9 @@ class GenerationConfig:
     )
     first_token_timeout_s: float = option(
         300.0,
-        "Time to the first token, queue and prefill included. 0 = off.",
-        why="Prefill of a full context on a small machine takes minutes.",
+        "Time in which a request may get no further before its first token, in the queue or in its "
+        "prefill. It does not run while the engine is started anew. 0 = off.",
+        why="A queue may be long; a prefill may, too, but it comes further all the time.",
         unit="s",
         low=0,
     )
@@ -553,6 +555,22 @@ class AdmissionConfig:
         "Requests in work or queued; beyond it: 429. 0 = batch size + queue size.",
         why="Batch and queue already bound it.",
         low=0,
+    )
+
+
+@dataclass(frozen=True)
+class ResumeConfig:
+    no_resume: bool = option(
+        False,
+        "End requests with an error when their engine dies; else the next engine goes on where it "
+        "stopped.",
+        why="A death then costs clients a pause, and not their answers.",
+    )
+    standby: bool = option(
+        True,
+        "Keep a second engine process, without a model, that has imported everything and takes "
+        "over when the first dies.",
+        why="It holds some 40 MB, and answers go on most of a second sooner.",
     )
 
 
@@ -605,6 +623,7 @@ class Config:
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     generation: GenerationConfig = field(default_factory=GenerationConfig)
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    resume: ResumeConfig = field(default_factory=ResumeConfig)
     cpu: CpuConfig = field(default_factory=CpuConfig)
 
 
@@ -617,5 +636,6 @@ PANELS = {
     "batching": "batching",
     "generation": "generation",
     "admission": "admission",
+    "resume": "resume",
     "cpu": "cpu",
 }

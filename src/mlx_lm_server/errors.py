@@ -8,6 +8,7 @@ ServerError
 │   └── ModelTooLargeError     does not fit the memory, with the numbers
 ├── EngineError                the engine process failed
 │   ├── EngineDiedError        it ended or was ended while requests were in it
+│   ├── RequestKillsEngineError it ended again and again, each time in a step of one request
 │   └── EngineUnavailableError it is not ready (loading, restarting, shutting down)
 ├── ClientGoneError            the client left; nobody is left to answer
 └── RequestError               the client's request cannot be done; has `param` and `code`
@@ -53,6 +54,10 @@ class EngineError(ServerError):
 
 class EngineDiedError(EngineError):
     """The engine ended while requests were in it."""
+
+
+class RequestKillsEngineError(EngineError):
+    """The engine ended whenever it computed one request, at last with nothing else in it."""
 
 
 class EngineUnavailableError(EngineError):

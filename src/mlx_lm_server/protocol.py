@@ -1,9 +1,10 @@
 """Messages between the server process and an engine process.
 
 A frame is a 4-byte little-endian length and a msgpack body: one message of a tagged union. The
-first message to an engine is `LoadModel`; the first from it `LoadProgress`, and after that either
-`Ready` or `LoadFailed`. Every `AddRequest` is answered by exactly one `RequestOutput` whose
-`finish_reason` is set, also after an `Abort`.
+first message to an engine is `LoadModel`, or `WarmUp` some time before that; the first from it is
+`LoadProgress`, and after that either `Ready` or `LoadFailed`. Every `AddRequest` is answered by
+exactly one `RequestOutput` whose `finish_reason` is set, also after an `Abort`, unless the engine
+ends before that.
 """
 
 from __future__ import annotations
@@ -86,10 +87,19 @@ class DiskTier(msgspec.Struct, frozen=True, array_like=True):
     flags: TierConfig = TierConfig()
 
 
+class WarmUp(Message, frozen=True):
+    """Import what a `LoadModel` with these settings will need, and wait for it."""
+
+    num_threads: int | None = None
+    with_adapters: bool = False
+
+
 class LoadModel(Message, frozen=True):
     """What to serve and within which bounds. None means: the engine chooses by measuring.
     `keeps_profile`: what it measures is kept, and used at the next start. `way` treats the device
-    as one of another kind; `submission` is when forwards are submitted, which `auto` measures."""
+    as one of another kind; `submission` is when forwards are submitted, which `auto` measures.
+    `measured` is what the engine before this one had measured (`Ready.measured`): it is taken as it
+    is, so that the same is planned, and sooner."""
 
     model_path: str
     adapter_path: str | None = None
@@ -113,12 +123,14 @@ class LoadModel(Message, frozen=True):
     keeps_profile: bool = True
     way: Way | None = None
     submission: Submission = "auto"
+    measured: bytes = b""
 
 
 class AddRequest(Message, frozen=True):
     """`message_ends` are the prompt positions, in tokens, where the next request of a conversation
     may part from this one: checkpoints of state that cannot be cut anywhere are kept there.
-    Requests share cached prefixes only within one `cache_salt`."""
+    Requests share cached prefixes only within one `cache_salt`. `output_ids` are tokens that an
+    engine before this one gave: the request goes on behind them, and only what follows is told."""
 
     req_id: str
     prompt_ids: list[int]
@@ -128,6 +140,7 @@ class AddRequest(Message, frozen=True):
     cache_salt: str = ""
     message_ends: list[int] = []
     wants_progress: bool = False
+    output_ids: list[int] = []
 
 
 class Abort(Message, frozen=True):
@@ -158,7 +171,8 @@ class Ready(Message, frozen=True):
     window is full. `batching` says how rows share forwards, `batching_reason` why not in a better
     way. `kv_bits` is the fewest of any layer, 16 where none is quantised; `kv_format` says it all.
     `disk_tier` is the folder of this model's cache, or empty where there is none. `way` is how the
-    device is treated, `submission` in words when its forwards are submitted.
+    device is treated, `submission` in words when its forwards are submitted. `measured` is what a
+    next engine need not measure again.
     """
 
     model_type: str
@@ -180,6 +194,7 @@ class Ready(Message, frozen=True):
     disk_tier: str = ""
     way: str = ""
     submission: str = "late"
+    measured: bytes = b""
 
 
 class LoadFailed(Message, frozen=True):
@@ -227,8 +242,8 @@ class RequestOutput(msgspec.Struct, frozen=True, omit_defaults=True, array_like=
     first; both only where they were asked for. `queue_s`, `prefill_s` and `cache` come with the
     first token: how long the request waited for a row, and from then on for the token.
     `num_preemptions` is how often it has given its row back so far.
-    Where `num_computed_tokens` is set, nothing but `num_reused_tokens` is: they say how many tokens
-    of the prompt are computed, and how many of these were found in the cache.
+    Where `num_computed_tokens` is set, nothing but `num_reused_tokens` is: they say how many of the
+    tokens that it begins with are computed, and how many of these were found in the cache.
     """
 
     req_id: str
@@ -287,7 +302,7 @@ class Outputs(Message, frozen=True):
     step_tokens: list[int] = []
 
 
-ToEngine = LoadModel | AddRequest | Abort | Shutdown
+ToEngine = WarmUp | LoadModel | AddRequest | Abort | Shutdown
 ToServer = LoadProgress | Ready | LoadFailed | Outputs
 
 _encoder = msgspec.msgpack.Encoder()

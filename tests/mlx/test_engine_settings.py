@@ -217,7 +217,8 @@ def test_progress_is_told_to_those_who_ask(folder: Path) -> None:
             if output.num_computed_tokens:
                 assert output.token_ids == []
                 told[output.req_id].append(output.num_computed_tokens)
-    assert told == {"a": [16, 32, 40], "b": [], "c": []}
+    assert set(told.pop("b")) <= {16, 32}, "the server hears of it now and then, not of its end"
+    assert told == {"a": [16, 32, 40], "c": []}
 
 
 def test_no_progress_is_told_after_the_end(folder: Path) -> None:

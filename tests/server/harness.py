@@ -1,4 +1,4 @@
-"""A real server process with a fake engine behind it, and a tiny model folder for it to serve."""
+"""A real server process with a fake engine or another one behind it, and a tiny model to serve."""
 
 from __future__ import annotations
 
@@ -64,6 +64,7 @@ class RunningServer:
     drain_s: float = 5.0
     env: dict[str, str] = field(default_factory=dict)
     uds: str | None = None
+    engine_command: tuple[str, ...] = ()
 
     def start(self, *, wait: bool = True) -> RunningServer:
         self.port = _free_port()
@@ -77,6 +78,7 @@ class RunningServer:
         spec = {
             "flags": flags,
             "engine": engine,
+            "engine_command": self.engine_command,
             "limits": self.limits,
             "connection": self.connection,
         }

@@ -1,4 +1,4 @@
-"""The server as a program, with a fake engine: `python serve_fake.py JSON`."""
+"""The server as a program, with a fake engine or another one: `python serve_fake.py JSON`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def main() -> int:
         print(error)
         return 2
     surroundings = Surroundings(
-        engine_command=fakes.command(**spec["engine"]),
+        engine_command=spec["engine_command"] or fakes.command(**spec["engine"]),
         limits=Limits(**spec["limits"]),
         connection_limits=ConnectionLimits(**spec["connection"]),
     )

@@ -1,7 +1,9 @@
-"""The engine dies, hangs, talks nonsense: its streams end, the server goes on."""
+"""The engine dies, hangs, talks nonsense: its streams go on with the next one, and only the request
+of which engines die fails."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -9,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -35,31 +38,79 @@ def revived(server: RunningServer) -> None:
     assert answer["choices"][0]["message"]["content"] == "alive"
 
 
-def test_a_death_before_the_first_token_is_a_503(mortal: RunningServer) -> None:
+def killer_code(response: httpx.Response) -> str:
+    """The code of the error of a request that engines die of."""
+    assert response.status_code == 500
+    assert "retry-after" not in response.headers
+    return str(response.json()["error"]["code"])
+
+
+def test_a_request_that_engines_die_of_fails_with_the_reason(mortal: RunningServer) -> None:
     response = mortal.chat("x", seed=fakes.DIE)
+    assert killer_code(response) == "request_kills_engine"
+    assert "exit code 9" in response.json()["error"]["message"]
+    revived(mortal)
+
+
+def test_a_stream_goes_on_where_its_engine_died(mortal: RunningServer) -> None:
+    *chunks, last, done = mortal.events(
+        "/v1/completions",
+        prompt="abc",
+        seed=fakes.DIE_AFTER_TOKEN,
+        max_tokens=7,
+        stream_options={"include_usage": True},
+    )
+    assert done == "[DONE]"
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "abcabca"
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+    assert chunks[-1]["choices"][0]["resumed"] == 1
+    assert last["usage"]["completion_tokens"] == 7
+    assert last["usage"]["resumed"] == 1
+
+
+def test_an_answer_that_was_not_resumed_does_not_say_so(mortal: RunningServer) -> None:
+    assert "resumed" not in mortal.chat("x", max_tokens=3).text
+
+
+def test_a_request_that_comes_while_no_engine_runs_waits_for_it(mortal: RunningServer) -> None:
+    os.kill(mortal.engine_pid, signal.SIGKILL)
+    mortal.wait_until(lambda: mortal.status("/readyz") == 503)
+    answer = mortal.chat("alive", max_tokens=6).json()
+    assert answer["choices"][0]["message"]["content"] == "alive"
+    assert "resumed" not in answer["usage"]
+    revived(mortal)
+
+
+def test_a_client_may_leave_while_no_engine_runs(mortal: RunningServer) -> None:
+    with mortal.new_client().stream(
+        "POST",
+        "/v1/completions",
+        json={"prompt": "abc", "seed": fakes.SILENT_AFTER_TOKEN, "stream": True},
+    ) as response:
+        next(response.iter_lines())
+        os.kill(mortal.engine_pid, signal.SIGKILL)
+        mortal.wait_until(lambda: mortal.status("/readyz") == 503)
+    revived(mortal)
+    mortal.wait_until(mortal.is_idle)
+
+
+def test_without_resuming_a_death_is_an_error(start: Callable[..., RunningServer]) -> None:
+    server = start(flags={"--no-resume": True}, limits={"first_backoff_s": 0.01, "tick_s": 0.05})
+    response = server.chat("x", seed=fakes.DIE)
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "engine_died"
     assert "retry-after" in response.headers
-    revived(mortal)
-
-
-def test_a_death_after_the_first_token_is_an_event_and_the_stream_ends_in_order(
-    mortal: RunningServer,
-) -> None:
-    *_, error, done = mortal.events("/v1/completions", prompt="abc", seed=fakes.DIE_AFTER_TOKEN)
+    revived(server)
+    *_, error, done = server.events("/v1/completions", prompt="abc", seed=fakes.DIE_AFTER_TOKEN)
     assert error["error"]["code"] == "engine_died"
     assert done == "[DONE]"
-    revived(mortal)
-
-
-def test_the_sdk_raises_what_the_event_says(mortal: RunningServer) -> None:
-    sdk = openai.OpenAI(base_url=f"{mortal.url}/v1", api_key="none", max_retries=0)
+    revived(server)
+    sdk = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     stream = sdk.completions.create(
         model="default", prompt="abc", seed=fakes.DIE_AFTER_TOKEN, stream=True
     )
     with pytest.raises(openai.APIError, match="the engine ended"):
         list(stream)
-    revived(mortal)
 
 
 def test_the_probes_tell_a_dead_engine_from_a_dead_server(mortal: RunningServer) -> None:
@@ -69,13 +120,16 @@ def test_the_probes_tell_a_dead_engine_from_a_dead_server(mortal: RunningServer)
     assert mortal.status("/health") == 503
     revived(mortal)
     assert mortal.health()["engine"]["restarts"] >= 1
-    assert "engine_restarts_total" in mortal.client.get("/metrics").text
+    metrics = mortal.client.get("/metrics").text
+    assert "engine_restarts_total" in metrics
+    assert "resumed_requests_total" in metrics
 
 
 def test_an_engine_that_hangs_is_killed_and_started_anew(mortal: RunningServer) -> None:
     old_pid = mortal.engine_pid
     response = mortal.chat("x", seed=fakes.HANG)
-    assert response.json()["error"]["code"] == "engine_died"
+    assert killer_code(response) == "request_kills_engine"
+    assert "silent for" in response.json()["error"]["message"]
     revived(mortal)
     assert not psutil.pid_exists(old_pid)
 
@@ -98,7 +152,7 @@ def test_an_idle_engine_does_not_count_as_hung(mortal: RunningServer) -> None:
 
 
 def test_an_engine_that_talks_nonsense_is_killed(mortal: RunningServer) -> None:
-    assert mortal.chat("x", seed=fakes.GARBAGE).json()["error"]["code"] == "engine_died"
+    assert killer_code(mortal.chat("x", seed=fakes.GARBAGE)) == "request_kills_engine"
     revived(mortal)
 
 
@@ -110,6 +164,29 @@ def test_a_request_that_the_engine_cannot_do_is_an_error_of_that_request_only(
     assert response.status_code == 500
     assert response.json()["error"]["message"] == "told to fail"
     assert mortal.engine_pid == pid
+
+
+def test_keep_alives_go_on_while_the_engine_is_started_anew(
+    start: Callable[..., RunningServer],
+) -> None:
+    server = start(engine={"load_s": 0.8}, flags={"--keep-alive-s": 0.1})
+    body = {"prompt": "abc", "seed": fakes.DIE_AFTER_TOKEN, "max_tokens": 5, "stream": True}
+    with server.client.stream("POST", "/v1/completions", json=body) as response:
+        text = response.read().decode()
+    assert text.count(": keep-alive") >= 3
+    said = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["text"] for event in said) == "abcab"
+
+
+def test_deaths_between_which_tokens_were_made_are_no_crash_loop(
+    start: Callable[..., RunningServer],
+) -> None:
+    server = start(limits={"first_backoff_s": 0.01, "max_deaths": 2, "tick_s": 0.05})
+    for _ in range(4):
+        revived(server)
+        os.kill(server.engine_pid, signal.SIGKILL)
+        server.wait_until(lambda: server.status("/readyz") == 503)
+    revived(server)
 
 
 def test_a_crash_loop_ends_the_server_loudly(start: Callable[..., RunningServer]) -> None:

@@ -65,6 +65,8 @@ class Request:
 
     @classmethod
     def from_message(cls, message: AddRequest, arrival_s: float) -> Request:
+        """Returns a new request, or one that has lost its row together with its engine."""
+        status = RequestStatus.PREEMPTED if message.output_ids else RequestStatus.WAITING
         return cls(
             req_id=message.req_id,
             prompt_ids=tuple(message.prompt_ids),
@@ -74,6 +76,8 @@ class Request:
             cache_salt=message.cache_salt,
             message_ends=tuple(message.message_ends),
             arrival_s=arrival_s,
+            output_ids=list(message.output_ids),
+            status=status,
         )
 
     @property

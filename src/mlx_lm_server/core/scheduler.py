@@ -124,17 +124,17 @@ class Scheduler:
 
     def _max_new_tokens(self, request: Request) -> int:
         """The last token that is sampled is never computed, so it needs no memory."""
-        num_prompt = len(request.prompt_ids)
         most = self._layout.max_tokens_that_fit
-        if num_prompt > most:
+        num_tokens = request.num_known_tokens
+        if num_tokens > most:
             size = self._layout.geometry
             raise RequestTooLargeError(
-                f"the prompt can never fit: {request_arithmetic(num_prompt, size)}, but the limit "
+                f"the prompt can never fit: {request_arithmetic(num_tokens, size)}, but the limit "
                 f"is {request_arithmetic(most, size)}",
                 param="prompt",
                 code="context_length_exceeded",
             )
-        return min(request.sampling.max_tokens, most - num_prompt + 1)
+        return min(request.sampling.max_tokens, most - len(request.prompt_ids) + 1)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.status is RequestStatus.RUNNING:

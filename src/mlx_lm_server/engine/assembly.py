@@ -20,7 +20,14 @@ from mlx_lm_server.core.proposer import Proposer
 from mlx_lm_server.core.scheduler import Scheduler
 from mlx_lm_server.engine.disk_cache import DiskCache
 from mlx_lm_server.engine.engine_core import EngineCore
-from mlx_lm_server.engine.profiles import OthersWork, load_profile, profile_path, save_profile
+from mlx_lm_server.engine.profiles import (
+    OthersWork,
+    decode_measured,
+    encode_measured,
+    load_profile,
+    profile_path,
+    save_profile,
+)
 from mlx_lm_server.engine.sizing import Sizes, context_tokens
 from mlx_lm_server.protocol import LoadModel, Ready
 from mlx_lm_server.runner.backends import choose, host_memory
@@ -67,7 +74,7 @@ def assemble(
     )
     progress("measuring", 0.9)
     load_s = time.monotonic() - begun_s
-    known = measured
+    known = measured or decode_measured(order.measured)
     measured, sizes = _sized(
         order, loaded, runner, lambda: known or _measured(order, loaded, runner, blas, load_s)
     )
@@ -108,6 +115,7 @@ def assemble(
         kv_format=runner.kv_format,
         disk_tier=disk.folder if disk else "",
         submission=runner.early.describe(),
+        measured=encode_measured(measured),
     )
     return core, ready
 

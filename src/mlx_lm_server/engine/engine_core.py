@@ -15,6 +15,7 @@ from mlx_lm_server.core.request import Request
 from mlx_lm_server.core.scheduler import Scheduler
 from mlx_lm_server.engine.disk_cache import CLOSE_LIMIT_S, FLUSH_LIMIT_S, DiskCache
 from mlx_lm_server.engine.prefill_progress import PrefillProgress
+from mlx_lm_server.engine.told_steps import ToldSteps
 from mlx_lm_server.errors import RequestError
 from mlx_lm_server.protocol import Abort, AddRequest, EngineStats, RequestOutput
 
@@ -71,7 +72,8 @@ class EngineCore:
         self._cache_share = 1.0
         self._running: _Running | None = None
         self._read_s = 0.0  # when the last forward had ended
-        self._progress = PrefillProgress()
+        self._progress = PrefillProgress(clock)
+        self.told_steps = ToldSteps()
         self._step_tokens: list[int] = []
 
     @property
@@ -136,8 +138,10 @@ class EngineCore:
         try:
             self._scheduler.add(Request.from_message(message, self._clock()))
         except RequestError as error:
+            if message.output_ids:  # this engine has less memory than the one before
+                return [RequestOutput(message.req_id, [], finish_reason="length")]
             return [RequestOutput(message.req_id, [], finish_reason="error", error=error.message)]
-        if message.wants_progress:
+        if message.wants_progress and not message.output_ids:
             self._progress.watch(message.req_id)
         return ()
 
@@ -155,7 +159,9 @@ class EngineCore:
         plan = self._scheduler.schedule(self._clock())
         if plan is None:
             yield from self._read()
+            self.told_steps.none_left()
             return
+        self.told_steps.before(plan)
         handle = self._runner.submit(plan)
         if self._running is not None:
             yield from self._read()

@@ -1,6 +1,7 @@
-"""The entry of an engine process: `python -m mlx_lm_server.engine.engine_main --fd N`.
+"""The entry of an engine process: `python -m mlx_lm_server.engine.engine_main --fd N --note-fd M`.
 
-The server starts it with one end of a socket pair and speaks first (`LoadModel`). The engine ends
+The server starts it with one end of a socket pair and a file for its note of the steps under way,
+and speaks first (`LoadModel`, or before that `WarmUp`). The engine ends
 when the socket closes; a thread watches for the server's death, because the main thread may be in
 the middle of a long forward.
 """
@@ -9,17 +10,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import logging
 import os
 import signal
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from mlx_lm_server import errors
 from mlx_lm_server.engine.engine_core import EngineCore
 from mlx_lm_server.engine.link import LinkClosed, ServerLink
+from mlx_lm_server.engine.told_steps import ToldSteps
 from mlx_lm_server.protocol import (
     Abort,
     AddRequest,
@@ -30,7 +34,12 @@ from mlx_lm_server.protocol import (
     RequestOutput,
     Shutdown,
     ToEngine,
+    WarmUp,
 )
+from mlx_lm_server.step_note import StepNote
+
+if TYPE_CHECKING:
+    from mlx_lm_server.runner.backends.blas import Blas
 
 HEARTBEAT_S = 1.0
 TIER_LOOK_S = 0.001
@@ -42,32 +51,58 @@ log = logging.getLogger(__name__)
 def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--fd", type=int, required=True)
-    fd = arguments.parse_args().fd
+    arguments.add_argument("--note-fd", type=int, required=True)
+    given = arguments.parse_args()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     _watch_parent(os.getppid())
     logging.basicConfig(format="engine %(levelname)s %(message)s")
     with contextlib.suppress(LinkClosed):
-        serve(ServerLink(socket.socket(fileno=fd)))
+        serve(ServerLink(socket.socket(fileno=given.fd)), StepNote(given.note_fd))
 
 
-def serve(link: ServerLink) -> None:
-    """Load what the server orders, then step until it says stop. Raises LinkClosed."""
-    messages = link.receive(wait_s=3600)
+def serve(
+    link: ServerLink, note: StepNote, prepare: Callable[[EngineCore], None] = lambda _: None
+) -> None:
+    """Loads what the server orders, prepares what came of it, then steps until the server says
+    stop. Raises LinkClosed."""
+    messages = _first_messages(link)
+    warm = None
+    if isinstance(order := messages[0], WarmUp):
+        warm = _warm_up(order.num_threads, with_adapters=order.with_adapters)
+        messages = messages[1:] or _first_messages(link)
     order, rest = messages[0], messages[1:]
+    if isinstance(order, Shutdown):
+        return
     if not isinstance(order, LoadModel):
         raise LinkClosed(f"expected LoadModel first, got {type(order).__name__}")
-    loop = _load(link, order)
-    if loop is not None:
-        loop.run(rest)
+    core = _load(link, order, warm)
+    if core is not None:
+        core.told_steps = ToldSteps(note)
+        prepare(core)
+        EngineLoop(link, core).run(rest)
 
 
-def _load(link: ServerLink, order: LoadModel) -> EngineLoop | None:
+def _first_messages(link: ServerLink) -> list[ToEngine]:
+    """Returns what the server says, whenever that is; at least one message."""
+    while not (messages := link.receive(wait_s=3600)):
+        continue
+    return messages
+
+
+def _warm_up(num_threads: int | None, *, with_adapters: bool) -> Blas:
+    """Imports all that a model needs."""
     # The BLAS must be in the process before mlx is, so nothing above may import the runner.
     from mlx_lm_server.runner.backends import blas
     from mlx_lm_server.runner.loading import light_import
 
-    chosen = blas.preload(order.num_threads)
-    light_import.import_mlx_lm(with_adapters=order.adapter_path is not None)
+    chosen = blas.preload(num_threads)
+    light_import.import_mlx_lm(with_adapters=with_adapters)
+    importlib.import_module("mlx_lm_server.engine.assembly")
+    return chosen
+
+
+def _load(link: ServerLink, order: LoadModel, warm: Blas | None) -> EngineCore | None:
+    chosen = warm or _warm_up(order.num_threads, with_adapters=order.adapter_path is not None)
     from mlx_lm_server.engine.assembly import assemble
 
     def progress(stage: str, fraction: float) -> None:
@@ -79,7 +114,7 @@ def _load(link: ServerLink, order: LoadModel) -> EngineLoop | None:
         link.send(LoadFailed(type(error).__name__, str(error)))
         return None
     link.send(ready)
-    return EngineLoop(link, core)
+    return core
 
 
 class EngineLoop:

@@ -95,6 +95,16 @@ def _forward_bytes(found: Any) -> ForwardBytes:
     return forward_bytes
 
 
+def encode_measured(measured: Measured) -> bytes:
+    """Returns what was measured in a form that a next engine takes."""
+    return msgspec.msgpack.encode(measured)
+
+
+def decode_measured(data: bytes) -> Measured | None:
+    """Returns what `encode_measured` wrote; None for no bytes."""
+    return msgspec.msgpack.decode(data, type=Measured) if data else None
+
+
 def _submitting(found: Any) -> Submitting | None:
     submitting = msgspec.convert(found, Submitting | None)
     for trial in () if submitting is None else (submitting.small, submitting.large):

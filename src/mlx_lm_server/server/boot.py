@@ -49,6 +49,7 @@ async def boot(
         services.client,
         services.metrics,
         limits=limits,
+        has_standby=config.resume.standby and not config.resume.no_resume,
         on_progress=display.show,
     )
     services.supervisor = supervisor

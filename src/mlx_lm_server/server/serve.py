@@ -79,6 +79,7 @@ def build_services(config: Config) -> Services:
         metrics,
         first_token_timeout_s=config.generation.first_token_timeout_s,
         token_timeout_s=config.generation.request_timeout_s,
+        resumes=not config.resume.no_resume,
         on_row_end=admission.observe_end,
     )
     metrics.engine_stats = lambda: client.stats

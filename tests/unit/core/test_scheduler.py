@@ -8,7 +8,7 @@ from mlx_lm_server.core.request import Request, RequestStatus
 from mlx_lm_server.core.scheduler import SchedulerLimits
 from mlx_lm_server.core.slab_rules import SlabRules
 from mlx_lm_server.errors import InvalidRequestError, RequestTooLargeError
-from mlx_lm_server.protocol import RequestOutput
+from mlx_lm_server.protocol import AddRequest, RequestOutput
 
 
 def _sim(limit_tokens: int = 100_000, **limits: int) -> Simulation:
@@ -244,6 +244,44 @@ def test_an_id_that_is_in_work_is_refused():
     sim.add(_endless("a", 5, 5))
     with pytest.raises(InvalidRequestError):
         sim.add(_endless("a", 5, 5))
+
+
+# ---- from another engine
+
+
+def _resumed(req_id: str, num_prompt: int, max_tokens: int, num_told: int) -> Request:
+    """A request of which another engine has told so many tokens."""
+    like = _endless(req_id, num_prompt, max_tokens)
+    told = [token_at(0, index) for index in range(num_told)]
+    prompt = list(like.prompt_ids)
+    return Request.from_message(AddRequest(req_id, prompt, like.sampling, output_ids=told), 0.0)
+
+
+def test_a_request_goes_on_behind_the_tokens_that_another_engine_told():
+    sim = _sim()
+    sim.add(_resumed("a", 10, 6, num_told=4))
+    plan = _step(sim)
+    (row,) = plan.joined_rows
+    assert row.output_ids == tuple(token_at(0, index) for index in range(4))
+    (chunk,) = plan.chunks
+    assert (chunk.num_tokens, chunk.yields) == (14, 1)
+    sim.run()
+    assert sim.tokens_of("a") == [token_at(0, index) for index in (4, 5)]
+    assert sim.finish_reason("a") == "length"
+
+
+def test_who_was_in_the_middle_of_an_answer_goes_before_who_only_waited():
+    sim = _sim(max_batch_size=1)
+    sim.add(_endless("new", 10, 2))
+    sim.add(_resumed("told", 10, 6, num_told=4))
+    (row,) = _step(sim).joined_rows
+    assert row.req_id == "told"
+
+
+def test_what_no_longer_fits_is_refused():
+    sim = _sim(limit_tokens=12)
+    with pytest.raises(RequestTooLargeError):
+        sim.add(_resumed("a", 10, 6, num_told=4))
 
 
 # ---- abort

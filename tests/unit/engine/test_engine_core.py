@@ -6,9 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from mlx_lm_server.core.plan import RowResult, RowWork, StepPlan, StepResult
+from mlx_lm_server.core.plan import JoinedRow, RowResult, RowWork, StepPlan, StepResult
+from mlx_lm_server.core.request import Request
 from mlx_lm_server.engine.engine_core import EngineCore
-from mlx_lm_server.protocol import RequestOutput
+from mlx_lm_server.engine.told_steps import ToldSteps
+from mlx_lm_server.errors import RequestTooLargeError
+from mlx_lm_server.protocol import AddRequest, RequestOutput, SamplingParams
 
 BUILD_S, FORWARD_S = 1.0, 10.0
 NAMES = ("a", "b")
@@ -171,7 +174,8 @@ def test_awaited_tokens_are_told_before_the_next_forward_is_submitted() -> None:
 def test_the_tokens_of_each_step_that_computed_some_are_told_once() -> None:
     core, scheduler, _ = engine()
     chunk = RowWork(1, 0, 1, 0, (5, 6, 7))
-    mixed = StepPlan(3, decodes=(RowWork(0, 0, 0, 5),), chunks=(chunk,))
+    joined = JoinedRow("b", 1, (5, 6, 7), (), SamplingParams(max_tokens=1, seed=0))
+    mixed = StepPlan(3, (), (joined,), (), (RowWork(0, 0, 0, 5),), (chunk,))
     scheduler.left += [mixed, StepPlan(4, left_rows=(0,))]
     assert core.take_step_tokens() == []
     core.step()
@@ -182,6 +186,49 @@ def test_the_tokens_of_each_step_that_computed_some_are_told_once() -> None:
     core.step()
     assert core.take_step_tokens() == [4], "the last only gives rows back"
     assert core.take_step_tokens() == []
+
+
+def test_whose_step_it_is_is_told_before_it_is_submitted() -> None:
+    core, scheduler, runner = engine()
+    note = Note(runner)
+    core.told_steps = ToldSteps(note)  # type: ignore[arg-type]
+    sampling = SamplingParams(max_tokens=9, seed=0)
+    rows = tuple(JoinedRow(name, row, (5,), (), sampling) for row, name in enumerate(NAMES))
+    scheduler.left[0] = StepPlan(1, joined_rows=rows, decodes=scheduler.left[0].decodes)
+    scheduler.left[1] = StepPlan(2, decodes=scheduler.left[1].decodes[1:])
+    for _ in range(3):
+        core.step()
+    assert note.told == [(0, ["a", "b"]), (1, ["b"]), (2, [])]
+
+
+class Note:
+    """Keeps what it is told, each time with how many plans had been submitted."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self.told: list[tuple[int, list[str]]] = []
+
+    def tell(self, req_ids: list[str]) -> None:
+        self.told.append((self._runner.calls.count("submit"), req_ids))
+
+    def clear(self) -> None:
+        self.tell([])
+
+
+class SmallScheduler(Scheduler):
+    """Has no room for anything."""
+
+    def add(self, _request: Request) -> None:
+        raise RequestTooLargeError("it does not fit")
+
+
+def test_an_answer_that_no_longer_fits_ends_with_what_was_told() -> None:
+    clock = Clock()
+    core = EngineCore(SmallScheduler(), Runner(clock), clock)  # type: ignore[arg-type]
+    sampling = SamplingParams(max_tokens=9, seed=0)
+    new, told = AddRequest("new", [1], sampling), AddRequest("told", [1], sampling, output_ids=[2])
+    ends = [(output.req_id, output.finish_reason) for output in core.handle([new, told])]
+    assert ends == [("new", "error"), ("told", "length")]
 
 
 class Upkeep:

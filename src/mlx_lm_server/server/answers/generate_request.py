@@ -83,7 +83,8 @@ class Delta:
     always, so that an answer without any has an empty list),
     `prompt_tokens` those of the prompt, once, where theirs were. `token_ids` are those that were
     read since the last delta, `prompt_token_ids` come once; both where they were asked for.
-    `progress` comes alone."""
+    `progress` comes alone. `num_resumed`, told with the end, is how often an engine took the
+    sequence up again after another one's death."""
 
     index: int
     text: str
@@ -95,6 +96,7 @@ class Delta:
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
     progress: PromptProgress | None = None
+    num_resumed: int = 0
 
     @property
     def is_plain(self) -> bool:
@@ -172,7 +174,8 @@ class Timings:
 @dataclass(slots=True)
 class Usage:
     """Tokens of all sequences of one HTTP request; `reasoning_tokens` None where the model's
-    reasoning is not told apart."""
+    reasoning is not told apart. `num_resumed` is how often it was taken up again after an engine's
+    death, at most by one of them."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -180,3 +183,4 @@ class Usage:
     reasoning_tokens: int | None = None
     timings: Timings | None = None
     cache: list[CacheExplanation] | None = None
+    num_resumed: int = 0

@@ -22,6 +22,7 @@ from mlx_lm_server.protocol import (
     decode_to_server,
     encode_frame,
 )
+from mlx_lm_server.step_note import StepNote, open_note
 
 log = logging.getLogger(__name__)
 
@@ -64,32 +65,38 @@ def wide_pair() -> tuple[socket.socket, socket.socket]:
 
 
 class EngineProcess(asyncio.Protocol):
-    """Owned by the supervisor. `on_message` and `on_lost` run on the event loop; after `on_lost`
-    nothing more comes. The engine is in a session of its own, so that Ctrl-C in a terminal reaches
-    only the server, which drains it."""
+    """Owned by the supervisor, or by its standby, who then hands it over: `on_message` and
+    `on_lost` may be set anew. They run on the event loop; after `on_lost` nothing more comes. The
+    engine is in a session of its own, so that Ctrl-C in a terminal reaches only the server, which
+    drains it."""
 
     def __init__(self, on_message: Callable[[ToServer], None], on_lost: Callable[[], None]) -> None:
-        self._on_message = on_message
-        self._on_lost = on_lost
+        self.on_message = on_message
+        self.on_lost = on_lost
+        self._note: StepNote | None = None
         self._frames = FrameBuffer()
         self._transport: asyncio.Transport | None = None
         self._popen: subprocess.Popen[bytes] | None = None
 
     async def start(self, command: Sequence[str]) -> None:
-        """Spawns `command --fd N`. Raises OSError where that fails."""
+        """Spawns `command --fd N --note-fd M`. Raises OSError where that fails."""
+        note_fd = open_note()
+        self._note = StepNote(os.dup(note_fd))
         ours, theirs = wide_pair()
-        with theirs:
-            try:
-                self._popen = subprocess.Popen(  # noqa: ASYNC220 - spawning takes a millisecond
-                    [*command, "--fd", str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    env=ENGINE_ENVIRONMENT | os.environ,
-                    start_new_session=True,
-                )
-            except OSError:
-                ours.close()
-                raise
+        try:
+            self._popen = subprocess.Popen(  # noqa: ASYNC220 - spawning takes a millisecond
+                [*command, "--fd", str(theirs.fileno()), "--note-fd", str(note_fd)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno(), note_fd],
+                env=ENGINE_ENVIRONMENT | os.environ,
+                start_new_session=True,
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+            os.close(note_fd)
         ours.setblocking(False)
         await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
 
@@ -100,6 +107,16 @@ class EngineProcess(asyncio.Protocol):
     @property
     def exit_code(self) -> int | None:
         return self._popen.poll() if self._popen else None
+
+    def rows_under_way(self) -> set[str] | None:
+        """Returns whose steps were under way, of an engine that has ended; None where it could not
+        tell. Nothing more is asked of it after that."""
+        if self._note is None:
+            return None
+        found = self._note.read()
+        self._note.close()
+        self._note = None
+        return found
 
     def send(self, message: Message) -> None:
         """Queues a message; one to an engine that is gone is lost, as its death will tell."""
@@ -129,10 +146,10 @@ class EngineProcess(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             for body in self._frames.feed(data):
-                self._on_message(decode_to_server(body))
+                self.on_message(decode_to_server(body))
         except (FrameError, msgspec.MsgspecError) as error:
             log.error("the engine sent what is no message (%s); it is ended", error)
             self.kill()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._on_lost()
+        self.on_lost()

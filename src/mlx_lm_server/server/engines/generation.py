@@ -16,8 +16,9 @@ from mlx_lm_server.server.answers.generate_request import (
     Timings,
     Usage,
 )
-from mlx_lm_server.server.engines.engine_client import EngineClient, Mailbox, OutputStream
+from mlx_lm_server.server.engines.engine_client import EngineClient
 from mlx_lm_server.server.engines.metrics import Metrics
+from mlx_lm_server.server.engines.output_stream import Mailbox, OutputStream
 from mlx_lm_server.server.models.tokenizer import Tokenizer
 
 
@@ -89,6 +90,7 @@ class Generation:
         deltas.append(delta)
         if delta.finish_reason is not None:
             end = delta.finish_reason
+            delta.num_resumed = stream.num_resumed
             self._close(stream, "stop" if end == "tool_calls" else end)
             if reason is None:  # a stop string or a call: the engine does not know yet
                 self._client.release(stream)
@@ -158,6 +160,7 @@ class Generation:
             reasoning_tokens=sum(r.num_reasoning_tokens for r in readers)
             if tells_reasoning
             else None,
+            num_resumed=max(stream.num_resumed for stream in self._streams),
         )
 
     def timings(self) -> Timings:

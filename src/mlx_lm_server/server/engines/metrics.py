@@ -33,7 +33,7 @@ from mlx_lm_server.tier_stats import shown
 
 if TYPE_CHECKING:
     from mlx_lm_server.server.answers.generate_request import GenerateRequest
-    from mlx_lm_server.server.engines.engine_client import OutputStream
+    from mlx_lm_server.server.engines.output_stream import OutputStream
     from mlx_lm_server.server.models.served_model import Bounds
 
 PREFIX = "mlx_lm_server:"
@@ -106,7 +106,8 @@ class Metrics(Collector):
         self.prefix_cache_queries = 0
         self.prefix_cache_hits = 0
         self.engine_restarts = 0
-        self.num_preemptions = 0
+        self.resumed_requests = 0
+        self.num_preemptions = 0  # in engines that are gone
         self.kv_bits = 16
         self.cache_config: Mapping[str, str] = {}
         self.finished: Counter[str] = Counter()
@@ -139,6 +140,11 @@ class Metrics(Collector):
     def observe_steps(self, step_tokens: Sequence[int]) -> None:
         for num_tokens in step_tokens:
             self.step_tokens.observe(num_tokens)
+
+    def keep_totals(self, stats: EngineStats | None) -> None:
+        """Keeps what an engine that is gone has counted, of what else only the engine counts."""
+        if stats is not None:
+            self.num_preemptions += stats.num_preemptions_total
 
     def observe_end(
         self, stream: OutputStream, request: GenerateRequest, num_tokens: int, reason: FinishReason
@@ -225,6 +231,8 @@ class Metrics(Collector):
             ("prompt_tokens_cached", "Prompt tokens that were not computed.",
              self.prefix_cache_hits),
             ("engine_restarts", "Engines started anew after a death.", self.engine_restarts),
+            ("resumed_requests", "Sequences that a next engine took up again.",
+             self.resumed_requests),
         ):  # fmt: skip
             family = CounterMetricFamily(PREFIX + name, help, labels=["model_name"])
             family.add_metric([self.model_name], value)

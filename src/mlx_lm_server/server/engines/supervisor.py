@@ -6,8 +6,10 @@
           death before
           the first Ready ─▶ failed
 
-Runs on the event loop. A death ends the streams that were in the engine. `failed` is final: the
-server ends with the reason.
+Runs on the event loop. A death costs the streams that were in the engine a pause: the next one
+takes them up (engine_client.py). Deaths count as a loop only where nothing came of the engine in
+between, neither a token nor a closer look at who is to blame. `failed` is final: the server ends
+with the reason.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import msgspec
+
 from mlx_lm_server import errors
 from mlx_lm_server.errors import EngineDiedError, EngineError, ModelError, ServerError
 from mlx_lm_server.protocol import (
@@ -30,10 +34,12 @@ from mlx_lm_server.protocol import (
     Ready,
     Shutdown,
     ToServer,
+    WarmUp,
 )
 from mlx_lm_server.server.engines.engine_client import EngineClient
 from mlx_lm_server.server.engines.engine_process import EngineProcess
 from mlx_lm_server.server.engines.metrics import Metrics
+from mlx_lm_server.server.engines.standby import Standby
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +59,7 @@ class Limits:
     first_backoff_s: float = 0.2
     close_s: float = 1.0  # from the end of its socket to its own
     stop_s: float = 20.0  # the engine writes its cache to disk first
+    standby_after_s: float = 1.0  # the engine's first tokens first
 
 
 class Supervisor:
@@ -66,6 +73,7 @@ class Supervisor:
         metrics: Metrics,
         *,
         limits: Limits | None = None,
+        has_standby: bool = False,
         on_progress: Callable[[LoadProgress], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -76,6 +84,9 @@ class Supervisor:
         self._limits = limits or Limits()
         self._on_progress = on_progress
         self._process: EngineProcess | None = None
+        order = WarmUp(load.num_threads, with_adapters=load.adapter_path is not None)
+        self._standby = Standby(command, order) if has_standby else None
+        self._why_killed = ""
         self._clock = clock
         self._last_message_s = self._clock()
         self._last_tick_s = self._clock()
@@ -108,6 +119,8 @@ class Supervisor:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        if self._standby is not None:
+            await self._standby.stop()
         if self.state != "failed":
             self.state = "stopped"
 
@@ -115,29 +128,41 @@ class Supervisor:
         self._stopping = True
         if self._process is not None:
             self._process.kill()
+        if self._standby is not None:
+            self._standby.kill()
 
     async def _run(self) -> None:
         while not self._stopping and not self.failure.done():
-            await self._run_one_engine()
+            counts = await self._run_one_engine()
             if not self._stopping and not self.failure.done():
-                await self._back_off()
+                await self._back_off(counts=counts)
 
-    async def _run_one_engine(self) -> None:
-        """From the spawn of an engine to its end."""
+    async def _run_one_engine(self) -> bool:
+        """From the spawn of an engine to its end. Returns whether that counts against the next."""
         self.state = "starting"
         self._lost.clear()
+        self._why_killed = ""
         self._last_message_s = self._last_tick_s = self._clock()
-        process = self._process = EngineProcess(self._on_message, self._lost.set)
         try:
-            await process.start(self._command)
+            process = self._process = await self._new_process()
         except OSError as error:
             self._fail(EngineError(f"the engine cannot be started: {error}"))
-            return
+            return True
         process.send(self._load)
         while not self._lost.is_set():
             self._tick()
             await self._wait_until_lost(self._limits.tick_s)
-        await self._bury(process)
+        return await self._bury(process)
+
+    async def _new_process(self) -> EngineProcess:
+        """Returns the one that waits, or one that is only starting. Raises OSError."""
+        process = self._standby.take() if self._standby is not None else None
+        if process is not None:
+            process.on_message, process.on_lost = self._on_message, self._lost.set
+            return process
+        process = EngineProcess(self._on_message, self._lost.set)
+        await process.start(self._command)
+        return process
 
     async def _wait_until_lost(self, limit_s: float) -> None:
         try:
@@ -160,39 +185,43 @@ class Supervisor:
                 self._last_message_s = now
         silent_s = now - self._last_message_s
         if silent_s > limit_s and self._process is not None:
-            log.error("the engine has been silent for %.0f s; it is killed", silent_s)
+            self._why_killed = f"silent for {silent_s:.0f} s"
+            log.error("the engine has been %s; it is killed", self._why_killed)
             self._process.kill()
 
-    async def _bury(self, process: EngineProcess) -> None:
-        """The socket is closed: the process must end too, and its streams do."""
+    async def _bury(self, process: EngineProcess) -> bool:
+        """The socket is closed: the process must end too. Returns whether its death counts."""
         if not await process.wait(self._limits.close_s):
             process.kill()
             await process.wait(self._limits.stop_s)
         was_ready = self.state == "ready"
         self.state = "backoff"
-        self._client.detach(EngineDiedError("the engine ended while it worked on this request"))
+        how = self._why_killed or _describe_exit(process.exit_code)
+        inquest = self._client.detach(how, process.rows_under_way())
         if self._stopping or self.failure.done():
-            return
-        how = _describe_exit(process.exit_code)
+            self._client.give_up(EngineDiedError("the engine ended while it worked on this"))
+            return True
         if not self.first_ready.done():
             self._fail(EngineError(f"the engine ended while it loaded the model ({how})"))
-            return
+            return True
         log.error(
             "the engine ended (%s)%s; it is started anew", how, "" if was_ready else " loading"
         )
+        if inquest.made_tokens:
+            self._deaths_s.clear()
+        return not inquest.leads_on
 
-    async def _back_off(self) -> None:
+    async def _back_off(self, *, counts: bool) -> None:
+        """Waits, unless the death says nothing against the next engine."""
         now = self._clock()
-        self._deaths_s.append(now)
-        num_recent = sum(now - then < self._limits.deaths_within_s for then in self._deaths_s)
-        if num_recent >= self._limits.max_deaths:
-            self._fail(
-                EngineError(
-                    f"the engine died {num_recent} times in {self._limits.deaths_within_s:g} s"
-                )
-            )
-            return
-        await asyncio.sleep(self._limits.first_backoff_s * 2 ** (num_recent - 1))
+        if counts:
+            self._deaths_s.append(now)
+            num_recent = sum(now - then < self._limits.deaths_within_s for then in self._deaths_s)
+            if num_recent >= self._limits.max_deaths:
+                within = f"{num_recent} times in {self._limits.deaths_within_s:g} s"
+                self._fail(EngineError(f"the engine died {within}"))
+                return
+            await asyncio.sleep(self._limits.first_backoff_s * 2 ** (num_recent - 1))
         self.num_restarts += 1
         self._metrics.engine_restarts += 1
 
@@ -212,7 +241,10 @@ class Supervisor:
         assert self._process is not None
         self.state = "ready"
         self.ready = ready
+        self._load = msgspec.structs.replace(self._load, measured=ready.measured)
         self._client.attach(self._process.send)
+        if self._standby is not None:
+            self._standby.prepare(self._limits.standby_after_s)
         if not self.first_ready.done():
             self.first_ready.set_result(ready)
         else:
@@ -232,6 +264,7 @@ class Supervisor:
 
     def _fail(self, error: ServerError) -> None:
         self.state = "failed"
+        self._client.give_up(error)
         if not self.failure.done():
             self.failure.set_result(error)
 

@@ -19,6 +19,7 @@ STATUSES: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (errors.RequestTooLargeError, 413, "invalid_request_error", "request_too_large"),
     (errors.OverloadedError, 429, "rate_limit_error", "overloaded"),
     (errors.EngineDiedError, 503, "server_error", "engine_died"),
+    (errors.RequestKillsEngineError, 500, "server_error", "request_kills_engine"),
     (errors.EngineUnavailableError, 503, "server_error", "engine_unavailable"),
     (errors.EngineError, 500, "server_error", "engine_error"),
 )

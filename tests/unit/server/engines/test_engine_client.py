@@ -36,6 +36,7 @@ from mlx_lm_server.server.engines import engine_client
 from mlx_lm_server.server.engines.engine_client import EngineClient
 from mlx_lm_server.server.engines.generation import Generation
 from mlx_lm_server.server.engines.metrics import Metrics
+from mlx_lm_server.server.engines.output_stream import Mailbox
 from mlx_lm_server.server.models.tokenizer import Tokenizer
 
 STATS = EngineStats(*[0] * 13)
@@ -170,7 +171,7 @@ async def test_an_error_comes_after_the_tokens_before_it() -> None:
     generation = scene.generate()
     [req_id] = scene.ids()
     scene.say(RequestOutput(req_id, [0]))
-    scene.client.detach(EngineDiedError("dead"))
+    scene.client.give_up(EngineDiedError("dead"))
     assert await generation.next() == [Delta(0, "a")]
     with pytest.raises(EngineDiedError):
         await generation.next()
@@ -179,7 +180,7 @@ async def test_an_error_comes_after_the_tokens_before_it() -> None:
 
 async def test_without_an_engine_nothing_is_submitted() -> None:
     scene = Scene()
-    scene.client.detach(EngineDiedError("dead"))
+    scene.client.give_up(EngineDiedError("dead"))
     with pytest.raises(EngineUnavailableError):
         scene.generate()
     assert scene.client.num_live == 0
@@ -237,6 +238,120 @@ async def test_time_limits() -> None:
         await generation.next()
 
 
+async def test_a_prompt_that_comes_further_has_not_waited_for_its_first_token() -> None:
+    scene = Scene(first_token_timeout_s=10.0, token_timeout_s=5.0)
+    generation = scene.generate()
+    [req_id] = scene.ids()
+    for now_s in (9.0, 18.0):
+        scene.now_s = now_s
+        scene.say(RequestOutput(req_id, [], num_computed_tokens=1))
+        scene.client.expire(now_s + 9)
+    assert scene.aborted() == []
+    scene.client.expire(28.5)
+    assert scene.aborted() == [req_id]
+    with pytest.raises(RequestTimeoutError, match="no first token within 10 s"):
+        await generation.next()
+
+
+async def test_time_limits_stand_still_while_no_engine_runs() -> None:
+    scene = Scene(first_token_timeout_s=10.0, token_timeout_s=5.0)
+    scene.generate()
+    [req_id] = scene.ids()
+    scene.say(RequestOutput(req_id, [0]))
+    scene.now_s = 4.0
+    scene.client.detach("signal 9", [req_id])
+    scene.client.expire(500.0)
+    scene.now_s = 1000.0
+    scene.client.attach(scene.sent.append)
+    scene.client.expire(1000.5)
+    assert scene.aborted() == []
+    scene.client.expire(1001.5)
+    assert scene.aborted() == [req_id]
+
+
+async def test_the_next_engine_is_given_the_tokens_that_were_told() -> None:
+    scene = Scene()
+    generation = scene.generate()
+    [req_id] = scene.ids()
+    scene.say(RequestOutput(req_id, [0, 1]))
+    scene.client.detach("signal 9", [req_id])
+    scene.client.attach(scene.sent.append)
+    again = scene.sent[-1]
+    assert isinstance(again, AddRequest)
+    assert again.output_ids == [0, 1]
+    scene.say(RequestOutput(req_id, [2], "length"))
+    [delta] = await generation.next()
+    assert (delta.text, delta.finish_reason, delta.num_resumed) == ("abc", "length", 1)
+    assert generation.usage().num_resumed == 1
+    assert scene.metrics.resumed_requests == 1
+
+
+async def test_who_comes_while_no_engine_runs_waits_for_the_next_one() -> None:
+    scene = Scene()
+    scene.client.detach("signal 9")
+    generation = scene.generate()
+    assert scene.ids() == []
+    scene.client.attach(scene.sent.append)
+    [req_id] = scene.ids()
+    scene.say(RequestOutput(req_id, [0], "length"))
+    assert await generation.next() == [Delta(0, "a", "length")]
+    assert scene.metrics.resumed_requests == 0
+
+
+async def test_who_leaves_while_no_engine_runs_gives_its_place_back() -> None:
+    scene = Scene()
+    generation = scene.generate()
+    scene.client.detach("signal 9")
+    generation.cancel(ClientGoneError("left"))
+    assert scene.client.num_live == 0
+    assert scene.num_row_ends == 1
+    scene.client.attach(scene.sent.append)
+    assert len(scene.ids()) == 1, "it is not given to another engine"
+
+
+async def test_who_comes_during_a_trial_waits_for_its_end() -> None:
+    scene = Scene()
+    scene.generate()
+    [first] = scene.ids()
+    scene.client.detach("signal 9", [first])
+    scene.client.attach(scene.sent.append)
+    scene.generate()
+    assert scene.ids() == [first, first]
+    scene.say(RequestOutput(first, [0]))
+    assert len(scene.ids()) == 3
+
+
+async def test_progress_that_another_engine_had_made_is_not_told_again() -> None:
+    scene = Scene()
+    sampling = SamplingParams(max_tokens=9, seed=1)
+    request = GenerateRequest([1, 2, 3], sampling, wants_progress=True)
+    mailbox = Mailbox()
+    [stream] = scene.client.submit("r", [request], mailbox, 0.0)
+    scene.say(RequestOutput(stream.req_id, [], num_computed_tokens=2))
+    assert stream.read_progress() == 2
+    scene.client.detach("signal 9")
+    scene.client.attach(scene.sent.append)
+    scene.say(RequestOutput(stream.req_id, [], num_computed_tokens=1))
+    assert stream.read_progress() == 0
+    scene.say(RequestOutput(stream.req_id, [], num_computed_tokens=3))
+    assert stream.read_progress() == 3
+
+
+async def test_preemptions_in_engines_that_are_gone_count() -> None:
+    scene = Scene()
+    generation = scene.generate()
+    [req_id] = scene.ids()
+    scene.say(RequestOutput(req_id, [0], num_preemptions=2))
+    scene.client.stats = replace(STATS, num_preemptions_total=3)
+    scene.client.detach("signal 9")
+    scene.client.attach(scene.sent.append)
+    scene.say(RequestOutput(req_id, [0], "length", num_preemptions=1))
+    await generation.next()
+    told = numbers(scene)
+    assert told["request_num_preemptions_sum"] == 3
+    assert told["num_preemptions_total"] == 3
+
+
 def numbers(scene: Scene) -> dict[str, float]:
     """What /metrics tells, by name and by the value of the label that tells samples apart."""
     found = {}
@@ -292,7 +407,9 @@ async def test_who_waits_is_told_by_what_for() -> None:
     assert told["num_requests_waiting_by_reason/deferred"] == 1
 
 
-EVENTS = st.sampled_from(["token", "end", "error", "abort", "read", "leave", "die", "expire"])
+EVENTS = st.sampled_from(
+    ["token", "end", "error", "abort", "read", "leave", "die", "expire", "end of all"]
+)
 
 
 @settings(max_examples=300, deadline=None)
@@ -308,8 +425,11 @@ async def _play(events: list[tuple[str, int]], num_sequences: int) -> None:
     generations = [scene.generate(num_sequences, stop=("c",)) for _ in range(2)]
     ends: Counter[tuple[int, int]] = Counter()
     failed: set[int] = set()
-    rows = set(scene.ids())
+    rows: set[str] = set()
+    num_seen = 0
     for event, choice in events:
+        added = [m.req_id for m in scene.sent[num_seen:] if isinstance(m, AddRequest)]
+        rows, num_seen = rows | set(added), len(scene.sent)
         row = sorted(rows)[choice % len(rows)] if rows else None
         match event:
             case "token" if row:
@@ -324,7 +444,12 @@ async def _play(events: list[tuple[str, int]], num_sequences: int) -> None:
                 generations[choice % 2].cancel(ClientGoneError("left"))
             case "die":
                 rows.clear()
-                scene.client.detach(EngineDiedError("dead"))
+                num_seen = len(scene.sent)
+                scene.client.detach("signal 9")
+                scene.client.attach(scene.sent.append)
+            case "end of all" if choice == 0:
+                rows.clear()
+                scene.client.give_up(EngineDiedError("dead"))
             case "expire":
                 scene.client.expire(1e12)
         for req_id in scene.aborted():  # the engine answers, late or not

@@ -22,7 +22,7 @@ BUFFERS = (socket.SO_SNDBUF, socket.SO_RCVBUF)
 TELLS_ITS_BUFFERS = """
 import socket, sys
 from mlx_lm_server.protocol import LoadProgress, encode_frame
-end = socket.socket(fileno=int(sys.argv[-1]))
+end = socket.socket(fileno=int(sys.argv[sys.argv.index("--fd") + 1]))
 for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
     size = end.getsockopt(socket.SOL_SOCKET, option)
     end.sendall(encode_frame(LoadProgress("buffer", float(size))))

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import psutil
 from tests import fakes
 
-from mlx_lm_server.errors import EngineDiedError
+from mlx_lm_server.errors import RequestKillsEngineError
 from mlx_lm_server.protocol import LoadModel, SamplingParams
 from mlx_lm_server.server.answers.generate_request import GenerateRequest
 from mlx_lm_server.server.engines.engine_client import EngineClient, Mailbox, OutputStream
@@ -82,5 +82,5 @@ async def test_an_engine_that_closes_its_socket_and_goes_on_is_killed() -> None:
     async with running() as scene:
         stream, pid = scene.submit(fakes.DEAF), scene.pid
         await scene.mailbox.take()
-        assert isinstance(stream.error, EngineDiedError)
+        assert isinstance(stream.error, RequestKillsEngineError)
         assert not psutil.pid_exists(pid)

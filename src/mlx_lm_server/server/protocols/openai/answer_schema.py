@@ -102,6 +102,9 @@ class UsagePart(Part):
     """Where `timings` asked for it."""
     cache: list[CacheExplanationPart] | None = None
     """Where `explain_cache` asked for it."""
+    resumed: int | None = None
+    """Where an engine died meanwhile: how often another one took the answer up again. Computed in
+    bfloat16, or on a GPU, it may be another answer from there on than it would have been."""
 
 
 class TopLogprob(Part):
@@ -265,6 +268,8 @@ class ChatChunkChoice(Part):
     """In the last chunk: the text of `stop` or the token of `stop_token_ids` that ended it."""
     token_ids: list[int] | None = None
     """Those since the last chunk, where they were asked for."""
+    resumed: int | None = None
+    """In the last chunk, as in `usage`."""
 
 
 class PromptProgressPart(Part):
@@ -313,6 +318,8 @@ class TextChoice(Part):
     """The prompt as the model got it, where it was asked for; once in a stream."""
     prompt_logprobs: PromptLogprobs | None = None
     """By token id, of each token of the prompt; null for the first."""
+    resumed: int | None = None
+    """In the last chunk of a stream, as in `usage`."""
 
 
 class Completion(_Headed):

@@ -44,6 +44,8 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         found["timings"] = msgspec.to_builtins(usage.timings)
     if usage.cache is not None:
         found["cache"] = usage.cache
+    if usage.num_resumed:
+        found["resumed"] = usage.num_resumed
     return found
 
 
@@ -100,9 +102,10 @@ class Chunks:
         return b""
 
     def finish(self, delta: Delta) -> bytes:
-        why = b',"finish_reason":%b,"stop_reason":%b}' % (
+        why = b',"finish_reason":%b,"stop_reason":%b%b}' % (
             encode(delta.finish_reason),
             encode(delta.stop_reason),
+            b',"resumed":%d' % delta.num_resumed if delta.num_resumed else b"",
         )
         return self._head + b'{"index":%d,' % delta.index + self.LAST + why + self._tail
 
