@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -219,6 +218,10 @@ class FakeSteps:
         self._late_s, self._early_s, self._copy_s = late_s, early_s, copy_s
         self._per_place_s = per_place_s
         self.capacities: list[int] = []
+        self.now_s = 0.0
+
+    def clock(self) -> float:
+        return self.now_s
 
     def submit(self, plan: StepPlan) -> FakeHandle:
         if plan.decodes:
@@ -227,7 +230,7 @@ class FakeSteps:
             self.capacities.append(capacity)
             early_s = self._early_s + (self._copy_s if capacity > SMALL_CAPACITY else 0.0)
             step_s = early_s if self.early is ALWAYS else self._late_s
-            time.sleep(step_s + self._per_place_s * capacity)
+            self.now_s += step_s + self._per_place_s * capacity
         return FakeHandle()
 
 
@@ -244,7 +247,8 @@ def test_the_quicker_way_is_chosen_by_what_slabs_hold(
 ) -> None:
     storage = KVStorage(LAYERS, BACKEND)
     steps = FakeSteps(storage, late_s, early_s, copy_s)
-    measured = BothWays(steps, storage, 4, 64 << 20).measured(lambda: True, 60.0)
+    both_ways = BothWays(steps, storage, 4, 64 << 20, steps.clock)
+    measured = both_ways.measured(lambda: True, 60.0)
     assert measured is not None
     assert steps.early == EarlySteps(17, 17), "as it was"
     assert storage.slabs == {}
@@ -269,7 +273,7 @@ def test_the_large_slab_is_no_larger_than_there_is_time_for() -> None:
     """A step may take 20 ms; over 1024 places it takes 10, over 4096 it would take 40."""
     storage = KVStorage(LAYERS, BACKEND)
     steps = FakeSteps(storage, 0.0, 0.0, 0.0, per_place_s=1e-5)
-    both_ways = BothWays(steps, storage, 4, 64 << 20)
+    both_ways = BothWays(steps, storage, 4, 64 << 20, steps.clock)
     measured = both_ways.measured(lambda: False, both_ways.least_s(0.02))
     assert measured is not None
     assert measured.large.slab_bytes == 4 * measured.small.slab_bytes
@@ -280,7 +284,7 @@ def test_the_large_slab_is_no_larger_than_there_is_time_for() -> None:
 def test_a_device_that_is_slow_over_any_large_slab_is_given_late_steps() -> None:
     storage = KVStorage(LAYERS, BACKEND)
     steps = FakeSteps(storage, 0.0, 0.0, 0.0, per_place_s=4e-5)
-    both_ways = BothWays(steps, storage, 4, 64 << 20)
+    both_ways = BothWays(steps, storage, 4, 64 << 20, steps.clock)
     assert both_ways.measured(lambda: True, both_ways.least_s(0.02)) is None
     assert len(steps.capacities) == 2 * LOOKS, "the small one and one that is larger"
     assert storage.slabs == {}
