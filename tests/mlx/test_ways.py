@@ -89,7 +89,12 @@ def test_k_and_v_stay_in_16_bits_where_a_row_of_the_whole_context_fits(
     fitting = EngineDriver(folder, memory_limit_bytes=rest + row_bytes * 5 // 4, **order)
     assert fitting.ready.kv_bits == 16
     assert fitting.ready.kv_limit_tokens >= CONTEXT
-    tight = EngineDriver(folder, memory_limit_bytes=rest + row_bytes * 4 // 5, **order)
+    limit_bytes = fitting.ready.memory_limit_bytes
+    in_16 = fitting
+    while in_16.ready.kv_limit_tokens > CONTEXT * 3 // 4:
+        limit_bytes -= row_bytes // 4
+        in_16 = EngineDriver(folder, memory_limit_bytes=limit_bytes, kv_bits=16, **order)
+    tight = EngineDriver(folder, memory_limit_bytes=limit_bytes, **order)
     assert tight.ready.kv_bits == (8 if way in ("metal", "cuda") else 16)
     [tokens] = tight.run(random_prompts(1, [20], VOCAB_SIZE))
     assert len(tokens) == GREEDY.max_tokens
@@ -117,7 +122,7 @@ def test_bits_that_were_chosen_for_want_of_memory_are_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = write_model("qwen3", tmp_path, has_wide_heads=True)
-    order = {"way": "cuda", "memory_limit_bytes": 4_500_000, "max_num_batched_tokens": 64}
+    order = {"way": "cuda", "memory_limit_bytes": 6_000_000, "max_num_batched_tokens": 64}
     caplog.clear()
     EngineDriver(folder, **order)
     [line] = [r.getMessage() for r in caplog.records if "bits" in r.getMessage()]
@@ -141,7 +146,7 @@ def test_heads_that_no_group_divides_stay_as_they_are_in_tight_memory(
 ) -> None:
     folder = write_model("qwen3", tmp_path)  # heads of 16
     engine = EngineDriver(
-        folder, way="metal", memory_limit_bytes=2_500_000, max_num_batched_tokens=64
+        folder, way="metal", memory_limit_bytes=3_500_000, max_num_batched_tokens=64
     )
     assert engine.ready.kv_bits == 16
     assert engine.ready.kv_limit_tokens < CONTEXT

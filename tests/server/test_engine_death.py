@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests import fakes
+from tests.observations import observes
 from tests.server.harness import RunningServer
 
 
@@ -94,6 +95,24 @@ def test_a_client_may_leave_while_no_engine_runs(mortal: RunningServer) -> None:
     mortal.wait_until(mortal.is_idle)
 
 
+def _num_engines(server: RunningServer) -> int:
+    return len(psutil.Process(server.process.pid).children())
+
+
+@observes("ResumeConfig.standby")
+def test_a_process_waits_to_take_over_unless_it_is_not_wanted(
+    start: Callable[..., RunningServer],
+) -> None:
+    at_once = {"standby_after_s": 0.0}
+    waiting = start(limits=at_once)
+    waiting.wait_until(lambda: _num_engines(waiting) == 2)
+    alone = start(flags={"--standby": "false"}, limits=at_once)
+    for _ in range(5):
+        alone.chat("alive", max_tokens=6)
+        assert _num_engines(alone) == 1
+
+
+@observes("ResumeConfig.no_resume")
 def test_without_resuming_a_death_is_an_error(start: Callable[..., RunningServer]) -> None:
     server = start(flags={"--no-resume": True}, limits={"first_backoff_s": 0.01, "tick_s": 0.05})
     response = server.chat("x", seed=fakes.DIE)

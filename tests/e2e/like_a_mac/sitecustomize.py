@@ -28,6 +28,7 @@ import resource
 import socket
 import sys
 import sysconfig
+import tempfile
 import types
 import urllib.request  # noqa: F401
 from collections.abc import Callable, Sequence
@@ -72,6 +73,7 @@ def take_away_linux() -> None:
         for name in names:
             if hasattr(module, name):
                 delattr(module, name)
+    tempfile._O_TMPFILE_WORKS = False  # type: ignore[attr-defined] # asked before it was taken away
     sys.platform = "darwin"
     os.uname = lambda: UNAME
     platform.mac_ver = lambda: MAC_VERSION
