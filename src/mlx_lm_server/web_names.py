@@ -10,6 +10,8 @@ ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://(\[[^\]/]*\]|[^\[\]:/]+)(?::([0-9]*)
 NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?", re.ASCII)
 AUTHORITY = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::([0-9]*))?", re.ASCII)
 LOOPBACK_NAME = "localhost"
+# Where a server is that nobody told another place.
+DEFAULT_URL = "http://127.0.0.1:8000"
 
 
 def origin_fault(text: str) -> str | None:

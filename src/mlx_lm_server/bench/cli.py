@@ -17,8 +17,7 @@ from mlx_lm_server.bench.progress import RoundBar, RoundLines, progress_of
 from mlx_lm_server.bench.report import as_json, print_table
 from mlx_lm_server.bench.session import Session, Settings, TargetUnusableError
 from mlx_lm_server.bench.workloads import WORKLOADS
-
-DEFAULT_URL = "http://127.0.0.1:8000"
+from mlx_lm_server.web_names import DEFAULT_URL
 
 
 def bench(

@@ -8,17 +8,21 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import httpx
+import typer
 
 from mlx_lm_server.bench.sse import error_message
 from mlx_lm_server.errors import ConfigError, ServerError
-from mlx_lm_server.web_names import is_loopback
+from mlx_lm_server.web_names import DEFAULT_URL, is_loopback
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 KEY_VARIABLE = "OPENAI_API_KEY"
+ApiKey = Annotated[
+    str | None,
+    typer.Option(metavar="KEY", envvar=KEY_VARIABLE, help="Sent as `Authorization: Bearer KEY`."),
+]
 CONNECT_S = 5.0
 MAX_MESSAGE = 500
 
@@ -41,7 +45,7 @@ class RefusedError(ServerError):
 
 @dataclass(frozen=True)
 class RunningServer:
-    """Where a server is, without a trailing slash or `/v1`, and the key that it is shown."""
+    """Knows where a server is, without a trailing slash or `/v1`, and the key that it is shown."""
 
     url: str
     api_key: str | None = field(default=None, repr=False)

@@ -87,7 +87,8 @@ class KVLayout:
         return max(self.used_bytes, self._comfortable_bytes(self._needed_bytes))
 
     def _comfortable_bytes(self, needed_bytes: int) -> int:
-        """What rows that need so much hold in few slabs: some more, and a little in any case."""
+        """Returns what rows that need so much hold in few slabs: some more, and a little in any
+        case."""
         if not self._is_parted:
             return needed_bytes
         little = self.limit_bytes // LITTLE_PART if needed_bytes else 0
@@ -123,13 +124,13 @@ class KVLayout:
         return self._limit_tokens
 
     def capacity(self, row: int) -> int:
-        """How many tokens the row may hold: its slot's, or what it asked for where it can be moved
-        to a smaller one."""
+        """Returns how many tokens the row may hold: its slot's, or what it asked for where it can
+        be moved to a smaller one."""
         return self._wanted[row] if self._is_parted else self._slab_of[row].capacity
 
     @property
     def _is_parted(self) -> bool:
-        """Whether rows that share a slab are parted again where memory is short."""
+        """Tells whether rows that share a slab are parted again where memory is short."""
         return self._rules.max_slabs is not None
 
     def location(self, row: int) -> Location:
@@ -149,7 +150,7 @@ class KVLayout:
     # ---- ask, then do
 
     def can_place(self, num_tokens: int, *, tightly: bool = False) -> bool:
-        """Whether a row fits beside what is cached; with `tightly` in whatever slabs."""
+        """Returns whether a row fits beside what is cached; with `tightly` in whatever slabs."""
         return self._fits(self._row_bytes(self._capacity_for(num_tokens)), tightly=tightly)
 
     def could_place(self, num_tokens: int) -> bool:
@@ -172,7 +173,8 @@ class KVLayout:
         return wanted <= self.capacity(row) <= wanted * self._rules.max_shared_ratio
 
     def can_grow(self, row: int, num_tokens: int, *, tightly: bool = False) -> bool:
-        """Whether the row may hold more beside what is cached; with `tightly` in whatever slabs."""
+        """Returns whether the row may hold more beside what is cached; with `tightly` in whatever
+        slabs."""
         return self._fits(self._more_bytes(row, num_tokens), tightly=tightly)
 
     def could_grow(self, row: int, num_tokens: int) -> bool:
@@ -180,7 +182,7 @@ class KVLayout:
         return self._could_fit(self._more_bytes(row, num_tokens))
 
     def _more_bytes(self, row: int, num_tokens: int) -> int:
-        """What the row needs beyond what it has, to hold so many tokens."""
+        """Returns what the row needs beyond what it has, to hold so many tokens."""
         wanted = self._row_bytes(self._capacity_for(num_tokens))
         return wanted - self._needed_of(row, self._slab_of[row])
 
@@ -314,7 +316,7 @@ class KVLayout:
                     self._enter(row, into)
 
     def _slab_within(self, capacity: int, rows: set[int]) -> Slab | None:
-        """The largest slab of this capacity none of whose rows is missing."""
+        """Returns the largest slab of this capacity none of whose rows is missing."""
         found = [
             slab
             for slab in self._slabs.values()
@@ -329,7 +331,7 @@ class KVLayout:
         return slab
 
     def _needed_of(self, row: int, slab: Slab) -> int:
-        """What the row cannot do without: of a slot that is larger than it asked for only that,
+        """Returns what the row cannot do without: of a larger slot only what it asked for,
         where rows that share slabs can be parted again."""
         return self._row_bytes(self._wanted[row] if self._is_parted else slab.capacity)
 

@@ -15,8 +15,8 @@ class Together(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """As few groups as hold `comfortable_bytes`, at most `max_groups`; and more only where those
-    would hold over `max_bytes`."""
+    """Asks for as few groups as hold `comfortable_bytes`, at most `max_groups`; and for more only
+    where those would hold over `max_bytes`."""
 
     max_groups: int
     comfortable_bytes: int

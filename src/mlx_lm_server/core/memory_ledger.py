@@ -60,13 +60,13 @@ class MemoryLedger:
 
     @property
     def score_bytes(self) -> int:
-        """Of chunks, where attention computes scores."""
+        """Returns what the scores of chunks take, where attention computes such."""
         return int(self.forward.per_pair * self.max_step_pairs)
 
     @property
     def attention_bytes(self) -> int:
-        """Of a layer that attends to all K and V there may be: scores of the rows that decode, and
-        what is read from few bits."""
+        """Returns what a layer takes that attends to all K and V there may be: scores of the rows
+        that decode, and what is read from few bits."""
         forward, left_bytes = self.forward, max(0, self._left_bytes)
         per_kv_token = forward.per_pair + forward.reads_all * forward.per_read_token
         in_all = left_bytes * per_kv_token / max(1.0, self.geometry.bytes_per_token + per_kv_token)
@@ -85,9 +85,15 @@ class MemoryLedger:
         return self.memory_limit_bytes - taken
 
     @property
+    def step_bytes(self) -> int:
+        """Returns what a step takes beside weights and rows, and gives back."""
+        in_attention = self.score_bytes + self.attention_bytes
+        return self.activation_bytes + in_attention + self.reserve_bytes
+
+    @property
     def free_bytes(self) -> int:
-        """What weights, activations, attention and reserve leave; negative where they do not
-        fit."""
+        """Returns what weights, activations, attention and reserve leave; negative where they do
+        not fit."""
         return self._left_bytes - self.attention_bytes
 
     @property

@@ -121,7 +121,7 @@ class PrefillPlan:
         return self._whole_tiles(num_tokens)
 
     def _within_pairs(self, start: int) -> int:
-        """How many tokens from there on attend to as many as a step's may."""
+        """Returns how many tokens from there on attend to as many as a step's may."""
         left = max(0.0, self._limits.max_prefill_pairs - self._features.prefill_pairs)
         if math.isinf(left):
             return self._tokens_left

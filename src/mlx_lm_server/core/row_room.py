@@ -88,8 +88,8 @@ class RowRoom:
         return max(0, min(request.num_tokens_to_plan - 1, self._lookahead(num_tokens)))
 
     def _find(self, fits: Fits, could_fit: bool) -> bool:
-        """Whether memory is there, if need be at the cost of what is cached; tightly where that
-        gives no more."""
+        """Returns whether memory is there, if need be at the cost of what is cached; tightly where
+        that gives no more."""
         while not fits(tightly=False):
             if not (could_fit and self._cache.give_back()):
                 return fits(tightly=True)

@@ -45,17 +45,16 @@ def context_tokens(order: LoadModel, loaded: LoadedModel) -> int:
 
 
 class Sizes:
-    """What of the memory goes where."""
+    """Says what of the memory goes where."""
 
     def __init__(
         self, order: LoadModel, loaded: LoadedModel, runner: ModelRunner, measured: Measured
     ) -> None:
         self._order = order
+        self._loaded = loaded
         self._runner = runner
         self._policy: Policy = runner.policy
-        self._vocab_size = loaded.vocab_size
         self._copy_bytes_per_s = measured.copy_bytes_per_s
-        self._is_float32 = loaded.weights == "float32"
         geometry = runner.geometry
         rows = order.max_batch_size
         self._max_step_tokens = order.max_num_batched_tokens or max(
@@ -70,30 +69,37 @@ class Sizes:
             max_kv_tokens=order.max_kv_tokens,
             reserve_bytes=rows * loaded.vocab_size * 4 * SAMPLER_ARRAYS
             + rows * geometry.bytes_per_row  # states before and after a step
-            + self._moved_bytes(loaded),
+            + self._moved_bytes,
             max_rows=rows,
             max_read_tokens=context_tokens(order, loaded),
-            max_step_pairs=self._max_step_pairs(loaded, measured.forward_bytes.per_pair),
+            max_step_pairs=self._max_step_pairs(measured.forward_bytes.per_pair),
         )
         self.early = self._early_steps(ledger, measured)
         reserve_bytes = ledger.reserve_bytes + self.early.reserve_bytes
         self.ledger = replace(ledger, reserve_bytes=reserve_bytes)
-        self._loaded = loaded
 
-    def _moved_bytes(self, loaded: LoadedModel) -> int:
-        """What layers of slabs take that are moved at once: as many as may be copied together, and
-        at least one of the largest slab."""
-        free_bytes = max(0, loaded.memory_limit_bytes - loaded.weights_bytes)
-        of_layer = free_bytes // SLABS_IN_MEMORY // max(1, self._runner.num_layers)
-        self.max_copied_bytes = min(self._policy.max_copied_bytes, free_bytes // MOVED_PART)
+    @property
+    def _free_bytes(self) -> int:
+        """Returns what weights leave."""
+        return max(0, self._loaded.memory_limit_bytes - self._loaded.weights_bytes)
+
+    @property
+    def max_copied_bytes(self) -> int:
+        """Returns how much of several layers may be copied at once."""
+        return min(self._policy.max_copied_bytes, self._free_bytes // MOVED_PART)
+
+    @property
+    def _moved_bytes(self) -> int:
+        """Returns what layers of slabs take that are moved at once: as many as may be copied
+        together, and at least one of the largest slab."""
+        of_layer = self._free_bytes // SLABS_IN_MEMORY // max(1, self._runner.num_layers)
         return max(of_layer, self.max_copied_bytes)
 
-    def _max_step_pairs(self, loaded: LoadedModel, pair_bytes: float) -> int:
-        """To how many tokens those of a step's chunks attend together: as far as scores take a
-        small share of what weights leave, else chunks far from the start are smaller."""
-        context = context_tokens(self._order, loaded)
-        free_bytes = max(0, loaded.memory_limit_bytes - loaded.weights_bytes)
-        affordable = int(SCORES_SHARE * free_bytes / max(pair_bytes, 1e-9))
+    def _max_step_pairs(self, pair_bytes: float) -> int:
+        """Returns to how many tokens those of a step's chunks attend together: as far as scores
+        take a small share of what weights leave, else chunks far from the start are smaller."""
+        context = context_tokens(self._order, self._loaded)
+        affordable = int(SCORES_SHARE * self._free_bytes / max(pair_bytes, 1e-9))
         least = self._max_step_tokens * min(context, LEAST_SCORED_CONTEXT)
         return min(self._max_step_tokens * context, max(least, affordable))
 
@@ -113,7 +119,7 @@ class Sizes:
         return MemoryPlan(
             limit_bytes=ledger.memory_limit_bytes,
             held_bytes=ledger.weights_bytes + ledger.kv_limit_bytes,
-            step_bytes=ledger.activation_bytes + ledger.reserve_bytes,
+            step_bytes=ledger.step_bytes,
         )
 
     def _early_steps(self, ledger: MemoryLedger, measured: Measured) -> EarlySteps:
@@ -124,7 +130,7 @@ class Sizes:
             submitting = WORTH_IT
         if submitting is None or self._order.submission == "late":
             return NEVER
-        row_bytes = ledger.geometry.bytes_per_row + self._vocab_size * 4
+        row_bytes = ledger.geometry.bytes_per_row + self._loaded.vocab_size * 4
         other_bytes = ledger.max_rows * row_bytes
         return early_steps(submitting, other_bytes, ledger.free_bytes, ledger.max_step_tokens)
 
@@ -167,7 +173,8 @@ class Sizes:
     @property
     def _token_tile(self) -> int:
         """Beside decoding rows steps have whole tiles, so that forms come again (ADR 9)."""
-        is_replayed = self._is_float32 and self._runner.batching == "packed"
+        is_float32 = self._loaded.weights == "float32"
+        is_replayed = is_float32 and self._runner.batching == "packed"
         return self._policy.token_tile if is_replayed else 1
 
     def cache_settings(self) -> CacheSettings:

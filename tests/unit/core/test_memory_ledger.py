@@ -66,6 +66,8 @@ def test_what_attention_takes_for_a_moment_is_not_given_to_rows():
     beside = ledger.kv_limit_tokens * (4 * KIB + 64) + ledger.score_bytes
     assert 0 <= plain.free_bytes - ledger.kv_limit_bytes - beside < 200 * KIB
     assert "attention over long contexts" in ledger.arithmetic()
+    held = ledger.weights_bytes + ledger.step_bytes
+    assert held + ledger.free_bytes == ledger.memory_limit_bytes
     of_one_row = replace(forward, per_pair=0.0, reads_all=False)
     ledger = replace(plain, forward=of_one_row, max_read_tokens=1000)
     assert ledger.attention_bytes == 1000 * 4 * KIB

@@ -12,19 +12,15 @@ from mlx_lm_server.commands.chat.conversation import Conversation
 from mlx_lm_server.commands.chat.screens import Pipes, Screen, Terminal
 from mlx_lm_server.commands.chat.talk import talk
 from mlx_lm_server.commands.pipes import ending_when_nobody_reads
-from mlx_lm_server.commands.running_server import DEFAULT_URL, KEY_VARIABLE, RunningServer
+from mlx_lm_server.commands.running_server import ApiKey, RunningServer
+from mlx_lm_server.web_names import DEFAULT_URL
 
 SAMPLING = "sampling"
 
 
 def chat(
     url: Annotated[str, typer.Option(metavar="URL", help="The server to talk to.")] = DEFAULT_URL,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KEY", envvar=KEY_VARIABLE, help="Sent as `Authorization: Bearer KEY`."
-        ),
-    ] = None,
+    api_key: ApiKey = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="Model to ask for; else the first of /v1/models."),

@@ -13,14 +13,14 @@ from rich.live import Live
 
 from mlx_lm_server.commands.pipes import ending_when_nobody_reads
 from mlx_lm_server.commands.running_server import (
-    DEFAULT_URL,
-    KEY_VARIABLE,
+    ApiKey,
     RefusedError,
     RunningServer,
     UnreachableError,
 )
 from mlx_lm_server.commands.top.frame import frame
 from mlx_lm_server.commands.top.scrape import Interval, Scrape, scrape
+from mlx_lm_server.web_names import DEFAULT_URL
 
 SILENCE_S = 5.0
 NOT_LET_IN = (401, 403)
@@ -32,12 +32,7 @@ Look = tuple[Interval, str]
 
 def top(
     url: Annotated[str, typer.Option(metavar="URL", help="The server to watch.")] = DEFAULT_URL,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            metavar="KEY", envvar=KEY_VARIABLE, help="Sent as `Authorization: Bearer KEY`."
-        ),
-    ] = None,
+    api_key: ApiKey = None,
     interval: Annotated[
         float, typer.Option(metavar="X", min=0.1, max=3600, help="Seconds between two looks.")
     ] = 1.0,

@@ -107,6 +107,15 @@ class Supervisor:
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run(), name="supervisor")
+        self._task.add_done_callback(self._on_end)
+
+    def _on_end(self, task: asyncio.Task[None]) -> None:
+        """Ends the server where this task has a fault of its own: nobody else would start an
+        engine."""
+        if task.cancelled() or (fault := task.exception()) is None:
+            return
+        log.critical("the engine cannot be looked after", exc_info=fault)
+        self._fail(EngineError(f"the engine cannot be looked after: {fault!r}"))
 
     async def stop(self) -> None:
         """Ends the engine: asks, waits, kills. No engine is left behind."""

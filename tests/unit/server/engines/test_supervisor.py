@@ -30,13 +30,13 @@ class Clock:
 class Scene:
     """A supervisor of a fake engine, and a clock that stands still."""
 
-    def __init__(self) -> None:
+    def __init__(self, *more: str) -> None:
         metrics = Metrics("m")
         self.clock = Clock()
         self.client = EngineClient(metrics, first_token_timeout_s=0.0, token_timeout_s=0.0)
         self.mailbox = Mailbox()
         self.supervisor = Supervisor(
-            fakes.command(),
+            [*fakes.command(), *more],
             LoadModel("none"),
             self.client,
             metrics,
@@ -64,6 +64,16 @@ async def running() -> AsyncIterator[Scene]:
         yield scene
     finally:
         await scene.supervisor.stop()
+
+
+async def test_a_fault_of_its_own_ends_the_server_and_does_not_leave_it_without_an_engine() -> None:
+    scene = Scene(None)  # type: ignore[arg-type] # which no program takes
+    scene.supervisor.start()
+    async with asyncio.timeout(5):
+        error = await scene.supervisor.failure
+    assert "cannot be looked after: TypeError" in str(error)
+    assert scene.supervisor.state == "failed"
+    await scene.supervisor.stop()
 
 
 async def test_the_time_in_which_the_whole_machine_slept_is_no_silence_of_the_engine() -> None:
