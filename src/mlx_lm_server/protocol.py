@@ -328,7 +328,7 @@ class FrameBuffer:
 
     @property
     def has_begun(self) -> bool:
-        """Whether a frame has come in part."""
+        """Returns whether a frame has come in part."""
         return bool(self._buffer)
 
     def feed(self, data: bytes) -> list[bytes]:

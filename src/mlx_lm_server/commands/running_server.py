@@ -78,7 +78,7 @@ class RunningServer:
 
     @contextmanager
     def translating(self) -> Iterator[None]:
-        """What httpx raises inside comes out as an UnreachableError of one line."""
+        """Turns what httpx raises inside into an UnreachableError of one line."""
         try:
             yield
         except httpx.ConnectError as error:

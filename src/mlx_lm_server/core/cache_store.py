@@ -275,7 +275,7 @@ class CacheStore:
 
     @property
     def _spare_bytes(self) -> int:
-        """What it may have more."""
+        """Returns how many bytes it may have more."""
         spare = self._layout.spare_bytes_to_cache
         if self._most_bytes is None:
             return spare

@@ -379,7 +379,7 @@ class PrefixCache:
 
     @property
     def is_too_large(self) -> bool:
-        """Whether the next plan makes it smaller."""
+        """Returns whether the next plan makes it smaller."""
         return self._store.is_too_large
 
     # ---- a row leaves

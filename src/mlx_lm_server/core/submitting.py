@@ -36,7 +36,7 @@ class Trial:
 
     @property
     def gained_s(self) -> float:
-        """What a step gains by being submitted early; negative where it loses."""
+        """Returns what a step gains by being submitted early; negative where it loses."""
         return self.late_s - self.early_s
 
     @property
@@ -66,7 +66,7 @@ class Submitting:
 
     @property
     def copies_early(self) -> bool:
-        """Whether a second copy of the slabs in an early step has to be counted."""
+        """Returns whether a second copy of the slabs in an early step has to be counted."""
         is_behind = self.large.early_s > BEHIND * self.small.early_s
         return self.large.slab_bytes > 0 and not (
             is_behind and self._copies(early=True) < NO_COPIES
@@ -74,7 +74,7 @@ class Submitting:
 
     @property
     def writes_in_place(self) -> bool:
-        """Whether steps that are submitted late copy no slabs."""
+        """Returns whether steps that are submitted late copy no slabs."""
         return self._copies(early=False) < 0.5
 
     def describe(self) -> str:

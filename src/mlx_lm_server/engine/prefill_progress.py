@@ -32,7 +32,7 @@ class PrefillProgress:
             self._watched -= {o.req_id for o in outputs if o.finish_reason is not None}
 
     def after(self, plan: StepPlan) -> list[RequestOutput]:
-        """What a plan that has been carried out means for those who wait for their first token."""
+        """Returns what is told after a plan to those who wait for their first token."""
         for row in plan.left_rows:
             self._rows.pop(row, None)
         for joined in plan.joined_rows:
@@ -51,7 +51,7 @@ class PrefillProgress:
         return [self._told(chunk) for chunk in chunks if self._is_due(chunk, tells_all=tells_all)]
 
     def _is_due(self, chunk: RowWork, *, tells_all: bool) -> bool:
-        """Whether it is told how far a row is; the last chunk's own output says that too."""
+        """Returns whether it is told how far a row is, which a last chunk's own output says too."""
         return self._rows[chunk.row] in self._watched or (tells_all and not chunk.yields)
 
     def _told(self, chunk: RowWork) -> RequestOutput:

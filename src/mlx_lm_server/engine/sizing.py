@@ -105,7 +105,7 @@ class Sizes:
 
     @property
     def hold_context(self) -> bool:
-        """Whether a row as long as it can become fits, if it is alone."""
+        """Returns whether a row as long as it can become fits, if it is alone."""
         return self.ledger.kv_limit_tokens >= context_tokens(self._order, self._loaded)
 
     def check(self) -> None:

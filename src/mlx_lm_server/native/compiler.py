@@ -77,7 +77,7 @@ class Failure:
         self._clock = clock
 
     def is_known(self, compiler: Compiler) -> bool:
-        """Whether the same compiler has failed lately."""
+        """Returns whether the same compiler has failed lately."""
         try:
             age_s = self._clock() - self.path.stat().st_mtime
             return 0 <= age_s < FAILURE_COUNTS_S and self.path.read_text() == compiler.identity

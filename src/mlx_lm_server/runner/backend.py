@@ -202,11 +202,11 @@ class Upkeep(Protocol):
 
     @property
     def pressure(self) -> MemoryPressure:
-        """How short the machine's memory was when it was last looked at."""
+        """Returns how short the machine's memory was when it was last looked at."""
 
     @property
     def cache_share(self) -> float:
-        """What the prefix cache may keep of what it had when memory got short; 1 where it is not,
+        """Returns what the prefix cache may keep of what it had when memory got short; 1 where not,
         and the cache may grow."""
 
     def after_step(self, *, took_memory: bool) -> None:

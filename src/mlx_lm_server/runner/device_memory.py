@@ -50,7 +50,7 @@ class DeviceMemory(Protocol):
 
     @property
     def info(self) -> DeviceInfo:
-        """What MLX tells of the device; the keys differ by kind of device."""
+        """Returns what MLX tells of the device; the keys differ by kind of device."""
 
     @property
     def host(self) -> HostMemory: ...

@@ -198,22 +198,22 @@ class ModelRunner:
 
     @property
     def sampler_held_bytes(self) -> int:
-        """Of what draws are to know of rows' tokens."""
+        """Returns what is held for draws, of what they are to know of rows' tokens."""
         return self._sampler.held_bytes
 
     @property
     def num_layers(self) -> int:
-        """How many layers keep K and V in slabs."""
+        """Returns how many layers keep K and V in slabs."""
         return len(self._storage.layers)
 
     def copy_at_most(self, num_bytes: int) -> None:
-        """Of layers whose slabs or blocks are copied at once, about so much, and at least one."""
+        """Lets layers be copied at once that have about so much, and at least one."""
         self._storage.max_copied_bytes = num_bytes
 
     @property
     def can_submit_early(self) -> bool:
-        """Whether no step needs that the last one has ended: nothing of ours draws in the host's
-        memory or writes to slabs unseen, and what steps copy is known."""
+        """Returns whether no step needs that the last one has ended: nothing of ours draws in the
+        host's memory or writes to slabs unseen, and what steps copy is known."""
         draws = self._sampler.draws_in_host_memory
         return self.batching != "alone" and not draws and not self.passes_over_holes
 
@@ -329,8 +329,8 @@ class ModelRunner:
             mx.async_eval(step.result, *step.beside, self._last_tokens)
 
     def _goes_early(self, plan: StepPlan, under_way: _Step) -> bool:
-        """Whether a step is submitted beside the last. What a plan orders for slabs and pool is
-        done only when nothing runs."""
+        """Returns whether a step is submitted beside the last. What a plan orders for slabs and
+        pool is done only when nothing runs."""
         if not plan.works or not self._storage.stages.are_none:
             return False
         slab_bytes = self._storage.slab_bytes({work.slab_id for work in plan.works})

@@ -70,8 +70,8 @@ class FusedKernel:
         return out.squeeze(0)  # an index would copy
 
     def _window_mask(self, start: int, length: int, window: int) -> mx.array:
-        """What a chunk sees that comes after `start` keys: one array for all layers, and for the
-        chunks of other steps that are as long."""
+        """Returns what a chunk sees that comes after `start` keys: one array for all layers, and
+        for the chunks of other steps that are as long."""
         key = (start, length, window)
         if key not in self._masks:
             if len(self._masks) == MAX_MASKS:

@@ -35,11 +35,11 @@ class RowSampling:
 
     @property
     def follows_tokens(self) -> bool:
-        """Whether what it may draw depends on what was read of it last."""
+        """Returns whether what it may draw depends on what was read of it last."""
         return self.thinking is not None or self.bad_words is not None
 
     def follow(self, token: int) -> None:
-        """The token that was drawn last, as it was read."""
+        """Takes the token that was drawn last, as it was read."""
         if self.thinking is not None:
             self.thinking.push(token)
         if self.bad_words is not None:
@@ -77,7 +77,7 @@ class RowSampling:
 
     @property
     def counted_in(self) -> Tally | None:
-        """Where its next token is counted when it is drawn."""
+        """Returns where its next token is counted when it is drawn."""
         return self.tally if self.tried is None else None
 
     @property
@@ -90,7 +90,7 @@ class RowSampling:
 
     @property
     def is_bent(self) -> bool:
-        """Whether it draws from other logits than the model's."""
+        """Returns whether it draws from other logits than the model's."""
         is_bound = self.may_not_end or bool(self.forbidden_tokens)
         return self.tally is not None or bool(self.biases) or is_bound
 
@@ -104,7 +104,7 @@ class RowSampling:
 
     @property
     def wants_arrays(self) -> bool:
-        """Whether it draws in a way that only the arrays know."""
+        """Returns whether it draws in a way that only the arrays know."""
         params = self.params
         return not self.is_greedy and (params.typical_p < 1.0 or params.xtc_probability > 0.0)
 
@@ -120,7 +120,7 @@ class RowSampling:
 def start_row(
     params: SamplingParams, prompt_ids: Sequence[int], output_ids: Sequence[int], vocab_size: int
 ) -> RowSampling:
-    """The state of a row that joins with these tokens known."""
+    """Returns the state of a row that joins with these tokens known."""
     row = RowSampling(params, len(prompt_ids) + len(output_ids))
     row.tally = start_tally(params, prompt_ids, output_ids, vocab_size)
     forbidden = {word[0]: FORBIDDEN for word in params.bad_words if len(word) == 1}

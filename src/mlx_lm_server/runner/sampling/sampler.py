@@ -96,7 +96,7 @@ class Sampler:
 
     @property
     def draws_in_host_memory(self) -> bool:
-        """Whether tokens are there only once a draw has been finished."""
+        """Returns whether tokens are there only once a draw has been finished."""
         return self._native is not None
 
     def start(self, logits: mx.array, rows: Sequence[RowSampling]) -> Draw:
@@ -122,7 +122,7 @@ class Sampler:
 
     @property
     def held_bytes(self) -> int:
-        """Of what is kept of rows between draws."""
+        """Returns what is kept of rows between draws."""
         return self._bending.held_bytes
 
     def _start_native(

@@ -129,7 +129,7 @@ class BlockOperations:
                     self._put(segment_id, num_tokens, some)
 
     def _batches(self, items: Sequence[T], item_bytes: int) -> Iterator[Sequence[T]]:
-        """As many at once as may be copied together."""
+        """Yields as many at once as may be copied together."""
         at_once = max(1, self._storage.max_copied_bytes // max(1, item_bytes))
         for first in range(0, len(items), at_once):
             yield items[first : first + at_once]

@@ -58,7 +58,7 @@ class Stages:
 
     @property
     def are_none(self) -> bool:
-        """Whether there is nothing to do."""
+        """Returns whether there is nothing to do."""
         return not self._stages
 
     def start(self) -> None:

@@ -31,7 +31,7 @@ class Trials:
 
     @property
     def are_over(self) -> bool:
-        """Whether everybody may go to the engine."""
+        """Returns whether everybody may go to the engine."""
         return not self._groups and not self._on_trial
 
     def open(self, under_way: Group) -> OutputStream | None:
