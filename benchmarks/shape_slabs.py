@@ -15,18 +15,18 @@ from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.plan import CreateSlab, MoveRow, ResizeSlab
 from mlx_lm_server.core.scheduler_limits import SchedulerLimits
-from mlx_lm_server.core.slab_rules import SlabRules
+from mlx_lm_server.core.slab_rules import MAX_SLABS, SlabRules
 
 TOKEN_BYTES = 36 * 2 * 8 * 128 * 2
 LIMIT_BYTES = 80 << 30
-NUM_ROWS, MAX_SLABS = 32, 6
+NUM_ROWS = 32
 LIMITS = SchedulerLimits(lookahead_tokens=1024, lookahead_share=1 / 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Lying:
-    """Of rows that came one after the other: slabs, bytes held and tokens copied, each over what
-    the rows have."""
+    """Says how rows lie that came one after the other: the most slabs there were, and what is held
+    and was copied over what the rows have."""
 
     num_slabs: int
     held: float
@@ -36,7 +36,7 @@ class Lying:
 def slabs(effort: Effort) -> Findings:
     """How many attention calls a layer rows of any length take, and what they hold for it."""
     num_draws = 40 if effort.is_quick else 400
-    draws = [_log_uniform(seed) for seed in range(num_draws)]
+    draws = [log_uniform(seed) for seed in range(num_draws)]
     found = {step: [lying(lengths, step) for lengths in draws] for step in (32, 256)}
     claims = []
     for step, each in found.items():
@@ -59,7 +59,7 @@ def lying(lengths: Sequence[int], capacity_step: int) -> Lying:
     rules = SlabRules(LIMIT_BYTES // 8, None, capacity_step=capacity_step, max_slabs=MAX_SLABS)
     layout = KVLayout(KVGeometry(TOKEN_BYTES), LIMIT_BYTES, rules, max_rows=len(lengths))
     num_slots: dict[int, tuple[int, int]] = {}  # with the capacity
-    copied = 0
+    copied = most_slabs = 0
     for row, length in enumerate(lengths):
         layout.place(row, length + LIMITS.lookahead(length))
         for op in layout.settle():
@@ -75,10 +75,11 @@ def lying(lengths: Sequence[int], capacity_step: int) -> Lying:
                 case _:
                     pass
         layout.set_num_tokens(row, length)
+        most_slabs = max(most_slabs, layout.num_slabs)
     live = sum(lengths)
-    return Lying(layout.num_slabs, layout.used_bytes / TOKEN_BYTES / live, copied / live)
+    return Lying(most_slabs, layout.used_bytes / TOKEN_BYTES / live, copied / live)
 
 
-def _log_uniform(seed: int) -> list[int]:
+def log_uniform(seed: int) -> list[int]:
     rng = Random(seed)
     return [int(50 * 320 ** rng.random()) for _ in range(NUM_ROWS)]

@@ -11,6 +11,8 @@ SMALL_STEP = 32
 DEFAULT_MAX_SLAB_BYTES = 64 * 1024 * 1024
 # A slot may be so much larger than what its row asked for.
 MAX_SHARED_CAPACITY_RATIO = 1.5
+# Attention calls a layer for all rows that decode, where it does not pass over holes.
+MAX_SLABS = 6
 # Where slabs are counted, all slots together may.
 MAX_HELD_RATIO = 1.2
 

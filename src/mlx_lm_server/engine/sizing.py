@@ -11,7 +11,7 @@ from mlx_lm_server.core.measured import Measured
 from mlx_lm_server.core.memory_ledger import MemoryLedger
 from mlx_lm_server.core.prefix_cache import CacheSettings
 from mlx_lm_server.core.scheduler import SchedulerLimits
-from mlx_lm_server.core.slab_rules import SlabRules
+from mlx_lm_server.core.slab_rules import MAX_SLABS, SlabRules
 from mlx_lm_server.core.submitting import NEVER, WORTH_IT, EarlySteps, early_steps
 from mlx_lm_server.protocol import LoadModel
 from mlx_lm_server.runner.backend import MemoryPlan, Policy
@@ -145,7 +145,7 @@ class Sizes:
                 max_resized_bytes=self._policy.max_resized_bytes,
                 keeps_holes=self._runner.passes_over_holes,
                 capacity_step=self._policy.capacity_step,
-                max_slabs=None if self._runner.passes_over_holes else self._policy.max_slabs,
+                max_slabs=None if self._runner.passes_over_holes else MAX_SLABS,
             ),
             max_rows=self._order.max_batch_size,
             max_tokens=self.ledger.kv_limit_tokens,

@@ -39,8 +39,6 @@ class Policy:
       would not fit in 16 bits; 16 keeps them.
     - `submits_slowly`: submitting a forward takes as long as the forward.
     - `max_resized_bytes`: slabs up to so much are made larger by a copy; None for all.
-    - `max_slabs`: in how many slabs rows lie, each of which is one attention call a layer, unless
-      attention passes over holes.
     - `capacity_step`: slots with more places have a multiple of so many; None for few classes.
     - `lookahead_share`: of what it has, a row gets so much room for its answer. Less holds less
       memory, and copies more often.
@@ -61,7 +59,6 @@ class Policy:
     tight_kv_bits: int
     submits_slowly: bool
     max_resized_bytes: int | None
-    max_slabs: int
     capacity_step: int | None
     lookahead_share: float
     length_step: int

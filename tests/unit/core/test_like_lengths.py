@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from random import Random
-
 import pytest
+from benchmarks.shape_slabs import LIMITS, TOKEN_BYTES, log_uniform, lying
 
 from mlx_lm_server.core.kv_geometry import KVGeometry
 from mlx_lm_server.core.kv_layout import KVLayout
 from mlx_lm_server.core.like_lengths import Bounds, together
-from mlx_lm_server.core.plan import MoveRow, ResizeSlab
 from mlx_lm_server.core.scheduler_limits import SchedulerLimits
 from mlx_lm_server.core.slab_rules import MAX_HELD_RATIO, SlabRules
-
-# K and V of a token of a 4B model, in bytes.
-TOKEN_BYTES = 36 * 2 * 8 * 128 * 2
-LIMITS = SchedulerLimits(lookahead_tokens=1024, lookahead_share=1 / 8)
 
 
 def _layout(capacity_step: int = 32, limit_bytes: int = 80 << 30) -> KVLayout:
@@ -23,22 +17,10 @@ def _layout(capacity_step: int = 32, limit_bytes: int = 80 << 30) -> KVLayout:
     return KVLayout(KVGeometry(TOKEN_BYTES), limit_bytes, rules)
 
 
-def _log_uniform(seed: int, num_rows: int = 32) -> list[int]:
-    rng = Random(seed)
-    return [int(50 * 320 ** rng.random()) for _ in range(num_rows)]
-
-
-def _place(layout: KVLayout, row: int, num_tokens: int) -> int:
-    """Returns how many tokens were copied for it."""
+def _place(layout: KVLayout, row: int, num_tokens: int) -> None:
     layout.place(row, num_tokens + LIMITS.lookahead(num_tokens))
-    slots = {slab.slab_id: slab.num_slots for slab in layout._slabs.values()}
-    ops = layout.settle()
+    layout.settle()
     layout.set_num_tokens(row, num_tokens)
-    copied = sum(op.num_tokens for op in ops if isinstance(op, MoveRow))
-    for op in ops:
-        if isinstance(op, ResizeSlab):
-            copied += min(op.num_slots, slots[op.slab_id]) * layout._slabs[op.slab_id].capacity
-    return copied
 
 
 @pytest.mark.parametrize("capacity_step", [32, 256])
@@ -46,13 +28,10 @@ def _place(layout: KVLayout, row: int, num_tokens: int) -> int:
 def test_rows_of_any_length_lie_in_six_slabs_and_half_again_their_tokens(
     seed: int, capacity_step: int
 ):
-    lengths, layout = _log_uniform(seed), _layout(capacity_step)
-    copied = 0
-    for row, length in enumerate(lengths):
-        copied += _place(layout, row, length)
-        assert layout.num_slabs <= 6
-    assert layout.used_bytes <= 1.5 * sum(lengths) * TOKEN_BYTES
-    assert copied <= 7 * sum(lengths)
+    rows = lying(log_uniform(seed), capacity_step)
+    assert rows.num_slabs <= 6
+    assert rows.held <= 1.5
+    assert rows.copied <= 7
 
 
 @pytest.mark.parametrize("length", [20, 50, 100, 500])
@@ -72,7 +51,7 @@ def test_short_rows_with_long_answers_hold_four_times_their_tokens(length: int):
 
 
 def test_rows_that_grow_stay_in_six_slabs():
-    lengths, layout = _log_uniform(3), _layout()
+    lengths, layout = log_uniform(3), _layout()
     for row, length in enumerate(lengths):
         _place(layout, row, length)
     for step in range(400):
@@ -133,7 +112,7 @@ def _least_held(lengths: list[int], num_groups: int) -> int:
 
 def test_with_cudas_kernels_capacities_are_whole_steps():
     layout = _layout(capacity_step=256)
-    for row, length in enumerate(_log_uniform(1)):
+    for row, length in enumerate(log_uniform(1)):
         _place(layout, row, length)
     capacities = [layout._slab_of[row].capacity for row in range(32)]
     assert all(capacity % 256 == 0 for capacity in capacities if capacity > 256)

@@ -19,8 +19,6 @@ CPU_WAYS: tuple[Way, ...] = ("x86", "plain")
 
 # A copy of a slab up to so much is made in a few milliseconds on a CPU.
 MAX_RESIZED_BYTES = 64 * 1024 * 1024
-# Attention calls a layer for all rows that decode.
-MAX_SLABS = 6
 # MLX's decode attention goes to cuDNN only over 256 keys or more, and where the whole slab has a
 # multiple of 256 places.
 CAPACITY_STEPS = {"metal": 32, "cuda": 256}
@@ -52,7 +50,6 @@ def policy_of(way: Way, device: str) -> Policy:
         tight_kv_bits=16 if is_cpu else 8,
         submits_slowly=is_cpu,
         max_resized_bytes=MAX_RESIZED_BYTES if is_cpu else None,
-        max_slabs=MAX_SLABS,
         capacity_step=None if is_cpu else CAPACITY_STEPS[way],
         lookahead_share=1.0 if is_cpu else 1 / 8,
         length_step=32 if is_cpu else 1,
